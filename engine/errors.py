@@ -1,0 +1,21 @@
+"""Errors that belong to the user's input or machine, not to a mistake in the code."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used.
+
+    The message is one line that says what, where and what to do next. The command line
+    prints it and exits with 1; a caller of the library can catch it as a ValueError.
+    """
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, after everything worth keeping has been written.
+
+    The message says what was kept and how to go on. The command line exits with
+    128 + `signum`. Like KeyboardInterrupt it is no Exception, so nothing swallows it.
+    """
+
+    def __init__(self, message: str, signum: int = 2):
+        super().__init__(message)
+        self.signum = signum

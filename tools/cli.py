@@ -1,0 +1,83 @@
+"""The `sslus` command: one file a command, imported when it is named."""
+
+import errno
+import importlib
+import os
+import sys
+
+import click
+
+# In the order in which a newcomer meets them.
+COMMANDS = ("synth", "shard", "train", "evaluate", "doctor")
+
+
+class Commands(click.Group):
+    """`sslus NAME` is the click command called `command` in tools/NAME.py."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"sslus.tools.{name}").command
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sslus")
+def sslus():
+    """Pretrain an ultrasound backbone from a folder of videos, without labels.
+
+    \b
+    sslus shard videos/                      videos -> shards/
+    sslus train --method vicreg              shards/ -> runs/vicreg/
+    sslus evaluate runs/vicreg --labels videos/labels.csv
+
+    No videos at hand? `sslus synth videos/` makes synthetic ones.
+    What can this machine do? `sslus doctor`.
+    """
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; every failure is one line on stderr and a non-zero exit.
+
+    Exit codes: 0 done, 1 cannot be done, 2 wrong usage, 3 done but some input was refused,
+    130 Ctrl-C, 143 SIGTERM. `SSLUS_DEBUG=1` shows the traceback of an error.
+    """
+    from sslus.engine.errors import InputError, Interrupted
+
+    def fail(message: str, code: int) -> int:
+        if os.environ.get("SSLUS_DEBUG") == "1":
+            raise
+        click.echo(f"Error: {message}", err=True)
+        return code
+
+    try:
+        return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return fail("interrupted", 130)
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Interrupted as e:
+        return fail(str(e), 128 + e.signum)
+    except InputError as e:
+        return fail(str(e), 1)
+    except BrokenPipeError:  # `sslus ... | head`: the reader left, which is not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        where = f" {e.filename}" if e.filename else ""
+        if e.errno == errno.ENOSPC:
+            return fail(
+                f"no space left on the disk of{where or ' the output'}; nothing half-written was"
+                " kept. Free some space and run the same command again",
+                1,
+            )
+        return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
+    except Exception as e:
+        return fail(
+            f"{type(e).__name__}: {e} (this should not happen: SSLUS_DEBUG=1 shows where)", 70
+        )

@@ -1,0 +1,6 @@
+import click
+
+
+@click.command("evaluate")
+def command():
+    """(being written)"""

@@ -1,0 +1,6 @@
+import click
+
+
+@click.command("shard")
+def command():
+    """(being written)"""

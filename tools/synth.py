@@ -1,0 +1,6 @@
+import click
+
+
+@click.command("synth")
+def command():
+    """(being written)"""
