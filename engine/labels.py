@@ -29,7 +29,9 @@ def read_labels(path: Path) -> list[Label]:
             rows = list(reader)
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"labels {path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        raise InputError(
+            f"labels {path}: cannot be read: {getattr(e, 'strerror', None) or e}"
+        ) from e
     missing = [c for c in ("path", "label", "patient") if c not in columns]
     if missing:
         raise InputError(

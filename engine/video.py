@@ -75,6 +75,10 @@ class Prepared:
     jpeg: bytes | None = None  # where the backend encodes it itself
 
 
+# keep(index, time_seconds): whether a frame goes into the shards; asked once a frame, in order.
+Keep = Callable[[int, float], bool]
+
+
 class Backend(Protocol):
     """A way of decoding. One instance lives in one worker; it is not shared by threads."""
 
@@ -84,7 +88,12 @@ class Backend(Protocol):
         """Why this backend cannot decode such a file, or None if it can."""
 
     def prepared(
-        self, path: Path, info: VideoInfo, keep: Callable[[int, float], bool], size: int, quality: int
+        self,
+        path: Path,
+        info: VideoInfo,
+        keep: Callable[[int, float], bool],
+        size: int,
+        quality: int,
     ) -> Iterator[Prepared]:
         """Every decoded frame of the file in order; those that keep(index, time_seconds) accepts
         scaled into (size, size). Raises VideoError; what was yielded before stays good."""
@@ -311,7 +320,12 @@ class PyavBackend:
         return None
 
     def prepared(
-        self, path: Path, info: VideoInfo, keep: Callable[[int, float], bool], size: int, quality: int
+        self,
+        path: Path,
+        info: VideoInfo,
+        keep: Callable[[int, float], bool],
+        size: int,
+        quality: int,
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
         for index, time_seconds, frame in _decoded(path):

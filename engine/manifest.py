@@ -1,0 +1,57 @@
+"""manifest.json: what a folder of shards holds. It is written last, so it says "complete"."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sslus.engine.atomic import atomic_file
+from sslus.engine.errors import InputError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    settings: dict  # what the frames were made with: size, select, quality, ...
+    num_videos: int
+    num_frames: int
+    mean: float  # of all pixels, 0 to 1
+    std: float
+    labels: list[str]  # names, sorted; empty without labels
+    decoders: dict[str, int]  # videos by decoder
+    shards: list[dict]  # {"name", "num_frames", "bytes", "sha256"}
+    digest: str = ""  # of everything above
+
+    def with_digest(self) -> "Manifest":
+        content = {k: v for k, v in vars(self).items() if k != "digest"}
+        text = json.dumps({"format": FORMAT, **content}, sort_keys=True)
+        return Manifest(**content, digest=hashlib.sha256(text.encode()).hexdigest())
+
+    def write(self, folder: Path) -> None:
+        with atomic_file(folder / NAME, "w") as f:
+            json.dump({"format": FORMAT, **vars(self)}, f, indent=1)
+            f.write("\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards. Raises InputError that says what to do."""
+    path = Path(folder) / NAME
+    try:
+        content = json.loads(path.read_text())
+        version = content.pop("format")
+        if version != FORMAT:
+            raise InputError(
+                f"{path}: made by another version of sslus (format {version}, this one reads"
+                f" {FORMAT}); make the shards again with `sslus shard`"
+            )
+        manifest = Manifest(**content)
+    except FileNotFoundError as e:
+        why = "no finished shards here" if path.parent.is_dir() else "no such folder"
+        raise InputError(f"{path.parent}: {why}; make them with `sslus shard VIDEOS`") from e
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: damaged ({e}); make the shards again") from e
+    if manifest.with_digest().digest != manifest.digest:
+        raise InputError(f"{path}: was changed after it was written; make the shards again")
+    return manifest

@@ -1,0 +1,623 @@
+"""Videos to shards: decode, prepare, select, write.
+
+Two passes. First every video is decoded by itself into a spool (its JPEGs and its ledger line);
+a finished spool survives an interruption. Then the frames of all spools, in an order drawn by a
+hash, are written into shards. So memory does not grow with the videos (some 40 bytes a frame do),
+any order of work gives the same bytes, and one bad file costs only itself.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine import manifest as manifests
+from sslus.engine import tar
+from sslus.engine.atomic import atomic_file, sync_folder
+from sslus.engine.errors import InputError
+from sslus.engine.labels import read_labels
+from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.prepare import moments
+from sslus.engine.video import Backend, PyavBackend, Source, VideoError, find_videos, probe
+from sslus.engine.workers import worker_pool
+
+FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
+KEY_BYTES = 32
+ID_BYTES = 8  # 2^32 videos before two of them are likely to share an id; checked all the same
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards. Checks itself."""
+
+    size: int = 256
+    stride: int | None = 5  # every stride-th frame ...
+    rate_hz: float | None = None  # ... or at most so many a second
+    quality: int = 95
+    frames_per_shard: int = FRAMES_PER_SHARD
+
+    def __post_init__(self):
+        if not 16 <= self.size <= 4096:
+            raise InputError(f"--size: want 16 to 4096 pixels, got {self.size}")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"--quality: want 1 to 100, got {self.quality}")
+        if (self.stride is None) == (self.rate_hz is None):
+            raise InputError("choose one of --stride, --rate and --all")
+        if self.stride is not None and self.stride < 1:
+            raise InputError(f"--stride: want at least 1, got {self.stride}")
+        if self.rate_hz is not None and not 0 < self.rate_hz < float("inf"):
+            raise InputError(f"--rate: want a rate above 0 Hz, got {self.rate_hz}")
+        if self.frames_per_shard < 1:
+            raise InputError(f"--frames-per-shard: want at least 1, got {self.frames_per_shard}")
+
+    def selector(self) -> Callable[[int, float], bool]:
+        """A fresh keep(index, time_seconds) for one video, to be asked in order."""
+        if self.stride is not None:
+            return lambda index, time_seconds: index % self.stride == 0
+        last = -1
+
+        def keep(index: int, time_seconds: float) -> bool:
+            # The first frame of each period of the clock, whatever the video's own rate. A
+            # millionth of a period of grace, or rounded time stamps would drop every other frame.
+            nonlocal last
+            period = int(time_seconds * self.rate_hz + 1e-6)
+            due, last = period > last, max(period, last)
+            return due
+
+        return keep
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    out: Path
+    manifest: Manifest
+    ledger: list[dict]
+    ignored: Counter  # files passed over, by extension
+    unlabelled: int = 0  # videos without a row in the labels
+    resumed: int = 0  # videos that an earlier, interrupted run had decoded
+    already: bool = False  # nothing was to be done
+    seconds: float = 0.0
+
+    @property
+    def problems(self) -> list[dict]:
+        """The ledger lines of files that were refused or gave another number of frames."""
+        return [r for r in self.ledger if r["status"] != "ok"]
+
+
+def shard(
+    paths: list[Path],
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    labels: Path | None = None,
+    key: Path | None = None,
+    jobs: int | None = None,
+    device: str = "auto",
+    decoder: str = "auto",
+    strict: bool = False,
+    force: bool = False,
+    report: Callable[[int, int, str], None] | None = None,
+) -> ShardReport:
+    """Decode the videos under `paths` into WebDataset shards in the folder `out`.
+
+    `labels` is a CSV file (engine.labels); its labels go into the shards, its patients as keyed
+    hashes. `key` is a file with 64 hex digits from which the ids are made, to give videos the
+    ids they have elsewhere; by default a random key is made and kept in `out`/local. `jobs`
+    worker processes (default: one a core); `device` and `decoder` as in choose_backends.
+    `strict` writes nothing if any file is refused or incomplete; `force` replaces shards that
+    were made otherwise. `report(done, total, note)` is called after each video.
+
+    A second call goes on where the first was stopped, or returns at once if all is done.
+    Raises InputError, OSError (a full disk), Interrupted; what is decoded by then is kept.
+    """
+    start = time.monotonic()
+    settings = settings or Settings()
+    out = Path(out)
+    jobs = jobs or len(os.sched_getaffinity(0))
+    if jobs < 1:
+        raise InputError(f"--jobs: want at least 1, got {jobs}")
+    sources, ignored = find_videos(paths, skip=out.resolve())
+    marks = _marks(sources, labels)
+    backends = choose_backends(device, decoder)
+    with _locked(out) as local:
+        ids = _ids(sources, _key(local, key))
+        request = {"settings": asdict(settings), "decoder": [b[0] for b in backends]}
+        wanted = {s.name: [ids[s.name], *_stamp(s.path)] for s in sources}
+        done = _finished(out, request, wanted, marks)
+        if done and not force:
+            return ShardReport(out, *done, ignored, _unmarked(marks), already=True)
+        if (out / manifests.NAME).exists() and not force:
+            raise InputError(
+                f"{out}: holds shards of other videos, labels or settings;"
+                " --force makes them anew, -o writes elsewhere"
+            )
+        work = _work_folder(local, request, fresh=bool(done))
+        records, resumed = _decode_all(sources, ids, settings, backends, work, jobs, report)
+        ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
+        problems = [r for r in ledger if r["status"] != "ok"]
+        if strict and problems:
+            raise InputError(
+                f"{len(problems)} of {len(ledger)} files are not whole, and --strict was given;"
+                f" no shards written. The first: {_line(problems[0])}"
+            )
+        if not any(r["kept_frames"] for r in ledger):
+            raise InputError(
+                f"none of the {len(ledger)} files gave a frame. The first: {_line(problems[0])}"
+            )
+        manifest = _write_all(out, work, sources, ids, records, marks, settings, jobs)
+        _write_ledger(local, ledger, request, wanted, marks)
+        manifest.write(out)
+        shutil.rmtree(work)
+    return ShardReport(
+        out, manifest, ledger, ignored, _unmarked(marks), resumed, False, time.monotonic() - start
+    )
+
+
+def _line(record: dict) -> str:
+    return f"{record['source']}: {record['why']}"
+
+
+# ---------------------------------------------------------------- who is who
+
+
+def _key(local: Path, given: Path | None) -> bytes:
+    """The secret from which ids are made: kept in local/, so a second run gives the same ids."""
+    path = local / "key"
+    if given is not None:
+        try:
+            text = Path(given).read_text().strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--key {given}: cannot be read ({e})") from e
+    elif path.exists():
+        text = path.read_text().strip()
+    else:
+        text = secrets.token_hex(KEY_BYTES)
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise InputError(f"{given or path}: want {2 * KEY_BYTES} hex digits")
+    if not path.exists() or path.read_text().strip() != text:
+        with atomic_file(path, "w") as f:
+            f.write(text + "\n")
+    return key
+
+
+def _keyed_hash(key: bytes, kind: str, name: str) -> str:
+    """Names cannot be read off or guessed from it without the key (BLAKE2b in keyed mode)."""
+    return hashlib.blake2b(
+        name.encode("utf-8", "surrogateescape"),
+        key=key,
+        digest_size=ID_BYTES,
+        person=kind.encode().ljust(16, b"\0"),
+    ).hexdigest()
+
+
+def _ids(sources: list[Source], key: bytes) -> dict[str, str]:
+    ids = {s.name: _keyed_hash(key, "video", s.name) for s in sources}
+    if len(set(ids.values())) < len(ids):
+        raise InputError("two videos got the same id; delete local/key and start again")
+    return ids
+
+
+@dataclass(frozen=True)
+class _Mark:
+    label: str | None = None
+    patient: str | None = None
+
+
+def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | None:
+    """Label and patient of each source by its name; None without labels."""
+    if labels is None:
+        return None
+    by_path = {s.path.resolve(): s.name for s in sources}
+    marks = {s.name: _Mark() for s in sources}
+    missing = []
+    for row in read_labels(labels):
+        name = by_path.get(row.path)
+        if name is None:
+            missing.append(row.path)
+        else:
+            marks[name] = _Mark(row.label, row.patient)
+    if missing:
+        raise InputError(
+            f"labels {labels}: {len(missing)} of its videos are not among the videos given,"
+            f" the first is {missing[0]}; correct the path or drop the row"
+        )
+    return marks
+
+
+def _unmarked(marks: dict[str, _Mark] | None) -> int:
+    return sum(m.label is None for m in marks.values()) if marks else 0
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change: a file that was replaced is decoded again."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    """Make `out`/local (mode 700) and hold its lock: two runs in one folder would mix."""
+    local = out / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    local.chmod(0o700)
+    with (local / "lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InputError(f"{out}: another `sslus shard` is writing here; wait for it") from e
+        yield local
+
+
+def _marks_digest(marks: dict[str, _Mark] | None) -> str | None:
+    if marks is None:
+        return None
+    text = json.dumps({n: [m.label, m.patient] for n, m in sorted(marks.items())})
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, list[dict]] | None:
+    """Manifest and ledger, if `out` holds just what is asked for."""
+    try:
+        made = json.loads((out / "local" / "request.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    now = {**request, "sources": wanted, "labels": _marks_digest(marks)}
+    if made != json.loads(json.dumps(now)) or not (out / manifests.NAME).exists():
+        return None
+    manifest = read_manifest(out)
+    for entry in manifest.shards:
+        path = out / entry["name"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            return None
+    lines = (out / "local" / "ledger.jsonl").read_text().splitlines()
+    return manifest, [json.loads(line) for line in lines]
+
+
+def _write_ledger(local: Path, ledger: list[dict], request: dict, wanted: dict, marks) -> None:
+    with atomic_file(local / "ledger.jsonl", "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in ledger)
+    with atomic_file(local / "request.json", "w") as f:
+        json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
+
+
+def _work_folder(local: Path, request: dict, fresh: bool) -> Path:
+    """Where the spools lie; those of other settings, and all if `fresh`, are thrown away."""
+    work, stamp = local / "work", local / "work" / "request.json"
+    if work.exists() and (fresh or not stamp.exists() or json.loads(stamp.read_text()) != request):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    for leftover in work.glob("*.tmp"):
+        leftover.unlink()
+    with atomic_file(stamp, "w") as f:
+        json.dump(request, f)
+    return work
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
+    """The decoders to try for each file, in order, as (decoder, device).
+
+    device "cpu" or "cuda" is used or InputError says why not; "auto" takes the GPU where there
+    is one that decodes. decoder "pyav" reads every format on the CPU; "dali" reads what NVDEC
+    reads on the GPU, or MJPEG, VP8 and VP9 on the CPU; "auto" is dali on a GPU, pyav for the
+    rest.
+    """
+    if decoder == "pyav":
+        if device == "cuda":
+            raise InputError("--decoder pyav runs on the CPU; take --decoder dali with cuda")
+        return [("pyav", "cpu")]
+    if decoder == "auto" and device == "cpu":
+        return [("pyav", "cpu")]
+    on = "cuda" if device == "cuda" or (device == "auto" and _gpu_decodes()) else "cpu"
+    if decoder == "auto" and on == "cpu":
+        return [("pyav", "cpu")]
+    if device != "auto" or decoder == "dali":
+        from sslus.engine.dali import DaliBackend
+
+        DaliBackend(on)  # raises InputError here, once, rather than for every file
+    return [("dali", on)] + ([("pyav", "cpu")] if decoder == "auto" and device == "auto" else [])
+
+
+def _gpu_decodes() -> bool:
+    """Whether DALI is installed and a GPU answers."""
+    from sslus.engine.dali import why_not
+
+    return why_not("cuda") is None
+
+
+def _make_backend(name: str, device: str) -> Backend:
+    if name == "pyav":
+        return PyavBackend()
+    from sslus.engine.dali import DaliBackend
+
+    return DaliBackend(device)
+
+
+_worker_backends: list[Backend] = []  # of this worker process
+
+
+def _start_worker(backends: list[tuple[str, str]]) -> None:
+    _worker_backends.extend(_make_backend(*b) for b in backends)
+
+
+def _spool_path(work: Path, video_id: str) -> Path:
+    return work / f"{video_id}.json"
+
+
+def _spool_video(path: Path, video_id: str, settings: Settings, work: Path) -> dict:
+    """Decode one video into <id>.jpegs and <id>.json in `work`. Returns what the latter holds.
+
+    A file that cannot be decoded is a record with status "refused"; only errors in writing are
+    raised.
+    """
+    start = time.monotonic()
+    record = {
+        "codec": None, "width": None, "height": None, "rate_hz": None,
+        "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
+        "status": "refused", "why": "", "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
+        "stamp": _stamp(path), "sum": 0, "squares": 0, "frames": [],
+    }  # fmt: skip
+    try:
+        info = probe(path)
+        record |= {
+            "codec": info.codec, "width": info.width, "height": info.height,
+            "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
+        }  # fmt: skip
+        reasons = [(b, b.refuses(info)) for b in _worker_backends]
+        able = [b for b, why in reasons if why is None]
+        if not able:
+            raise VideoError(path, "; ".join(f"{b.name}: {why}" for b, why in reasons))
+        for backend in able:
+            tried = _decode_video(path, video_id, info, backend, settings, work)
+            whole = tried["decoded_frames"] == info.num_frames and not tried["corrupt_frames"]
+            # A decoder that loses frames gives way to the next; the last one's word stands.
+            if whole or backend is able[-1]:
+                break
+        record |= tried
+    except VideoError as e:
+        record["why"] = e.why
+    else:
+        _judge(record)
+    record["seconds"] = round(time.monotonic() - start, 3)
+    with atomic_file(_spool_path(work, video_id), "w") as f:
+        json.dump(record, f)
+    return record
+
+
+def _decode_video(
+    path: Path, video_id: str, info, backend: Backend, settings: Settings, work: Path
+) -> dict:
+    import simplejpeg
+
+    keep = settings.selector()
+    decoded = corrupt = total = squares = offset = 0
+    frames, why = [], ""
+    with atomic_file(work / f"{video_id}.jpegs") as f:
+        try:
+            for frame in backend.prepared(path, info, keep, settings.size, settings.quality):
+                decoded += 1
+                corrupt += frame.corrupt
+                if frame.image is None:
+                    continue
+                jpeg = frame.jpeg or simplejpeg.encode_jpeg(
+                    frame.image[..., None], settings.quality, "GRAY", "Gray"
+                )
+                s, q = moments(frame.image)
+                total += s
+                squares += q
+                f.write(jpeg)
+                frames.append((frame.index, round(frame.time_seconds, 6), offset, len(jpeg)))
+                offset += len(jpeg)
+        except VideoError as e:
+            why = e.why
+    return {
+        "decoded_frames": decoded, "corrupt_frames": corrupt, "kept_frames": len(frames),
+        "decoder": backend.name, "why": why, "sum": total, "squares": squares, "frames": frames,
+    }  # fmt: skip
+
+
+def _judge(record: dict) -> None:
+    """Status and reason from the counts."""
+    expected, decoded = record["expected_frames"], record["decoded_frames"]
+    reasons = [record["why"]] if record["why"] else []
+    if decoded != expected:
+        reasons.append(f"{decoded} of {expected} frames could be decoded")
+    if record["corrupt_frames"]:
+        reasons.append(f"{record['corrupt_frames']} damaged frames were left out")
+    record["status"] = "incomplete" if reasons else "ok"
+    if not record["kept_frames"]:
+        record["status"] = "refused"
+        reasons = reasons or ["no frame was kept"]
+    record["why"] = "; ".join(reasons)
+
+
+def _decode_all(sources, ids, settings, backends, work, jobs, report) -> tuple[dict, int]:
+    """The records of all sources by name, and how many of them an earlier run had made."""
+    records = {}
+    for s in sources:
+        path = _spool_path(work, ids[s.name])
+        if path.exists():
+            record = json.loads(path.read_text())
+            if tuple(record["stamp"]) == _stamp(s.path) and record["status"] != "refused":
+                records[s.name] = record
+    resumed = len(records)
+    todo = [s for s in sources if s.name not in records]
+    # Long ones first, so that no worker is left alone with one at the end.
+    todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
+    tasks = [(s.path, ids[s.name], settings, work) for s in todo]
+    frames = sum(r["decoded_frames"] for r in records.values())
+
+    def tell() -> None:
+        if report:
+            report(len(records), len(sources), f"{frames:,} frames")
+
+    tell()
+    if not tasks:
+        return records, resumed
+    with worker_pool(
+        min(jobs, len(tasks)),
+        _start_worker,
+        (backends,),
+        lambda: f"{len(records)} of {len(sources)} videos are decoded",
+    ) as workers:
+        for number, result in workers.map(_spool_video, tasks):
+            if isinstance(result, BrokenProcessPool):
+                result = _crashed(todo[number].path, ids[todo[number].name], work)
+            records[todo[number].name] = result
+            frames += result["decoded_frames"]
+            tell()
+    return records, resumed
+
+
+def _crashed(path: Path, video_id: str, work: Path) -> dict:
+    (work / f"{video_id}.jpegs.tmp").unlink(missing_ok=True)
+    return {
+        "codec": None, "width": None, "height": None, "rate_hz": None, "expected_frames": 0,
+        "decoded_frames": 0, "kept_frames": 0, "status": "refused",
+        "why": "the decoder crashed on it (or was killed, for want of memory perhaps)",
+        "seconds": 0.0, "decoder": None, "corrupt_frames": 0, "stamp": _stamp(path),
+        "sum": 0, "squares": 0, "frames": [],
+    }  # fmt: skip
+
+
+def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
+    hidden = ("frames", "sum", "squares", "stamp")
+    line = {k: v for k, v in record.items() if k not in hidden}
+    return {"source": str(source.path), "id": video_id, **line}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_all(out, work, sources, ids, records, marks, settings, jobs) -> Manifest:
+    """Shuffle the frames of all spools into shards, replace old ones, return the manifest."""
+    key = bytes.fromhex((out / "local" / "key").read_text().strip())
+    kept = [s for s in sources if records[s.name]["kept_frames"]]
+    video = np.concatenate(
+        [np.full(records[s.name]["kept_frames"], i, np.int32) for i, s in enumerate(kept)]
+    )
+    table = np.concatenate([np.array(records[s.name]["frames"], np.float64) for s in kept])
+    # Sorted by the hash of its key, a frame's place depends on nothing but itself and the others.
+    keys = [_frame_key(ids[kept[v].name], int(f)) for v, f in zip(video, table[:, 0], strict=True)]
+    rank = np.array([_hash64(k) for k in keys], np.uint64)
+    order = np.lexsort((table[:, 0], video, rank))
+    facts = []
+    for s in kept:
+        mark = (marks or {}).get(s.name, _Mark())
+        patient = _keyed_hash(key, "patient", mark.patient) if mark.patient else None
+        facts.append((ids[s.name], mark.label, patient))
+    num_shards = -(-len(order) // settings.frames_per_shard)
+    new = work / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    names = [f"shard-{i:06d}.tar" for i in range(num_shards)]
+    tasks = []
+    for name, part in zip(names, np.array_split(order, num_shards), strict=True):
+        rows = [
+            (int(v), int(frame), at, int(offset), int(size))
+            for v, (frame, at, offset, size) in zip(video[part], table[part].tolist(), strict=True)
+        ]
+        used = {v: facts[v] for v in {r[0] for r in rows}}
+        tasks.append((new / name, work, used, rows))
+    entries = [None] * num_shards
+    with worker_pool(
+        min(jobs, num_shards), _start_worker, ([],), lambda: "all videos are decoded"
+    ) as workers:
+        for number, result in workers.map(_write_shard, tasks):
+            if isinstance(result, BrokenProcessPool):
+                raise InputError(
+                    "a worker was killed while writing shards; run it again"
+                ) from result
+            entries[number] = {"name": names[number], "num_frames": len(tasks[number][3]), **result}
+    _swap(out, new)
+    pixels = len(order) * settings.size**2
+    total = sum(records[s.name]["sum"] for s in kept)
+    squares = sum(records[s.name]["squares"] for s in kept)
+    mean = total / pixels
+    return Manifest(
+        settings={"size": settings.size, "select": _selection(settings),
+                  "quality": settings.quality, "frames_per_shard": settings.frames_per_shard},
+        num_videos=len(kept),
+        num_frames=len(order),
+        mean=round(mean / 255, 9),
+        std=round(max(squares / pixels - mean**2, 0.0) ** 0.5 / 255, 9),
+        labels=sorted({label for _, label, _ in facts if label is not None}),
+        decoders=dict(sorted(Counter(records[s.name]["decoder"] for s in kept).items())),
+        shards=entries,
+    ).with_digest()  # fmt: skip
+
+
+def _selection(settings: Settings) -> str:
+    if settings.rate_hz is not None:
+        return f"at most {settings.rate_hz:g} frames a second"
+    return "all frames" if settings.stride == 1 else f"every {settings.stride}th frame"
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _frame_key(video_id: str, frame: int) -> str:
+    return f"{video_id}-{frame:06d}"
+
+
+def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict:
+    spools = {}
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for v, frame, time_seconds, offset, size in rows:
+            video_id, label, patient = facts[v]
+            if v not in spools:
+                if len(spools) >= 256:  # far below the usual limit of 1024 open files
+                    os.close(spools.pop(next(iter(spools))))
+                spools[v] = os.open(work / f"{video_id}.jpegs", os.O_RDONLY)
+            jpeg = os.pread(spools[v], size, offset)
+            if len(jpeg) != size:
+                raise InputError(f"{work}: a spool was cut off; delete this folder and start again")
+            fact = {"video": video_id, "frame": frame, "time_seconds": time_seconds,
+                    "label": label, "patient": patient}  # fmt: skip
+            yield (
+                _frame_key(video_id, frame),
+                {"jpg": jpeg, "json": json.dumps(fact).encode()},
+            )
+
+    try:
+        length, sha256 = tar.write_shard(path, samples())
+    finally:
+        for fd in spools.values():
+            os.close(fd)
+    return {"bytes": length, "sha256": sha256}
+
+
+def _swap(out: Path, new: Path) -> None:
+    """Put the new shards in the old ones' place. Without a manifest a folder counts as unfinished,
+    and the spools are still there: a crash in here costs nothing but this second pass."""
+    (out / manifests.NAME).unlink(missing_ok=True)
+    for old in [*out.glob("shard-*.tar"), *out.glob("shard-*.idx")]:
+        old.unlink()
+    for path in sorted(new.iterdir()):
+        path.rename(out / path.name)
+    sync_folder(out)

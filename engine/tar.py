@@ -1,0 +1,105 @@
+"""Reproducible USTAR archives and their DALI index.
+
+Written by hand because the bytes must depend on the frames alone (no clock, user or umask) and
+because a header costs 4 us here and 40 us in the standard library, twice a frame.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from sslus.engine.atomic import atomic_file, sync_folder
+from sslus.engine.errors import InputError
+
+BLOCK = 512
+RECORD = 10240  # an archive's length is a multiple of this
+NAME_BYTES = 100  # what a USTAR header holds without a prefix field
+INDEX_VERSION = "v1.2"
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member: regular file, mode 644, no owner, time 0."""
+    raw = name.encode("ascii")
+    if len(raw) > NAME_BYTES:
+        raise ValueError(f"tar: a member's name has at most {NAME_BYTES} bytes, got {name!r}")
+    if not 0 <= size < 8**11:
+        raise ValueError(f"tar: a member has 0 to 8 GiB, got {size} bytes")
+    out = bytearray(BLOCK)
+    out[: len(raw)] = raw
+    out[100:108] = b"0000644\0"
+    out[108:124] = b"0000000\0" * 2  # uid, gid
+    out[124:136] = b"%011o\0" % size
+    out[136:148] = b"00000000000\0"  # mtime
+    out[148:156] = b" " * 8  # the checksum counts its own field as spaces
+    out[156] = ord("0")
+    out[257:265] = b"ustar\x0000"
+    out[148:156] = b"%06o\0 " % sum(out)
+    return bytes(out)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[int, str]:
+    """Write samples (key, {extension: bytes}) as `path` and the DALI index `path`.idx.
+
+    Both appear whole or not at all. Returns the archive's length in bytes and its sha256.
+    """
+    digest, offset, lines = hashlib.sha256(), 0, []
+    with atomic_file(path) as f:
+
+        def put(data: bytes) -> None:
+            nonlocal offset
+            f.write(data)
+            digest.update(data)
+            offset += len(data)
+
+        for key, members in samples:
+            groups = []
+            for extension, data in members.items():
+                name = f"{key}.{extension}"
+                put(header(name, len(data)))
+                groups.append(f"{extension} {offset} {len(data)} {name}")
+                put(data + b"\0" * (-len(data) % BLOCK))
+            lines.append(" ".join(groups))
+        put(b"\0" * (2 * BLOCK))
+        put(b"\0" * (-offset % RECORD))
+    with atomic_file(index_path(path), "w") as f:
+        f.write(f"{INDEX_VERSION} {len(lines)}\n" + "".join(line + "\n" for line in lines))
+    sync_folder(path.parent)
+    return offset, digest.hexdigest()
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".idx")
+
+
+def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """The samples of a shard: (key, {extension: (offset, size)}), without reading the archive.
+
+    Raises InputError where the index is missing, is not one, or points behind the archive's end.
+    """
+    path = index_path(shard)
+    samples = []
+    try:
+        length = shard.stat().st_size
+        first, *lines = path.read_text().splitlines()
+        version, count = first.split()
+        for line in lines:
+            words = line.split()
+            members = {}
+            for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
+                key = name.split(".", 1)[0]
+                members[extension] = (int(offset), int(size))
+                if int(offset) + int(size) > length:
+                    raise InputError(
+                        f"{shard}: is shorter than its index says; it was cut off or replaced."
+                        " Make the shards again: sslus shard --force"
+                    )
+            samples.append((key, members))
+        if version != INDEX_VERSION or len(samples) != int(count):
+            raise ValueError
+    except InputError:
+        raise
+    except OSError as e:
+        raise InputError(f"{e.filename}: {e.strerror}; make the shards again: sslus shard") from e
+    except (ValueError, IndexError) as e:
+        raise InputError(f"{path}: not a {INDEX_VERSION} index; make the shards again") from e
+    return samples
