@@ -1,0 +1,214 @@
+"""The frame store: every frame of the shards, decoded once, memory-mapped.
+
+Ultrasound is small (8 bits, one channel: 115,000 frames of 256 x 256 are 7.5 GB), so decoding it
+anew in every epoch is a waste that the training loop would pay for.
+"""
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine import tar
+from sslus.engine.atomic import atomic_folder
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import Manifest, read_manifest
+
+FORMAT = 1
+CHUNK = 64  # frames a task: long enough to hide its start, short enough to share out evenly
+COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
+
+
+@dataclass(frozen=True)
+class FrameStore:
+    """N frames, ordered by video and time. Open it with FrameStore.open."""
+
+    frames: np.ndarray  # (N, S, S) uint8, memory-mapped, read-only
+    video: np.ndarray  # (N,) int32, index into video_ids
+    frame: np.ndarray  # (N,) int32, the frame's number in its video
+    time_seconds: np.ndarray  # (N,) float32, after the video's first frame
+    label: np.ndarray  # (N,) int32, index into label_names; -1 without a label
+    patient: np.ndarray  # (N,) int32; -1 unknown
+    video_ids: list[str]
+    label_names: list[str]
+    mean: float  # of all pixels, 0 to 1
+    std: float
+    digest: str  # of the shards it was built from
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def size(self) -> int:
+        """S: side of a frame in pixels."""
+        return self.frames.shape[1]
+
+    @staticmethod
+    def open(
+        shards: Path,
+        *,
+        rebuild: bool = False,
+        folder: Path | None = None,
+        threads: int | None = None,
+        report: Callable[[int, int, str], None] | None = None,
+    ) -> "FrameStore":
+        """The store of a folder of shards, built on the first call.
+
+        It lies in `folder` (default: `shards`/store) and appears there only when it is complete;
+        several processes may call this at once, one builds. `threads` decode (default: one a
+        core); `report(done, total, note)` counts frames. Raises InputError where the shards are
+        unfinished, of another version or damaged, and where the store there belongs to other
+        shards and `rebuild` is not given; OSError on a full disk.
+        """
+        shards = Path(shards)
+        manifest = read_manifest(shards)
+        folder = Path(folder) if folder else shards / "store"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(folder.name + ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if rebuild or not folder.exists():
+                _build(shards, manifest, folder, threads, report)
+        return _load(folder, manifest)
+
+
+def _load(folder: Path, manifest: Manifest) -> FrameStore:
+    remedy = "; --rebuild-store makes it anew"
+    try:
+        facts = json.loads((folder / "store.json").read_text())
+        if facts["format"] != FORMAT:
+            raise InputError(f"{folder}: a store of another version of sslus{remedy}")
+        if facts["digest"] != manifest.digest:
+            raise InputError(
+                f"{folder}: was built from other shards (digest {facts['digest'][:8]}, the shards"
+                f" here have {manifest.digest[:8]}){remedy}"
+            )
+        index = (folder / "index.npz").read_bytes()
+        if hashlib.sha256(index).hexdigest() != facts["index_sha256"]:
+            raise InputError(f"{folder}/index.npz: damaged{remedy}")
+        shape = tuple(facts["shape"])
+        path = folder / "frames.u8"
+        if path.stat().st_size != np.prod(shape):
+            raise InputError(f"{path}: has not the size of {shape[0]} frames{remedy}")
+        frames = np.memmap(path, np.uint8, "r", shape=shape)
+        with np.load(folder / "index.npz", allow_pickle=False) as columns:
+            arrays = {name: columns[name] for name in COLUMNS}
+    except FileNotFoundError as e:
+        raise InputError(f"{e.filename}: is missing{remedy}") from e
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise InputError(f"{folder}: damaged ({type(e).__name__}: {e}){remedy}") from e
+    return FrameStore(
+        frames, **arrays, video_ids=facts["videos"], label_names=manifest.labels,
+        mean=manifest.mean, std=manifest.std, digest=manifest.digest,
+    )  # fmt: skip
+
+
+def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> None:
+    num, size = manifest.num_frames, manifest.settings["size"]
+    maps, samples = [], []
+    for number, entry in enumerate(manifest.shards):
+        path = shards / entry["name"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise InputError(f"{path}: missing or not whole; run `sslus shard` again")
+        with path.open("rb") as f:
+            maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        for key, members in tar.read_index(path):
+            samples.append((number, key, members))
+    if len(samples) != num:
+        raise InputError(f"{shards}: {len(samples)} frames in the indexes, {num} in the manifest")
+
+    def read(number: int, place: tuple[int, int]) -> bytes:
+        offset, length = place
+        return maps[number][offset : offset + length]
+
+    try:
+        facts = [json.loads(read(number, members["json"])) for number, _, members in samples]
+        columns, order, videos = _columns(facts, manifest.labels)
+    except (KeyError, ValueError) as e:
+        raise InputError(f"{shards}: damaged shards ({e}); make them again") from e
+    with atomic_folder(folder) as new:
+        frames_path = new / "frames.u8"
+        with frames_path.open("wb") as f:
+            # A hole in a mapped file on a full disk would kill the process instead of raising.
+            os.posix_fallocate(f.fileno(), 0, num * size * size)
+        frames = np.memmap(frames_path, np.uint8, "r+", shape=(num, size, size))
+
+        def decode(start: int) -> int:
+            import simplejpeg
+
+            stop = min(start + CHUNK, num)
+            for place in range(start, stop):
+                number, key, members = samples[order[place]]
+                try:
+                    image = simplejpeg.decode_jpeg(read(number, members["jpg"]), "GRAY")
+                    frames[place] = image[..., 0]
+                except ValueError as e:
+                    name = manifest.shards[number]["name"]
+                    raise InputError(
+                        f"{shards / name}: {key}.jpg is damaged; make the shards again"
+                    ) from e
+            return stop - start
+
+        def check(number: int) -> int:
+            if hashlib.sha256(maps[number]).hexdigest() != manifest.shards[number]["sha256"]:
+                name = manifest.shards[number]["name"]
+                raise InputError(f"{shards / name}: its digest is wrong; make the shards again")
+            return 0
+
+        done = 0
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            jobs = [pool.submit(check, n) for n in range(len(maps))]
+            jobs += [pool.submit(decode, start) for start in range(0, num, CHUNK)]
+            try:
+                for job in jobs:
+                    done += job.result()
+                    if report:
+                        report(done, num, "")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        frames.flush()
+        np.savez(new / "index.npz", **columns)
+        index = (new / "index.npz").read_bytes()
+        (new / "store.json").write_text(
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "digest": manifest.digest,
+                    "shape": [num, size, size],
+                    "index_sha256": hashlib.sha256(index).hexdigest(),
+                    "videos": videos,
+                }
+            )
+        )
+        for path in new.iterdir():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+    for m in maps:
+        m.close()
+
+
+def _columns(facts: list[dict], labels: list[str]) -> tuple[dict, np.ndarray, list[str]]:
+    """The index arrays in the store's order, that order, and the videos' ids."""
+    videos = sorted({f["video"] for f in facts})
+    patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
+
+    def number(names: list[str], key: str) -> np.ndarray:
+        place = {name: i for i, name in enumerate(names)} | {None: -1}
+        return np.array([place[f[key]] for f in facts], np.int32)
+
+    columns = {
+        "video": number(videos, "video"),
+        "frame": np.array([f["frame"] for f in facts], np.int32),
+        "time_seconds": np.array([f["time_seconds"] for f in facts], np.float32),
+        "label": number(labels, "label"),
+        "patient": number(patients, "patient"),
+    }
+    order = np.lexsort((columns["frame"], columns["video"]))
+    return {name: column[order] for name, column in columns.items()}, order, videos
