@@ -124,7 +124,7 @@ def shard(
     start = time.monotonic()
     settings = settings or Settings()
     out = Path(out)
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
     if jobs < 1:
         raise InputError(f"--jobs: want at least 1, got {jobs}")
     sources, ignored = find_videos(paths, skip=out.resolve())

@@ -188,13 +188,15 @@ def probe(path: Path) -> VideoInfo:
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        shown = hidden = 0
+        shown = hidden = end = 0
         frame = None
         try:
             for packet in container.demux(stream):
                 if packet.size:  # "discard" marks what lies outside the clip's edit list
                     hidden += packet.is_discard
                     shown += not packet.is_discard
+                    if packet.pts is not None:
+                        end = max(end, packet.pts + (packet.duration or 0))
                 if frame is None:
                     try:
                         frame = next(iter(packet.decode()), None)
@@ -212,12 +214,33 @@ def probe(path: Path) -> VideoInfo:
             pixel_format=frame.format.name,
             height=frame.height,
             width=frame.width,
-            rate_hz=float(rate) if rate else 0.0,
-            num_frames=max(shown, stream.frames - hidden),
+            rate_hz=float(rate or 0),
+            num_frames=max(shown, stream.frames - hidden)
+            + (0 if stream.frames else _missing(container, stream, end)),
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
             rotation_degrees=int(frame.rotation) % 360,
         )
+
+
+def _missing(container, stream, end: int) -> int:
+    """How many frames a file without a frame count is short of the duration it announces.
+
+    Matroska and WebM say how long they are but not how many frames they hold: when such a file
+    is cut off, only its duration tells. `end` is the end of the last packet in time base units.
+    """
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
+    try:
+        announced = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:  # not said of this stream; the file's own is its only stream's
+        if len(container.streams) > 1 or container.duration is None:
+            return 0
+        announced = container.duration / 1e6 + (container.start_time or 0) / 1e6
+    short = announced - float(end * stream.time_base)
+    # Half a frame of grace: a last frame without a duration of its own is no loss.
+    return round(short * rate) if rate and short * rate > 1.5 else 0
 
 
 def _is_full_range(frame) -> bool:

@@ -1,0 +1,111 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real ultrasound files, which are not part of the repository."""
+    folder = Path(os.environ.get("SSLUS_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real ultrasound files at {folder} (set SSLUS_REAL_DATA)")
+    return folder
+
+
+def moving_pattern(num: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(num, height, width) uint8 frames that all differ: smooth noise that drifts."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, (height // 8 + 3, width // 8 + num // 2 + 3))
+    fine = np.kron(coarse, np.ones((8, 8)))
+    kernel = np.ones(9) / 9
+    fine = np.apply_along_axis(np.convolve, 1, fine, kernel, mode="same")
+    fine = np.apply_along_axis(np.convolve, 0, fine, kernel, mode="same")
+    frames = [fine[:height, 3 * i % (width // 2 + 1) :][:, :width] for i in range(num)]
+    return np.stack(frames).round().clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def pattern():
+    return moving_pattern
+
+
+def write_clip(
+    path: Path,
+    luma: np.ndarray,
+    *,
+    codec: str = "mpeg4",
+    pixel_format: str = "yuv420p",
+    rate: int = 25,
+    times: list[int] | None = None,
+    options: dict | None = None,
+    audio: bool = False,
+    full_range: bool = False,
+) -> Path:
+    """Encode (T, H, W) uint8 luma planes as they are: no conversion on the way in.
+
+    `times` are time stamps in milliseconds (variable frame rate).
+    """
+    from fractions import Fraction
+
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = luma.shape[1:]
+        stream.pix_fmt = pixel_format
+        stream.options = options or {}
+        if full_range:
+            stream.codec_context.color_range = 2
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("aac", rate=16000) if audio else None
+        for i, plane in enumerate(luma):
+            frame = av.VideoFrame(plane.shape[1], plane.shape[0], pixel_format)
+            for component in frame.planes:
+                rows = np.frombuffer(component, np.uint8).reshape(-1, component.line_size)
+                rows[:] = 128
+            rows = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
+            rows[: plane.shape[0], : plane.shape[1]] = plane
+            if full_range:
+                frame.color_range = 2
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            else:
+                frame.pts, frame.time_base = i, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            silence = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            silence.sample_rate = 16000
+            for i in range(16):
+                silence.pts = 1024 * i
+                container.mux(sound.encode(silence))
+            container.mux(sound.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return write_clip
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of six short clips with the same name twice, and labels.csv."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    rows = []
+    for i, name in enumerate(["a/x", "b/x", "a/y", "b/z", "u", "v"]):
+        write_clip(folder / f"{name}.mp4", moving_pattern(20 + 5 * i, 96, 128, seed=i))
+        rows.append(f"{name}.mp4,{'left' if i % 2 else 'right'},p{i // 2}")
+    (folder / "labels.csv").write_text("path,label,patient\n" + "\n".join(rows) + "\n")
+    return folder

@@ -1,0 +1,442 @@
+"""Sharding: the same bytes whatever happens, every frame accounted for, nothing leaked."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from sslus.engine import tar
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
+from sslus.engine.prepare import prepare
+from sslus.engine.shard import Settings, shard
+from sslus.engine.video import decode, find_videos
+
+KEY = "00112233445566778899aabbccddeeff" * 2
+SMALL = Settings(size=64, stride=3, frames_per_shard=40)
+
+
+@pytest.fixture
+def key(tmp_path) -> Path:
+    (tmp_path / "key").write_text(KEY)
+    return tmp_path / "key"
+
+
+def make(clips, out, key, settings=SMALL, **kwargs):
+    kwargs = {"jobs": 2, "device": "cpu", "labels": clips / "labels.csv"} | kwargs
+    return shard([clips], out, settings, key=key, **kwargs)
+
+
+def public_bytes(out: Path) -> dict[str, bytes]:
+    """Everything that is shared: all files but those in local/."""
+    return {p.name: p.read_bytes() for p in sorted(out.iterdir()) if p.is_file()}
+
+
+def samples(out: Path) -> dict[str, dict[str, bytes]]:
+    """Read with the standard library, which knows nothing of this code."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, _, extension = member.name.partition(".")
+                found.setdefault(key, {})[extension] = archive.extractfile(member).read()
+                assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
+    return found
+
+
+def command(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "sslus.tools", *map(str, arguments)],
+        capture_output=True, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def one_line(result, code: int, *words: str) -> None:
+    """The house's rule for bad input."""
+    assert result.returncode == code, result.stderr
+    errors = [x for x in result.stderr.splitlines() if x.startswith("Error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+def test_every_kept_frame_is_there_with_its_pixels(clips, tmp_path, key):
+    report = make(clips, tmp_path / "out", key)
+    found = samples(tmp_path / "out")
+    by_source = {r["source"]: r for r in report.ledger}
+    count = 0
+    for source in find_videos([clips])[0]:
+        record = by_source[str(source.path)]
+        kept = [f for f in decode(source.path) if f.index % 3 == 0]
+        assert record["kept_frames"] == len(kept) and record["status"] == "ok"
+        assert record["expected_frames"] == record["decoded_frames"]
+        for f in kept:
+            sample = found[f"{record['id']}-{f.index:06d}"]
+            want = simplejpeg.encode_jpeg(prepare(f.luma, 64)[..., None], 95, "GRAY", "Gray")
+            assert sample["jpg"] == want
+            fact = json.loads(sample["json"])
+            assert fact["time_seconds"] == pytest.approx(f.time_seconds, abs=1e-6)
+            assert fact["label"] in ("left", "right")
+            count += 1
+    manifest = read_manifest(tmp_path / "out")
+    assert (
+        len(found) == count == manifest.num_frames == sum(s["num_frames"] for s in manifest.shards)
+    )
+    pixels = np.stack(
+        [prepare(f.luma, 64) for s in find_videos([clips])[0]
+         for f in decode(s.path) if f.index % 3 == 0]
+    )  # fmt: skip
+    assert manifest.mean == pytest.approx(pixels.mean() / 255, abs=1e-8)
+    assert manifest.std == pytest.approx(pixels.std() / 255, abs=1e-8)
+    order = [k for p in sorted((tmp_path / "out").glob("*.tar")) for k, _ in tar.read_index(p)]
+    videos = [k[:16] for k in order]
+    changes = sum(a != b for a, b in zip(videos, videos[1:], strict=False))
+    assert changes > 0.6 * len(videos)  # shuffled across videos, not only within
+
+
+def test_bytes_do_not_depend_on_jobs_or_on_an_interruption(clips, tmp_path, key):
+    make(clips, tmp_path / "a", key, jobs=1)
+    make(clips, tmp_path / "b", key, jobs=3)
+    assert public_bytes(tmp_path / "a") == public_bytes(tmp_path / "b")
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(done, total, note):
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        make(clips, tmp_path / "c", key, jobs=1, report=stop_after_two)
+    assert public_bytes(tmp_path / "c") == {}
+    resumed = make(clips, tmp_path / "c", key)
+    assert resumed.resumed >= 2
+    assert public_bytes(tmp_path / "a") == public_bytes(tmp_path / "c")
+    again = make(clips, tmp_path / "c", key)
+    assert again.already and again.manifest == resumed.manifest
+
+
+def test_webdataset_and_dali_read_them(clips, tmp_path, key):
+    import webdataset
+    from nvidia.dali import fn, pipeline_def
+
+    make(clips, tmp_path / "out", key)
+    mine = samples(tmp_path / "out")
+    tars = sorted(str(p) for p in (tmp_path / "out").glob("*.tar"))
+    theirs = {s["__key__"]: s for s in webdataset.WebDataset(tars, shardshuffle=False)}
+    assert {k: s["jpg"] for k, s in theirs.items()} == {k: s["jpg"] for k, s in mine.items()}
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline():
+        indexes = [t.replace(".tar", ".idx") for t in tars]
+        return fn.readers.webdataset(paths=tars, index_paths=indexes, ext=["jpg"], name="r")
+
+    built = pipeline()
+    built.build()
+    assert sum(built.epoch_size().values()) == len(mine)
+    order = [k for t in tars for k, _ in tar.read_index(Path(t))]
+    for key in order[:5]:
+        assert np.asarray(built.run()[0][0]).tobytes() == mine[key]["jpg"]
+
+
+def test_tar_headers_are_the_standard_librarys():
+    for name, size in [("a-000001.jpg", 0), ("b" * 100, 12345), ("c.json", 8**11 - 1)]:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        assert tar.header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+    for name, size in [("d" * 101, 1), ("e", 8**11)]:
+        with pytest.raises(ValueError):
+            tar.header(name, size)
+
+
+def test_nothing_shared_holds_a_name(clips, tmp_path):
+    """Names, patients and folders stay in local/, which only the owner can read."""
+    videos = tmp_path / "Jane Doe 1990-01-01"
+    videos.mkdir()
+    (videos / "DOE_JANE.mp4").symlink_to(clips / "u.mp4")
+    (videos / "labels.csv").write_text("path,label,patient\nDOE_JANE.mp4,left,JaneDoe\n")
+    out = tmp_path / "out"
+    shard([videos], out, SMALL, labels=videos / "labels.csv", device="cpu", jobs=1)
+    for content in public_bytes(out).values():
+        for word in (b"DOE", b"Doe", b"Jane", b"1990", b"u.mp4", str(tmp_path).encode()):
+            assert word not in content
+    assert (out / "local").stat().st_mode & 0o777 == 0o700
+    assert "DOE_JANE.mp4" in (out / "local" / "ledger.jsonl").read_text()
+    other = shard([videos], tmp_path / "other", SMALL, device="cpu", jobs=1)
+    mine = json.loads((out / "local" / "ledger.jsonl").read_text())
+    assert other.ledger[0]["id"] != mine["id"]  # another key: the id cannot be recomputed
+
+
+@pytest.mark.parametrize(
+    "settings, want",
+    [
+        (Settings(size=32, stride=1), list(range(20))),
+        (Settings(size=32, stride=7), [0, 7, 14]),
+        (Settings(size=32, stride=None, rate_hz=5), [0, 5, 10, 15]),
+        (Settings(size=32, stride=None, rate_hz=25), list(range(20))),
+        (Settings(size=32, stride=None, rate_hz=1000), list(range(20))),
+        (Settings(size=32, stride=None, rate_hz=10), [0, 3, 5, 8, 10, 13, 15, 18]),
+    ],
+)
+def test_selection(settings, want, clip, pattern, tmp_path):
+    clip(tmp_path / "x.mp4", pattern(20, 48, 64))
+    report = shard([tmp_path / "x.mp4"], tmp_path / "out", settings, device="cpu", jobs=1)
+    kept = sorted(int(k.split("-")[1]) for k in samples(tmp_path / "out"))
+    assert kept == want and report.ledger[0]["decoded_frames"] == 20
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def mixed(clips, tmp_path) -> Path:
+    """Good videos among bad ones."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.mp4").write_bytes((clips / "u.mp4").read_bytes())
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.avi").write_text("not a video " * 99)
+    data = (clips / "v.mp4").read_bytes()
+    (folder / "headless.mp4").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def test_one_bad_file_costs_that_file_only(mixed, tmp_path):
+    out = tmp_path / "out"
+    result = command("shard", mixed, "-o", out, "--size", 64, "--all", "--device", "cpu")
+    assert result.returncode == 3, result.stderr
+    ledger = [json.loads(x) for x in (out / "local" / "ledger.jsonl").read_text().splitlines()]
+    status = {Path(r["source"]).name: r["status"] for r in ledger}
+    assert status == {
+        "good.mp4": "ok", "empty.mp4": "refused", "text.avi": "refused", "headless.mp4": "refused"
+    }  # fmt: skip
+    for name in ("empty.mp4", "text.avi", "headless.mp4"):
+        assert sum(name in line for line in result.stderr.splitlines()) == 1
+    assert "1 of 4" in result.stdout and "Traceback" not in result.stderr
+    fields = "source id codec width height rate_hz expected_frames decoded_frames kept_frames"
+    for record in ledger:
+        assert set(f"{fields} status why seconds".split()) <= set(record)
+        assert (record["status"] == "ok") == (record["why"] == "")
+    assert read_manifest(out).num_videos == 1
+
+
+def test_strict_writes_nothing(mixed, tmp_path):
+    out = tmp_path / "out"
+    result = command("shard", mixed, "-o", out, "--size", 64, "--strict", "--device", "cpu")
+    one_line(result, 1, "3 of 4 files", "--strict")
+    assert public_bytes(out) == {}
+
+
+def test_a_truncated_video_is_said_and_its_good_frames_kept(clip, pattern, tmp_path):
+    path = clip(tmp_path / "cut.mkv", pattern(90, 64, 64), codec="libvpx-vp9")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = tmp_path / "out"
+    result = command("shard", path, "-o", out, "--size", 64, "--all", "--device", "cpu")
+    assert result.returncode == 3
+    record = json.loads((out / "local" / "ledger.jsonl").read_text())
+    assert record["status"] == "incomplete" and record["kept_frames"] == record["decoded_frames"]
+    assert f"{record['decoded_frames']} of {record['expected_frames']} frames" in result.stderr
+    assert 0 < record["decoded_frames"] < record["expected_frames"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere"], ["nowhere", "no such file or folder"]),
+        (["empty"], ["no video found"]),
+        (["empty/notes.txt"], ["none of the 1 files gave a frame", "notes.txt"]),
+        (["a", "b"], ["same name", "x.mp4"]),
+        (["a", "--labels", "lost.csv"], ["lost.csv", "1 of its videos", "lost.mp4"]),
+        (["a", "--labels", "columns.csv"], ["path,label,patient"]),
+        (["a", "--labels", "twice.csv"], ["line 3", "line 2"]),
+        (["a", "--labels", "none.csv"], ["none.csv", "cannot be read"]),
+        (["a", "--size", "3"], ["--size"]),
+        (["a", "--stride", "0"], ["--stride"]),
+        (["a", "--rate", "-1"], ["--rate"]),
+        (["a", "--rate", "5", "--all"], ["--stride, --rate and --all"]),
+        (["a", "--quality", "101"], ["--quality"]),
+        (["a", "--jobs", "0"], ["--jobs"]),
+        (["a", "--key", "empty/notes.txt"], ["64 hex digits"]),
+        (["a", "--device", "cuda", "--decoder", "pyav"], ["--decoder dali"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, clips, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.mp4").symlink_to(clips / folder / "x.mp4")
+    # Two videos of the same name that are different files
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    head = "path,label,patient\n"
+    (tmp_path / "lost.csv").write_text(f"{head}a/lost.mp4,left,p\n")
+    (tmp_path / "columns.csv").write_text("file,label\na/x.mp4,left\n")
+    (tmp_path / "twice.csv").write_text(f"{head}a/x.mp4,left,p\na/x.mp4,right,p\n")
+    one_line(command("shard", *arguments, cwd=tmp_path), 1, *words)
+    assert public_bytes(tmp_path / "shards") == {} if (tmp_path / "shards").exists() else True
+
+
+def test_other_settings_are_refused_and_force_replaces(clips, tmp_path, key):
+    out = tmp_path / "out"
+    first = make(clips, out, key)
+    with pytest.raises(InputError, match="--force"):
+        make(clips, out, key, Settings(size=32, frames_per_shard=1000))
+    assert len(samples(out)) == first.manifest.num_frames  # untouched
+    second = make(clips, out, None, Settings(size=32, frames_per_shard=1000), force=True)
+    assert [s["name"] for s in second.manifest.shards] == ["shard-000000.tar"]
+    assert len(list(out.glob("*.tar"))) == 1
+    assert {r["id"] for r in first.ledger} == {r["id"] for r in second.ledger}  # the key is kept
+
+
+def test_a_shard_that_vanished_is_made_again(clips, tmp_path, key):
+    out = tmp_path / "out"
+    make(clips, out, key)
+    before = public_bytes(out)
+    (out / "shard-000001.tar").unlink()
+    with pytest.raises(InputError, match="--force"):
+        make(clips, out, key)
+    make(clips, out, key, force=True)
+    assert public_bytes(out) == before
+
+
+def test_two_runs_do_not_mix(clips, tmp_path, key):
+    import fcntl
+
+    (tmp_path / "out" / "local").mkdir(parents=True)
+    with (tmp_path / "out" / "local" / "lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another `sslus shard`"):
+            make(clips, tmp_path / "out", key)
+
+
+def gone(group: int, within_seconds: float) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_moment_it_goes_on(how, clips, pattern, clip, tmp_path, key):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(6):
+        clip(videos / f"{i}.mp4", pattern(150, 256, 256, seed=i))
+    arguments = [videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
+                 "--size", 128, "--key", key]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslus.tools", "shard", *map(str, arguments)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    work = tmp_path / "out" / "local" / "work"
+    deadline = time.monotonic() + 60
+    while not list(work.glob("*.jpegs")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=30)
+    assert gone(process.pid, within_seconds=5)  # no worker is left behind
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
+        assert stderr.splitlines()[-1].startswith("Error: stopped; ")
+    assert public_bytes(tmp_path / "out") == {}
+    assert command("shard", *arguments).returncode == 0
+    shard([videos], tmp_path / "straight", Settings(size=128, stride=1), key=key, device="cpu")
+    assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+
+
+def test_full_disk(clip, pattern, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):  # noise, which JPEG cannot make small: 3 x 2.5 MB
+        clip(videos / f"{i}.mp4", rng.integers(0, 256, (40, 256, 256), dtype=np.uint8))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        arguments = ["shard", videos, "-o", disk / "out", "--all", "--device", "cpu", "--jobs", 1]
+        one_line(command(*arguments), 1, "no space left")
+        assert public_bytes(disk / "out") == {}
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert command(*arguments).returncode == 0
+        assert read_manifest(disk / "out").num_frames == 120
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_crashing_decoder_costs_one_file(clips, tmp_path, monkeypatch):
+    """A worker that dies (here: killed from outside) is replaced and the rest goes on."""
+    killed = []
+
+    def kill_one(done, total, note):
+        if not killed:
+            children = subprocess.run(
+                ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="],
+                capture_output=True, text=True,
+            ).stdout.splitlines()  # fmt: skip
+            workers = [int(x.split()[0]) for x in children if "multiprocessing.spawn" in x]
+            if done == 1 and workers:
+                killed.append(workers[0])
+                os.kill(workers[0], signal.SIGKILL)
+
+    report = shard([clips], tmp_path / "out", SMALL, jobs=1, device="cpu", report=kill_one)
+    assert killed
+    assert sorted(r["status"] for r in report.ledger) == ["ok"] * 5 + ["refused"]
+    (bad,) = report.problems
+    assert "crashed" in bad["why"]
+
+
+def test_changed_sources_are_seen(clips, pattern, clip, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    clip(videos / "x.mp4", pattern(10, 64, 64))
+    shard([videos], tmp_path / "out", SMALL, device="cpu", jobs=1)
+    clip(videos / "x.mp4", pattern(12, 64, 64))
+    with pytest.raises(InputError, match="other videos, labels or settings"):
+        shard([videos], tmp_path / "out", SMALL, device="cpu", jobs=1)
+
+
+def test_another_version_is_named(clips, tmp_path, key):
+    make(clips, tmp_path / "out", key)
+    path = tmp_path / "out" / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"format": 1', '"format": 7'))
+    with pytest.raises(InputError, match="format 7"):
+        read_manifest(tmp_path / "out")
+    path.write_text(text.replace('"quality": 95', '"quality": 96'))
+    with pytest.raises(InputError, match="was changed"):
+        read_manifest(tmp_path / "out")
+    path.write_text(text[:100])
+    with pytest.raises(InputError, match="damaged"):
+        read_manifest(tmp_path / "out")
+
+
+def test_the_real_videos_are_accounted_for(real_data, tmp_path):
+    """44 videos, 11,208 frames, H.264 and MPEG-2: none lost."""
+    folder = real_data / "pocus-ccby"
+    result = command(
+        "shard", folder / "pocus_videos", "-o", tmp_path / "out", "--size", 64, "--stride", 50,
+        "--labels", folder / "labels.csv", "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "44 of 44" in result.stdout
+    assert "11,208 decoded of 11,208 expected" in result.stdout
+    assert "sslus train" in result.stdout.splitlines()[-1]
+    assert io.StringIO((tmp_path / "out" / "manifest.json").read_text()).read(1) == "{"

@@ -1,0 +1,291 @@
+"""Decoding: every frame, exact luma, true times, one clear line for what cannot be decoded."""
+
+import csv
+import gc
+
+import numpy as np
+import pytest
+
+from sslus.engine.errors import InputError
+from sslus.engine.prepare import expand_limited, fit, moments, prepare
+from sslus.engine.video import VideoError, decode, find_videos, probe
+
+
+def expanded(y: np.ndarray) -> np.ndarray:
+    """The definition, in float64: BT.601/709 limited range to full range."""
+    return np.clip(np.floor((y.astype(np.float64) - 16) * 255 / 219 + 0.5), 0, 255)
+
+
+def test_limited_range_is_expanded_exactly():
+    every = np.arange(256, dtype=np.uint8)
+    for width in (1, 31, 32, 33, 256):  # shorter than a vector, whole vectors, an odd tail
+        padded = np.tile(every, (3, 2))[:, : width + 5]
+        rows = padded[:, :width]  # strided, as a decoder's plane is
+        np.testing.assert_array_equal(expand_limited(rows), expanded(rows))
+
+
+# lossless codecs: what comes out must be what went in
+LOSSLESS = [
+    ("ffv1", "yuv420p", "mkv"),
+    ("ffv1", "yuv444p", "mkv"),
+    ("ffv1", "gray", "mkv"),
+    ("libx264", "yuv420p", "mp4"),
+    ("libx264", "yuv444p", "mp4"),
+    ("libvpx-vp9", "yuv420p", "webm"),
+    ("huffyuv", "yuv422p", "avi"),
+]
+
+
+@pytest.mark.parametrize("codec, pixel_format, container", LOSSLESS)
+@pytest.mark.parametrize("height, width", [(64, 96), (51, 77)])
+def test_luma_is_bit_exact(codec, pixel_format, container, height, width, clip, pattern, tmp_path):
+    if (codec, width % 2) in {("libx264", 1), ("huffyuv", 1)} and pixel_format != "yuv444p":
+        width, height = width + 1, height + 1  # these encoders refuse odd sizes in 4:2:x
+    luma = pattern(12, height, width)
+    options = {"libx264": {"qp": "0"}, "libvpx-vp9": {"lossless": "1"}}.get(codec, {})
+    path = clip(
+        tmp_path / f"x.{container}", luma, codec=codec, pixel_format=pixel_format, options=options
+    )
+    info = probe(path)
+    frames = list(decode(path))
+    assert (info.num_frames, info.height, info.width) == (12, height, width)
+    assert [f.index for f in frames] == list(range(12))
+    want = luma if pixel_format == "gray" else expanded(luma)
+    np.testing.assert_array_equal(np.stack([f.luma for f in frames]), want)
+    assert not any(f.corrupt for f in frames)
+
+
+def test_full_range_stays_as_it_is(clip, pattern, tmp_path):
+    luma = pattern(5, 48, 64)
+    path = clip(tmp_path / "x.mkv", luma, codec="ffv1", full_range=True)
+    assert probe(path).full_range
+    np.testing.assert_array_equal(np.stack([f.luma for f in decode(path)]), luma)
+
+
+def test_ten_bits_are_rounded(tmp_path):
+    import av
+
+    deep = (np.arange(64 * 64).reshape(64, 64) % 1024).astype(np.uint16)
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p10le"
+        frame = av.VideoFrame(64, 64, "yuv420p10le")
+        for plane in frame.planes:
+            rows = np.frombuffer(plane, "<u2").reshape(-1, plane.line_size // 2)
+            rows[:] = 512
+        rows = np.frombuffer(frame.planes[0], "<u2").reshape(64, -1)
+        rows[:, :64] = deep
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (frame,) = decode(tmp_path / "x.mkv")
+    want = np.clip(np.floor((deep.astype(float) - 64) * 255 / 876 + 0.5), 0, 255)
+    np.testing.assert_array_equal(frame.luma, want)
+
+
+def test_grey_gif_is_exact(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4, 30, 41), dtype=np.uint8)
+    images = [Image.fromarray(f) for f in frames]
+    images[0].save(tmp_path / "x.gif", save_all=True, append_images=images[1:], duration=40)
+    got = list(decode(tmp_path / "x.gif"))
+    np.testing.assert_array_equal(np.stack([f.luma for f in got]), frames)
+
+
+@pytest.mark.parametrize(
+    "codec, container, options",
+    [
+        ("mpeg2video", "mpg", {"bf": "2"}),
+        ("mpeg4", "avi", {}),
+        ("mjpeg", "mov", {}),
+        ("libx264", "mkv", {"bf": "3"}),
+        ("libx265", "mp4", {"x265-params": "log-level=none"}),
+        ("libvpx", "webm", {}),
+    ],
+)
+def test_no_frame_is_lost_by_any_codec(codec, container, options, clip, pattern, tmp_path):
+    luma = pattern(31, 64, 80)
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = clip(
+        tmp_path / f"x.{container}", luma, codec=codec, options=options, audio=container == "mkv",
+        pixel_format=pixel_format,
+    )  # fmt: skip
+    frames = list(decode(path))
+    assert len(frames) == probe(path).num_frames == 31
+    times = [f.time_seconds for f in frames]
+    assert times[0] == 0 and np.allclose(np.diff(times), 1 / 25, atol=1e-3)
+    want = luma.astype(float) if codec == "mjpeg" else expanded(luma)
+    assert np.abs(np.stack([f.luma for f in frames]) - want).mean() < 8  # lossy, but in order
+
+
+def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
+    times = [0, 40, 50, 210, 250, 900]
+    path = clip(tmp_path / "x.mkv", pattern(6, 48, 64), codec="ffv1", times=times)
+    got = [f.time_seconds for f in decode(path)]
+    np.testing.assert_allclose(got, np.array(times) / 1000, atol=1e-3)
+
+
+def test_every_real_video_gives_every_frame(real_data):
+    """Against the decoded counts that came with the files."""
+    checked = 0
+    for table in sorted(real_data.glob("*/metadata.csv")):
+        for row in csv.DictReader(table.open()):
+            path = table.parent / row["file"]
+            # A few of each kind here; `sslus shard` over all of them is in test_shard.py.
+            if path.suffix not in (".mp4", ".mov", ".mpeg") or int(row["frames"]) > 210:
+                continue
+            assert probe(path).num_frames == int(row["frames"]) == sum(1 for _ in decode(path))
+            checked += 1
+    assert checked >= 12
+
+
+def test_what_is_no_video(clip, pattern, tmp_path):
+    whole = clip(tmp_path / "whole.mp4", pattern(30, 64, 64)).read_bytes()
+    bad = {
+        "empty.mp4": b"",
+        "text.mp4": b"this is not a video\n" * 500,
+        "noise.mkv": np.random.default_rng(0).bytes(20000),
+        "headless.mp4": whole[: len(whole) // 2],  # an MP4's index is at its end
+        "list.m3u8": b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n",
+        "list.mp4": b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n",
+    }
+    for name, content in bad.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(VideoError) as e:
+            probe(path)
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(VideoError, match="No such file"):
+        probe(tmp_path / "missing.mp4")
+
+
+def test_a_damaged_packet_costs_only_itself(clip, pattern, tmp_path):
+    """A hole in the middle: one frame less than expected, but those after it come."""
+    import av
+
+    luma = pattern(40, 64, 64)
+    path = clip(tmp_path / "x.avi", luma, codec="mjpeg", pixel_format="yuvj420p")
+    whole = [f.luma for f in decode(path)]
+    with av.open(str(path)) as container:
+        place, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][20]
+    data = bytearray(path.read_bytes())
+    data[place + 8 : place + size] = bytes(size - 8)
+    path.write_bytes(data)
+    assert probe(path).num_frames == 40
+    got = [f.luma for f in decode(path) if not f.corrupt]
+    assert len(got) == 39
+    np.testing.assert_array_equal(got[-1], whole[-1])
+
+
+@pytest.mark.parametrize("audio", [False, True])
+def test_a_truncated_webm_shows_though_it_holds_no_count(audio, clip, pattern, tmp_path):
+    path = clip(tmp_path / "x.mkv", pattern(90, 64, 64), codec="libvpx-vp9", audio=audio)
+    assert probe(path).num_frames == 90
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    decoded = sum(1 for _ in decode(path))
+    assert 5 < decoded < 85 and abs(probe(path).num_frames - 90) <= 1
+
+
+def test_a_truncated_video_shows_in_the_count(clip, pattern, tmp_path):
+    path = clip(
+        tmp_path / "x.mp4", pattern(60, 64, 64), codec="mpeg4",
+    )  # fmt: skip
+    import av
+
+    fast = tmp_path / "fast.mp4"  # the index at the front, so that the header survives
+    with av.open(str(path)) as a, av.open(str(fast), "w", options={"movflags": "faststart"}) as b:
+        stream = b.add_stream_from_template(a.streams.video[0])
+        for packet in a.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                b.mux(packet)
+    data = fast.read_bytes()
+    fast.write_bytes(data[: len(data) * 2 // 3])
+    assert probe(fast).num_frames == 60
+    decoded = sum(1 for f in decode(fast) if not f.corrupt)
+    assert 20 < decoded < 60
+
+
+def test_decoding_does_not_gather_memory(clip, pattern, tmp_path):
+    """Frames own their pixels: none keeps the decoder's buffers, or an earlier frame, alive."""
+    path = clip(tmp_path / "x.mkv", pattern(30, 64, 64), codec="ffv1")
+    frames = [f.luma for f in decode(path)]
+    assert all(f.base is None and f.flags.c_contiguous for f in frames)
+    first = frames[0].copy()
+    gc.collect()
+    list(decode(path))
+    np.testing.assert_array_equal(frames[0], first)
+
+
+# ---------------------------------------------------------------- prepare
+
+
+@pytest.mark.parametrize(
+    "height, width, size",
+    [(370, 370, 256), (480, 640, 256), (100, 61, 256), (1, 700, 64), (1080, 776, 224), (3, 5, 64)],
+)
+def test_prepare_is_the_antialiased_triangle(height, width, size):
+    from PIL import Image
+
+    image = np.random.default_rng(1).integers(0, 256, (height, width), dtype=np.uint8)
+    top, left, h, w = fit(height, width, size)
+    assert max(h, w) == size and abs(h / w - height / width) <= 0.5 / min(h, w) * max(1, h / w)
+    exact = np.zeros((size, size), np.float32)
+    floating = Image.fromarray(image.astype(np.float32))
+    exact[top : top + h, left : left + w] = floating.resize((w, h), Image.Resampling.BILINEAR)
+    got = prepare(image, size)
+    assert np.abs(got - exact).max() < 0.6
+    assert got[:top].max(initial=0) == got[top + h :].max(initial=0) == 0
+    assert moments(got) == (got.sum(dtype=np.int64), (got.astype(np.int64) ** 2).sum())
+
+
+def test_prepare_keeps_what_needs_no_change():
+    rng = np.random.default_rng(2)
+    image = rng.integers(0, 256, (96, 96), dtype=np.uint8)
+    np.testing.assert_array_equal(prepare(image, 96), image)
+    for value in (0, 1, 128, 254, 255):
+        assert (prepare(np.full((77, 77), value, np.uint8), 64) == value).all()
+
+
+def test_prepare_undoes_anamorphic_pixels():
+    assert fit(576, 720, 256, pixel_aspect=16 / 15)[2:] == (192, 256)
+
+
+def test_native_code_refuses_what_would_be_lost():
+    from sslus.engine import _luma
+
+    good = np.zeros((4, 4), np.uint8)
+    with pytest.raises(TypeError):
+        _luma.expand(good, np.zeros((4, 4), np.float32))
+    with pytest.raises(TypeError):
+        _luma.expand(good, np.zeros((4, 8), np.uint8)[:, ::2])
+    with pytest.raises(ValueError, match="same shape"):
+        _luma.expand(good, np.zeros((4, 5), np.uint8))
+    taps = np.zeros(4, np.int32), np.full((4, 5), 1, np.int32)
+    with pytest.raises(ValueError, match="inside the image"):
+        _luma.resize(good, good.copy(), 0, 0, *taps, *taps)
+
+
+# ---------------------------------------------------------------- find
+
+
+def test_find_videos_is_recursive_sorted_and_counts_the_rest(clips):
+    sources, ignored = find_videos([clips])
+    assert [s.name for s in sources] == sorted(
+        ["a/x.mp4", "a/y.mp4", "b/x.mp4", "b/z.mp4", "u.mp4", "v.mp4"]
+    )
+    assert ignored == {".csv": 1}
+    again, _ = find_videos([clips, clips / "a"])  # the same files by another way
+    assert len(again) == 6
+
+
+def test_find_videos_refuses(clips, tmp_path):
+    with pytest.raises(InputError, match="same name 'x.mp4'"):
+        find_videos([clips / "a", clips / "b"])
+    with pytest.raises(InputError, match="no such file"):
+        find_videos([tmp_path / "nowhere"])
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="no video found"):
+        find_videos([tmp_path])

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up and pass all tests: bash tools/test.sh [arguments for pytest]
+set -euo pipefail
+# shellcheck source=tools/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
+export SSLUS_REAL_DATA=${SSLUS_REAL_DATA:-$root/../shared/data}
+export TRITON_INTERPRET=1  # Triton kernels run without a GPU
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m pytest "$@"
