@@ -38,8 +38,8 @@ SHOWN_PROBLEMS = 5
 )  # fmt: skip
 @click.option(
     "--decoder", type=click.Choice(["auto", "pyav", "dali"]), default="auto", show_default=True,
-    help="pyav reads every format on the CPU; dali reads H.264, HEVC, MPEG-2, MPEG-4, VP8 and VP9"
-    " on a GPU, or MJPEG, VP8 and VP9 on the CPU.",
+    help="pyav reads every format on the CPU; dali reads H.264, HEVC, MPEG-4, VP8 and VP9 on a GPU,"
+    " or MJPEG, VP8 and VP9 on the CPU.",
 )  # fmt: skip
 @click.option(
     "--frames-per-shard", type=int, default=1000, show_default=True, help="Most frames in one tar."

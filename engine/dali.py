@@ -1,0 +1,367 @@
+"""Video files decoded by NVIDIA DALI: by NVDEC on a GPU, by DALI's own decoder without one.
+
+On a GPU the frames stay there until they are squares of S x S pixels, encoded as JPEG:
+
+    file -> NVDEC -> luma plane -> full range -> antialiased resize -> black border -> nvJPEG
+
+Without a GPU the same graph runs on the CPU. It exists to be tested: DALI's CPU decoder knows
+MJPEG, VP8 and VP9 only, and PyAV (engine/video.py) is faster there.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine.errors import InputError
+from sslus.engine.prepare import expand_limited, fit
+from sslus.engine.video import Prepared, VideoError, VideoInfo
+
+# Frames decoded at a time, which bounds the memory: 100 MB for 1920 x 1080, and twice that
+# because the next ones are decoded meanwhile. After the last frame DALI begins with the file
+# again, so larger chunks waste more.
+CHUNK = 16
+
+# FFmpeg's name -> (NVDEC's number of the codec, its own name). What DALI hands to NVDEC; of
+# these, the driver says what this GPU decodes and in which sizes.
+NVDEC_CODECS = {
+    "mpeg4": (2, "MPEG-4"),
+    "h264": (4, "H.264"),
+    "hevc": (8, "HEVC"),
+    "vp8": (9, "VP8"),
+    "vp9": (10, "VP9"),
+}
+CPU_CODECS = ("mjpeg", "vp8", "vp9")
+FORMATS_420 = ("yuv420p", "yuvj420p")
+FORMATS_8_BIT = (*FORMATS_420, "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+
+
+def why_not(device: str) -> str | None:
+    """Why DALI cannot work on this device here, and what to do; None if it can."""
+    if device not in ("cpu", "cuda"):
+        return f"the device must be cpu or cuda, got {device!r}"
+    try:
+        if device == "cuda":
+            _nvdec()
+        for module in ("nvidia.dali", "nvidia.nvimgcodec"):
+            import_module(module)
+    except InputError as e:
+        return str(e)
+    except ImportError as e:
+        return f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use PyAV"
+    return None
+
+
+class DaliBackend:
+    """DALI on one GPU (`device="cuda"`) or on the CPU (`device="cpu"`, `threads` threads).
+
+    The luma of NVDEC is the decoder's own plane, as with PyAV, so what both prepare differs by
+    rounding, at most one grey level. DALI's CPU decoder gives RGB only: as near where the picture
+    is grey, but a colour is rounded once more, and one that RGB cannot hold was clipped.
+    DALI does not say which frames are damaged: none comes with `corrupt` set.
+
+    Raises InputError where the device cannot work; nothing falls back to another one.
+    """
+
+    name = "dali"
+
+    def __init__(self, device: str = "cpu", threads: int = 1):
+        reason = why_not(device)
+        if reason:
+            raise InputError(f"dali: {reason}")
+        import nvidia.dali
+        import nvidia.nvimgcodec as codec
+
+        self._dali = nvidia.dali
+        self._gpu = device == "cuda"
+        self._threads = threads
+        kind = codec.BackendKind
+        gpu_kinds = (kind.GPU_ONLY, kind.HYBRID_CPU_GPU)
+        self._encoder = codec.Encoder(
+            device_id=0 if self._gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=threads,
+            backends=[codec.Backend(k) for k in (gpu_kinds if self._gpu else (kind.CPU_ONLY,))],
+        )
+
+    def refuses(self, info: VideoInfo) -> str | None:
+        """Why this device cannot decode such a file, or None if it can."""
+        kind = f"{info.codec} {info.pixel_format}"
+        if info.rotation_degrees:
+            return f"DALI does not turn pictures (this one by {info.rotation_degrees} degrees)"
+        if not self._gpu:
+            if info.codec not in CPU_CODECS or info.pixel_format not in FORMATS_8_BIT:
+                return f"without a GPU DALI decodes 8-bit {', '.join(CPU_CODECS)} only, not {kind}"
+            return None
+        if info.codec not in NVDEC_CODECS or info.pixel_format not in FORMATS_420:
+            names = ", ".join(name for _, name in NVDEC_CODECS.values())
+            return f"DALI decodes 8-bit 4:2:0 of {names} on a GPU, not {kind}"
+        if info.width % 2 or info.height % 2:
+            return f"NVDEC gives even sizes only, not {info.width} x {info.height}"
+        number, name = NVDEC_CODECS[info.codec]
+        caps = _nvdec_limits(number)
+        if not caps.supported:
+            return f"this GPU does not decode {name}"
+        if not (
+            caps.min_width <= info.width <= caps.max_width
+            and caps.min_height <= info.height <= caps.max_height
+            and info.width * info.height // 256 <= caps.max_macroblocks
+        ):
+            return (
+                f"this GPU decodes {name} from {caps.min_width} x {caps.min_height}"
+                f" to {caps.max_width} x {caps.max_height}, not {info.width} x {info.height}"
+            )
+        return None
+
+    def prepared(
+        self,
+        path: Path,
+        info: VideoInfo,
+        keep: Callable[[int, float], bool],
+        size: int,
+        quality: int,
+    ) -> Iterator[Prepared]:
+        """Every decoded frame in order; the kept ones as (size, size) image and as JPEG."""
+        path = Path(path).absolute()
+        _check_stamps(path)
+        with _blame(path):
+            pipe = self._pipeline(path, info, size)
+            pipe.build()
+            num_chunks = pipe.reader_meta("video")["epoch_size"]
+        index = 0
+        for _ in range(num_chunks):
+            with _blame(path):
+                pipe.schedule_run()
+                squares, times, shape = pipe.outputs()
+                images, times, shape = (np.array(_host(x)) for x in (squares, times, shape))
+            if tuple(shape[1:3]) != (info.height, info.width):
+                raise VideoError(
+                    path, f"DALI gives {shape[2]} x {shape[1]}, not {info.width} x {info.height}"
+                )
+            times = times[times >= 0]  # the last chunk is filled up; its fill has time -1
+            kept = [i for i, time in enumerate(times) if keep(index + i, float(time))]
+            with _blame(path):
+                jpegs = dict(zip(kept, self._encode(squares, images, kept, quality), strict=True))
+            for i, time in enumerate(times):
+                image = images[i, :, :, 0] if i in jpegs else None
+                yield Prepared(index + i, float(time), False, image, jpegs.get(i))
+            index += len(times)
+
+    def _pipeline(self, path: Path, info: VideoInfo, size: int):
+        """The graph: a chunk of frames in, (CHUNK, size, size, 1) uint8 and their times out."""
+        fn, types = self._dali.fn, self._dali.types
+        top, left, height, width = fit(info.height, info.width, size, info.pixel_aspect)
+        device = "gpu" if self._gpu else "cpu"
+        pipe = self._dali.Pipeline(
+            batch_size=1,
+            num_threads=self._threads,
+            device_id=0 if self._gpu else None,
+            prefetch_queue_depth=1,  # the reader decodes ahead; more would decode twice at the end
+        )
+        with pipe:
+            frames, times = fn.experimental.readers.video(
+                name="video",
+                device=device,
+                filenames=[str(path)],
+                sequence_length=CHUNK,
+                pad_mode="constant",  # "none" would drop the frames after the last whole chunk
+                enable_timestamps=True,
+                image_type=types.YCbCr if self._gpu else types.RGB,
+            )
+            if self._gpu:
+                # YCbCr is NVDEC's surface with the chroma scaled up: Y is untouched.
+                luma = fn.slice(frames, start=0, shape=1, axis_names="C")
+                if not info.full_range:
+                    table = expand_limited(np.arange(256, dtype=np.uint8)[None])[0]
+                    luma = fn.lookup_table(
+                        luma, keys=list(range(256)), values=table.tolist(), dtype=types.UINT8
+                    )
+            else:
+                # YCbCr fails in DALI's CPU decoder; its RGB is in full range.
+                luma = fn.color_space_conversion(
+                    frames, image_type=types.RGB, output_type=types.GRAY
+                )
+            # DALI repeats the outermost pixels beyond the border, prepare() ignores what is
+            # beyond: a black border and division by the share that lay inside come to the same.
+            rows, row_share = _inside(info.height, height)
+            columns, column_share = _inside(info.width, width)
+            bordered = fn.slice(
+                luma,
+                start=(-rows, -columns),
+                shape=(info.height + 2 * rows, info.width + 2 * columns),
+                axis_names="HW",
+                out_of_bounds_policy="pad",
+            )
+            scaled = fn.resize(
+                bordered,
+                size=(height, width),
+                roi_start=(rows, columns),
+                roi_end=(rows + info.height, columns + info.width),
+                interp_type=types.INTERP_TRIANGULAR,
+                antialias=True,
+                dtype=types.FLOAT,
+            )
+            share = np.outer(row_share, column_share).astype(np.float32)[..., None]
+            scaled = fn.cast(scaled / types.Constant(share, device=device), dtype=types.UINT8)
+            squares = fn.slice(
+                scaled,
+                start=(-top, -left),
+                shape=(size, size),
+                axis_names="HW",
+                out_of_bounds_policy="pad",
+            )
+            pipe.set_outputs(squares, times, frames.shape())
+        return pipe
+
+    def _encode(self, squares, images: np.ndarray, kept: list[int], quality: int) -> list[bytes]:
+        """JPEG of the kept frames, by the device that holds them."""
+        from nvidia import nvimgcodec as codec
+
+        if not kept:
+            return []
+        params = codec.EncodeParams(
+            quality_type=codec.QualityType.QUALITY,
+            quality_value=quality,
+            chroma_subsampling=codec.ChromaSubsampling.CSS_GRAY,
+        )
+        if self._gpu:
+            shape, start = images.shape[1:], squares[0].data_ptr()
+            sources = [_OnGpu(start + i * images[0].nbytes, shape) for i in kept]
+        else:
+            sources = [images[i] for i in kept]
+        streams = self._encoder.encode([codec.as_image(s) for s in sources], "jpeg", params=params)
+        if None in streams:
+            raise RuntimeError("nvImageCodec cannot encode a frame as JPEG")
+        return [bytes(stream) for stream in streams]
+
+
+class _OnGpu:
+    """One (H, W, 1) uint8 image inside a larger block of GPU memory, for nvImageCodec."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]):
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": tuple(shape),
+            "strides": None,
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def _inside(length: int, new_length: int) -> tuple[int, np.ndarray]:
+    """How many pixels a triangle filter reaches beyond the border, and, for each output pixel,
+    the share of its weight that lies inside (new_length,)."""
+    scale = length / new_length
+    reach = max(1.0, scale)
+    border = int(np.ceil(reach))
+    centre = (np.arange(new_length) + 0.5) * scale
+    at = np.arange(-border, length + border) + 0.5
+    weight = np.maximum(0.0, 1.0 - np.abs(at - centre[:, None]) / reach)
+    return border, weight[:, border : border + length].sum(1) / weight.sum(1)
+
+
+def _host(batch):
+    """The only tensor of a DALI batch, in memory that Python can read."""
+    return batch.as_cpu()[0]
+
+
+@contextmanager
+def _blame(path: Path):
+    """Turn what DALI throws into a VideoError of one line."""
+    try:
+        yield
+    except Exception as e:  # DALI raises whatever its C++ exceptions were mapped to
+        text = str(e).partition("encountered:")[2] or str(e)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        why = lines[0].partition("failed: ")[2] or lines[0] if lines else type(e).__name__
+        if "number of input samples: 0" in why:
+            why = "it cannot open the file"
+        raise VideoError(path, f"DALI: {why}") from e
+
+
+def _check_stamps(path: Path) -> None:
+    """DALI sorts frames by the packets' time stamps, in 32 bits, and skips negative ones.
+
+    Where the file has none, or none that count, frames would come in the wrong order, or more
+    or fewer than are shown. An AVI has none: FFmpeg works them out, DALI's demuxer does not.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            packets = [p for p in container.demux(container.streams.video[0]) if p.size]
+            is_avi = container.format.name == "avi"
+    except (av.FFmpegError, OSError, IndexError) as e:
+        raise VideoError(path, f"cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    stamps = [p.pts for p in packets]
+    if None in stamps or (is_avi and stamps != sorted(stamps)):
+        raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")
+    if len(set(stamps)) < len(stamps) or max(stamps, default=0) >= 1 << 31:
+        raise VideoError(path, "repeated time stamps, or more than 32 bits, which mislead DALI")
+    if any((p.pts < 0) != p.is_discard for p in packets):
+        raise VideoError(path, "an edit list or negative times, which DALI does not follow")
+
+
+# --- what the driver can do, asked without a CUDA toolkit ---------------------------------------
+
+
+class _Limits(ctypes.Structure):
+    """CUVIDDECODECAPS of NVIDIA's Video Codec SDK (cuviddec.h): the first four go in."""
+
+    _fields_ = [
+        ("codec", ctypes.c_int),
+        ("chroma", ctypes.c_int),
+        ("bit_depth_minus_8", ctypes.c_uint),
+        ("_reserved1", ctypes.c_uint * 3),
+        ("supported", ctypes.c_ubyte),
+        ("num_engines", ctypes.c_ubyte),
+        ("output_formats", ctypes.c_ushort),
+        ("max_width", ctypes.c_uint),
+        ("max_height", ctypes.c_uint),
+        ("max_macroblocks", ctypes.c_uint),
+        ("min_width", ctypes.c_ushort),
+        ("min_height", ctypes.c_ushort),
+        ("_histogram", ctypes.c_ubyte * 4),
+        ("_reserved3", ctypes.c_uint * 10),
+    ]
+
+
+@cache
+def _nvdec():
+    """The driver (libcuda, libnvcuvid) and the GPU's context. Raises InputError without them."""
+    otherwise = "; use --device cpu"
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as e:
+        raise InputError(f"no NVIDIA driver here (libcuda.so.1){otherwise}") from e
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        raise InputError(f"the NVIDIA driver finds no GPU{otherwise}")
+    try:
+        cuvid = ctypes.CDLL("libnvcuvid.so.1")
+    except OSError as e:
+        raise InputError(
+            "the driver's video part is missing (libnvcuvid.so.1; in a container set"
+            f" NVIDIA_DRIVER_CAPABILITIES=all){otherwise}"
+        ) from e
+    context = ctypes.c_void_p()
+    status = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+    if status:
+        raise InputError(f"the GPU cannot be used (CUDA error {status}){otherwise}")
+    return cuda, cuvid, context
+
+
+@cache
+def _nvdec_limits(codec: int) -> _Limits:
+    """What this GPU decodes of a codec, 8 bit 4:2:0."""
+    cuda, cuvid, context = _nvdec()
+    limits = _Limits(codec=codec, chroma=1, bit_depth_minus_8=0)
+    cuda.cuCtxPushCurrent_v2(context)
+    status = cuvid.cuvidGetDecoderCaps(ctypes.byref(limits))
+    cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    if status:
+        raise InputError(f"dali: NVDEC does not answer (CUDA error {status}); use --device cpu")
+    return limits
