@@ -48,7 +48,9 @@ def progress(label: str, unit: str) -> Iterator[Report]:
             if first is None:  # a resumed job does not count what an earlier run did
                 first = done
             rate = (done - first) / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s", note=note)
+            bar.update(
+                task, completed=done, total=total, rate=f"{_short(rate)} {unit}/s", note=note
+            )
 
         yield report
 
@@ -71,12 +73,16 @@ def _lines(label: str, unit: str) -> Report:
         left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
         note = f", {note}" if note else ""
         print(
-            f"{label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}{note}",
+            f"{label}: {done:,}/{total:,} {unit}, {_short(rate)}/s{left}{note}",
             file=sys.stderr,
             flush=True,
         )
 
     return report
+
+
+def _short(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str = "") -> None:
