@@ -1,0 +1,148 @@
+"""folder of videos -> shards on the disk
+
+Against bare PyAV decoding plus bare JPEG encoding of as many ready frames, in as many processes.
+Floor: the videos' bytes read and the shards' bytes written and synced.
+"""
+
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from harness import QUALITY, SIZE, STRIDE, Bench, Work, peak_mib, read_files
+from stages.decode import bare_pyav, nvdec_videos
+
+
+def sslus_shard(videos: list[Path], out: Path, jobs: int, device: str = "cpu") -> int:
+    from sslus.engine.shard import Settings, shard
+
+    shutil.rmtree(out, ignore_errors=True)
+    settings = Settings(SIZE, STRIDE, quality=QUALITY)
+    return shard(videos, out, settings, jobs=jobs, device=device).manifest.num_frames
+
+
+def bare(videos: list[Path], frames: Path, jobs: int) -> int:
+    """Decode and drop; encode ready frames; a pool of processes, the largest file first."""
+    tasks = sorted(videos, key=lambda p: -p.stat().st_size)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        return sum(pool.map(_bare_video, tasks, [frames] * len(tasks)))
+
+
+def _bare_video(path: Path, frames: Path) -> int:
+    import simplejpeg
+
+    ready = np.memmap(frames, np.uint8, "r").reshape(-1, SIZE, SIZE, 1)
+    kept = 0
+    for index, _ in enumerate(bare_pyav(path)):
+        if index % STRIDE == 0:
+            simplejpeg.encode_jpeg(ready[kept % len(ready)], QUALITY, "GRAY", "Gray")
+            kept += 1
+    return kept
+
+
+def write_synced(videos: list[Path], num_bytes: int, out: Path, amount: int) -> int:
+    read_files(videos, amount)
+    block = os.urandom(1 << 20)
+    with out.open("wb") as f:
+        for start in range(0, num_bytes, len(block)):
+            f.write(block[: num_bytes - start])
+        f.flush()
+        os.fsync(f.fileno())
+    return amount
+
+
+def start_workers(jobs: int, uses: int) -> int:
+    """Start and stop the worker processes of one run, `uses` times."""
+    from sslus.engine.workers import Workers
+
+    for _ in range(uses):
+        Workers(jobs, _nothing, ()).stop()
+    return uses
+
+
+def _nothing() -> None:
+    import sslus.engine.shard  # noqa: F401, what a worker has to import
+
+
+def measure(bench: Bench) -> None:
+    from sslus.engine.manifest import read_manifest
+    from sslus.engine.store import FrameStore
+
+    videos, out = bench.videos, bench.scratch / "shard-out"
+    manifest = read_manifest(bench.shards)
+    # The frames that the bare encoder gets are those of the shards: noise would cost it more.
+    FrameStore.open(bench.shards, folder=bench.scratch / "ready")
+    ready = bench.scratch / "ready" / "frames.u8"
+    num_bytes = sum(s["bytes"] for s in manifest.shards)
+    case = f"{len(videos)} {bench.kind} videos, {manifest.num_frames:,} frames kept"
+    works = {}
+    for jobs in (1, 2):
+        works[f"sslus|{jobs}"] = Work(partial(sslus_shard, videos, out, jobs), jobs)
+        works[f"PyAV decode + simplejpeg encode|{jobs}"] = Work(
+            partial(bare, videos, ready, jobs), jobs
+        )
+    works["floor: read the videos, write the shards"] = Work(
+        partial(write_synced, videos, num_bytes, bench.scratch / "floor", manifest.num_frames)
+    )
+    rows = bench.compare("wall time", case, "s", works, repeats=3)
+    for jobs in (1, 2):
+        peer = rows[f"PyAV decode + simplejpeg encode|{jobs}"]
+        bench.ratio(f"jobs {jobs}: sslus / bare", rows[f"sslus|{jobs}"], peer, at_most=1.35)
+    # Two processes on one core are no faster than one: there the target says nothing.
+    bound = 1.8 if bench.cores >= 2 else None
+    bench.ratio("sslus: 1 job / 2 jobs", rows["sslus|1"], rows["sslus|2"], at_least=bound)
+    bench.ratio(
+        "bare: 1 job / 2 jobs",
+        *(rows[f"PyAV decode + simplejpeg encode|{jobs}"] for jobs in (1, 2)),
+    )
+    # The decoders' workers and the writers' of a run, each started once: part of the times above.
+    bench.compare(
+        "start-up", "worker processes, started twice a run", "s",
+        {"sslus": Work(partial(start_workers, 2, 2), 2, fresh=False)}, repeats=3,
+    )  # fmt: skip
+    memory(bench, videos, out)
+    if bench.device == "cuda":
+        on_gpu(bench)
+
+
+def memory(bench: Bench, videos: list[Path], out: Path) -> None:
+    """Four times the videos, which are copies, so that the largest stays the same."""
+    few = videos[:: 4 if len(videos) >= 16 else 1]
+    folders = []
+    for copies in (1, 4):
+        folder = bench.scratch / f"copies{copies}"
+        folder.mkdir()
+        for path in few:
+            for i in range(copies):
+                shutil.copyfile(path, folder / f"{i}{path.name}")
+        folders.append(folder)
+    rows = []
+    for folder in folders:
+        paths = sorted(folder.iterdir())
+        peak = peak_mib(Work(partial(sslus_shard, paths, out, 2), 2))
+        rows.append(
+            bench.add("peak memory", "sslus", f"{len(paths)} videos", "MiB", [peak], threads=2,
+                      peak=peak)
+        )  # fmt: skip
+    bench.ratio("peak memory: 4n videos / n videos", rows[1], rows[0], at_most=1.1)
+
+
+def on_gpu(bench: Bench) -> None:
+    """The same on a GPU, where the frames are decoded, resized and encoded."""
+    clips = nvdec_videos(bench)
+    out = bench.scratch / "shard-out"
+    jobs = {"cpu": min(bench.cores, 16), "cuda": 2 if bench.quick else 7}
+    works = {
+        f"sslus --device {device}": Work(
+            partial(sslus_shard, clips, out, jobs[device], device), jobs[device], device,
+            fresh=False,
+        )
+        for device in ("cpu", "cuda")
+    }  # fmt: skip
+    rows = bench.compare(
+        "wall time", f"{len(clips)} {bench.kind} videos, on a GPU or not", "s", works, repeats=3
+    )
+    bench.ratio("wall time: CPU / GPU", *rows.values())

@@ -1,0 +1,65 @@
+"""Which frames make which batch: a pure function of the seed, with nothing to save."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sslus.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every frame once an epoch, in an order that (seed, epoch) alone decides.
+
+    A batch is the GLOBAL batch: with `world` processes each takes its slice of it, so the
+    order does not depend on how many there are. The last, partial batch of an epoch is
+    dropped, because losses over the batch (variances, correlations) change with its size.
+
+    >>> plan = Plan(num_frames=10, batch_size=4, seed=0)
+    >>> plan.steps_per_epoch, [len(batch) for batch in plan.epoch(0)]
+    (2, [4, 4])
+    """
+
+    num_frames: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        if self.batch_size < 2:
+            raise InputError(
+                f"batch size {self.batch_size}: the losses compare samples; give at least 2"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed}: want a whole number from 0 to 2**63 - 1")
+        if self.num_frames < self.batch_size:
+            raise InputError(
+                f"{self.num_frames} frames are fewer than one batch of {self.batch_size}:"
+                f" give --batch-size {self.num_frames} or less, or more frames"
+            )
+        if self.batch_size % self.world or not 0 <= self.rank < self.world:
+            raise ValueError(
+                f"plan: want a batch that {self.world} ranks share evenly and a rank below"
+                f" {self.world}, got batch {self.batch_size} and rank {self.rank}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_frames // self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(num_frames,) int64: the frames of one epoch in their order."""
+        # Raw Philox words, sorted: numpy may change Generator.permutation between releases,
+        # but not a bit generator's stream, and a run must resume under another numpy.
+        words = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_frames)
+        return np.argsort(words, kind="stable")
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """This rank's index arrays, (batch_size / world,) int64 each, from batch `start` on."""
+        order = self.order(epoch)
+        share = self.batch_size // self.world
+        for step in range(start, self.steps_per_epoch):
+            first = step * self.batch_size + self.rank * share
+            yield order[first : first + share]

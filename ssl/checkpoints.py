@@ -1,0 +1,50 @@
+"""Checkpoints and the metrics file: what a run needs to go on as if it had never stopped."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from sslus.engine.atomic import atomic_file
+from sslus.engine.errors import InputError
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict) -> None:
+    """Write tensors and plain values so that `path` holds the old or the new state, whole."""
+    # Serialised in memory first: torch reports a full disk as a RuntimeError without the cause.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    with atomic_file(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def load(path: Path) -> dict:
+    """The state that `save` wrote; raises InputError for anything else. Runs no code from it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except Exception as e:  # a dozen kinds; to the user they are one
+        raise InputError(
+            f"checkpoint {path}: cannot be read ({type(e).__name__}); delete the run's folder"
+            " and start again, or put back a copy"
+        ) from e
+    if found != FORMAT:
+        raise InputError(f"checkpoint {path}: format {found}, this version reads {FORMAT}")
+    return state
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    with atomic_file(path, "w") as f:
+        f.writelines(json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step)

@@ -1,0 +1,549 @@
+"""What are the features worth? Frozen backbone, linear probe, patients kept apart.
+
+The trained backbone, the same backbone at its random initialisation and the majority class
+are judged on the same frames, folds and subsets of labels.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sslus.engine.atomic import atomic_file
+from sslus.engine.errors import InputError
+from sslus.engine.labels import read_labels
+from sslus.engine.store import FrameStore
+from sslus.ssl import backbones, views
+from sslus.ssl.train import pick_device, versions
+
+PROTOCOLS = ("linear",)
+NUM_FOLDS = 5  # fewer where a class has fewer patients
+FEATURE_BATCH = 64
+# Chosen once, for standardised features, and the same for every backbone: picking it on the
+# test folds would flatter, and an inner search costs ten times the fits.
+INVERSE_REGULARISATION = 0.01
+MAX_ITERATIONS = 1000
+
+# stage(label, unit) -> a context that yields report(done, total, note)
+Stage = Callable[[str, str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class LabelledFrames:
+    """The frames of the labelled videos; the arrays have one entry a frame."""
+
+    index: np.ndarray  # into the frame store
+    y: np.ndarray  # index into names
+    video: np.ndarray  # index into the store's video_ids
+    patient: np.ndarray  # index into the sorted patients of labels.csv
+    test: np.ndarray | None  # bool: the split that labels.csv fixes
+    names: list[str]
+    num_unlabelled: int  # videos in the shards that labels.csv does not name
+    num_without_frames: int  # videos in labels.csv whose sharding gave no frame
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a backbone at one share of the labels."""
+
+    backbone: str
+    percent: float  # of the training videos of each class
+    macro_f1: float  # mean over seeds
+    macro_f1_std: float | None  # over seeds; None for one seed
+    balanced_accuracy: float
+    balanced_accuracy_std: float | None
+    num_seeds: int
+    num_train_videos: float  # mean over folds and seeds
+    num_train_patients: float
+    num_test_frames: int  # a seed; every frame is tested once where there are folds
+    num_test_videos: int
+    num_test_patients: int
+    per_class_f1: dict[str, float]
+    confusion: list[list[float]]  # rows: truth; frames, mean over seeds
+    macro_f1_of_seeds: list[float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    rows: list[Row]
+    out: Path
+    names: list[str]
+    num_frames: int
+    num_videos: int
+    num_patients: int
+    split: str  # how patients were put apart, in words
+    warnings: list[str]
+
+
+def evaluate(
+    run: Path,
+    labels: Path,
+    *,
+    out: Path | None = None,
+    shards: Path | None = None,
+    protocol: str = "linear",
+    percents: tuple[float, ...] = (1, 10, 100),
+    num_seeds: int = 3,
+    device: str = "auto",
+    stage: Stage | None = None,
+) -> Evaluation:
+    """Judge the backbone of `run` by a linear probe and write the report into `out`.
+
+    Features: the whole frame at the run's image size, backbone in eval mode, computed once.
+    Probe: logistic regression on features standardised over the training frames, classes
+    weighted by their frequency there. Split: the column `split` of `labels`; without it, for
+    each seed, stratified folds by patient, whose predictions are pooled. No patient is ever
+    on both sides. A share of p percent keeps ceil(p/100 x videos), so at least one, of each
+    class's training videos, patient by patient in random order; smaller shares are subsets of
+    larger ones, and the seeds draw both the folds and the order.
+
+    Writes results.json, report.md, confusion.png and the features (reused by the next call).
+    `shards` defaults to those the run was trained on; their local/ folder must be there.
+    Raises InputError for a run, labels or shards that cannot be used.
+    """
+    run = Path(run)
+    stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
+    if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
+        raise InputError(
+            "evaluate: want at least one seed, and fractions above 0 up to 100 percent"
+        )
+    config = _read_run(run)
+    shards = Path(shards or config["shards"]["path"])
+    store = FrameStore.open(shards)
+    frames = label_frames(store, shards, Path(labels))
+    frames, notes = testable(frames)
+    out = Path(out or run / "evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+
+    settings = config["settings"]
+    where = pick_device(device)
+    features = {}
+    with stage("features", "frames") as report:
+        for i, (name, trained) in enumerate([(settings["method"], True), ("random init", False)]):
+            backbone = backbones.build(
+                settings["backbone"], settings["image_size"], settings["seed"]
+            )
+            if trained:
+                backbone.load_state_dict(load_file(run / "backbone.safetensors"))
+            features[name] = _features(
+                backbone, store, frames.index, config, where, out,
+                lambda done, i=i: report(i * len(frames) + done, 2 * len(frames), ""),
+            )  # fmt: skip
+    with stage("probe", "fits") as report:
+        rows, slow = _probe_all(frames, features, sorted(percents), num_seeds, report)
+
+    if frames.num_without_frames:
+        notes.append(
+            f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
+            f" (why: {shards / 'local' / 'ledger.jsonl'})"
+        )
+    if slow:
+        notes.append(f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged")
+    result = Evaluation(
+        rows=rows,
+        out=out,
+        names=frames.names,
+        num_frames=len(frames),
+        num_videos=len(np.unique(frames.video)),
+        num_patients=len(np.unique(frames.patient)),
+        split="the split of labels.csv"
+        if frames.test is not None
+        else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
+        warnings=notes,
+    )
+    _write(result, frames, config, run, labels, num_seeds)
+    return result
+
+
+def _read_run(run: Path) -> dict:
+    for name in ("config.json", "backbone.safetensors"):
+        if not (run / name).is_file():
+            raise InputError(
+                f"{run}: has no {name}; give the folder of a run of `sslus train`"
+                " (--resume finishes an unfinished one)"
+            )
+    return json.loads((run / "config.json").read_text())
+
+
+def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
+    """Join labels.csv to the store's frames by source file, through the shards' ledger."""
+    ledger = shards / "local" / "ledger.jsonl"
+    try:
+        lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    except FileNotFoundError as e:
+        raise InputError(
+            f"{ledger}: is missing, and only it says which video a frame is from; copy the"
+            " local/ folder beside the shards, or make the shards again here"
+        ) from e
+    ids = {Path(line["source"]).resolve(): line["id"] for line in lines}
+    rows = read_labels(labels)
+    unknown = [row.path for row in rows if row.path not in ids]
+    if unknown:
+        raise InputError(
+            f"labels {labels}: {len(unknown)} of {len(rows)} videos are not in {shards}, the"
+            f" first: {unknown[0]}; shard them too, or take out their rows"
+        )
+    names = sorted({row.label for row in rows})
+    patients = sorted({row.patient for row in rows})
+    place = {video_id: i for i, video_id in enumerate(store.video_ids)}
+    of_video = {place[ids[row.path]]: row for row in rows if ids[row.path] in place}
+    index = np.flatnonzero(np.isin(store.video, list(of_video)))
+    video = store.video[index]
+
+    def column(value: Callable) -> np.ndarray:
+        table = np.zeros(len(store.video_ids), np.int64)
+        for v, row in of_video.items():
+            table[v] = value(row)
+        return table[video]
+
+    return LabelledFrames(
+        index=index,
+        y=column(lambda row: names.index(row.label)),
+        video=video,
+        patient=column(lambda row: patients.index(row.patient)),
+        test=column(lambda row: row.split == "test").astype(bool) if rows[0].split else None,
+        names=names,
+        num_unlabelled=len(store.video_ids) - len(of_video),
+        num_without_frames=len(rows) - len(of_video),
+    )
+
+
+def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
+    """The frames of the classes that have patients on both sides of a split, and warnings.
+
+    Without a fixed split that takes two patients. Raises InputError if fewer than two classes
+    are left.
+    """
+    kept, notes = [], []
+    for c, name in enumerate(frames.names):
+        of_class = frames.y == c
+        if frames.test is not None:
+            fits = (of_class & frames.test).any() and (of_class & ~frames.test).any()
+            why = "it is not on both sides of the split"
+        else:
+            num_patients = len(np.unique(frames.patient[of_class]))
+            fits = num_patients >= 2
+            why = f"it has {num_patients} patient, and each side of a split needs one"
+        if fits:
+            kept.append(c)
+        else:
+            notes.append(f"class {name!r} is left out: {why}")
+    if len(kept) < 2:
+        raise InputError(
+            f"labels: want at least two classes with two patients each, got {len(kept)} of"
+            f" {len(frames.names)}; " + ("; ".join(notes) or "all videos have one label")
+        )
+    keep = np.isin(frames.y, kept)
+    return dataclasses.replace(
+        frames,
+        index=frames.index[keep],
+        y=np.searchsorted(kept, frames.y[keep]),
+        video=frames.video[keep],
+        patient=frames.patient[keep],
+        test=None if frames.test is None else frames.test[keep],
+        names=[frames.names[c] for c in kept],
+    ), notes
+
+
+def num_folds(frames: LabelledFrames) -> int:
+    """As many as the rarest class has patients, at most NUM_FOLDS."""
+    return min(
+        NUM_FOLDS,
+        *(len(np.unique(frames.patient[frames.y == c])) for c in range(len(frames.names))),
+    )
+
+
+def folds(frames: LabelledFrames, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test) positions, (n,) int64 each; a patient is on one side only.
+
+    Without a fixed split: every class's patients are dealt out over the folds in random order,
+    the rarest class first. (scikit-learn's StratifiedGroupKFold sorts the patients by size, so
+    its seed hardly changes the folds.)
+    """
+    if frames.test is not None:
+        pairs = [(np.flatnonzero(~frames.test), np.flatnonzero(frames.test))]
+    else:
+        fold = _deal(frames, num_folds(frames), seed)[frames.patient]
+        pairs = [
+            (np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(fold.max() + 1)
+        ]
+    for train, test in pairs:
+        assert not np.intersect1d(frames.patient[train], frames.patient[test]).size
+    return pairs
+
+
+def _deal(frames: LabelledFrames, k: int, seed: int) -> np.ndarray:
+    """The fold of each patient, (highest patient + 1,) int64; -1 for those without frames."""
+    rng = np.random.default_rng(seed)
+    of_class = [np.unique(frames.patient[frames.y == c]) for c in range(len(frames.names))]
+    fold = np.full(frames.patient.max() + 1, -1)
+    for patients in sorted(of_class, key=len):
+        for patient in rng.permutation(patients[fold[patients] < 0]):
+            # Where this class has fewest patients, then where there are fewest at all.
+            of_this = np.bincount(fold[patients][fold[patients] >= 0], minlength=k)
+            of_all = np.bincount(fold[fold >= 0], minlength=k)
+            fold[patient] = np.lexsort((rng.random(k), of_all, of_this))[0]
+    return fold
+
+
+def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """The part of `train` whose labels a share of `percent` keeps; see `evaluate`."""
+    rng = np.random.default_rng([seed, len(train)])
+    order = rng.permutation(np.unique(frames.patient[train]))
+    kept = []
+    for c in range(len(frames.names)):
+        of_class = train[frames.y[train] == c]
+        videos = []
+        for patient in order:
+            own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
+            videos.extend(rng.permutation(own).tolist())
+        kept.extend(videos[: math.ceil(percent / 100 * len(videos))])
+    return train[np.isin(frames.video[train], kept)]
+
+
+def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Predictions of a logistic regression, and whether it converged."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
+        return np.full(len(x_test), y_train[0]), True
+    mean, std = x_train.mean(axis=0), x_train.std(axis=0)
+    # A constant feature says nothing; dividing by its rounding error would make it shout.
+    scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-12), 1 / np.maximum(std, 1e-30), 0)
+    model = LogisticRegression(
+        C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=MAX_ITERATIONS
+    )
+    # A fit is hundreds of products of small matrices: a second BLAS thread makes it slower.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit((x_train - mean) * scale, y_train)
+    return model.predict((x_test - mean) * scale), int(np.max(model.n_iter_)) < MAX_ITERATIONS
+
+
+def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Macro-F1, balanced accuracy and each class's F1 of a confusion matrix (truth, guess)."""
+    hit, truth, guess = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = 2 * hit / np.maximum(truth + guess, 1)
+    return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
+
+
+def _features(
+    backbone: nn.Module,
+    store: FrameStore,
+    index: np.ndarray,
+    config: dict,
+    device: torch.device,
+    cache: Path,
+    report: Callable[[int], None],
+) -> np.ndarray:
+    """(n, F) float32: the frozen backbone's output for each frame; cached in the folder `cache`."""
+    size = config["settings"]["image_size"]
+    mean, std = config["shards"]["mean"], config["shards"]["std"]
+    key = hashlib.sha256(f"{store.digest} {size} {mean} {std} {device.type}".encode())
+    key.update(index.astype(np.int64).tobytes())
+    for name, tensor in backbone.state_dict().items():
+        key.update(name.encode())
+        key.update(tensor.numpy().tobytes())
+    path = cache / f"features-{key.hexdigest()[:16]}.npy"
+    if path.exists():
+        report(len(index))
+        return np.load(path, allow_pickle=False)
+    # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
+    backbone.eval().to(device, memory_format=torch.channels_last)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(index), FEATURE_BATCH):
+            batch = store.frames[index[start : start + FEATURE_BATCH]]
+            x = views.whole(batch, size, mean, std).to(device)
+            parts.append(backbone(x).float().cpu().numpy())
+            report(min(start + FEATURE_BATCH, len(index)))
+    features = np.concatenate(parts)
+    if not np.isfinite(features).all():
+        raise InputError("the backbone gives features that are not finite; train it again")
+    with atomic_file(path) as f:
+        np.save(f, features)
+    return features
+
+
+def _probe_all(frames, features, percents, num_seeds, report) -> tuple[list[Row], int]:
+    """Every backbone at every share with every seed, and how many fits did not converge."""
+    num_classes, slow, done = len(frames.names), 0, 0
+    majority = "majority class"
+    cells = [(name, p) for name in features for p in percents] + [(majority, 100.0)]
+    confusions = {cell: np.zeros((num_seeds, num_classes, num_classes), np.int64) for cell in cells}
+    used: dict[float, list] = {p: [] for p in {*percents, 100.0}}
+    total = num_seeds * len(folds(frames, 0)) * len(features) * len(percents)
+    for seed in range(num_seeds):
+        for train, test in folds(frames, seed):
+            truth = frames.y[test]
+            for p in used:
+                kept = share(frames, train, p, seed)
+                used[p].append([len(np.unique(a[kept])) for a in (frames.video, frames.patient)])
+                for name in features if p in percents else ():
+                    x = features[name]
+                    guess, converged = probe(x[kept], frames.y[kept], x[test])
+                    slow += not converged
+                    np.add.at(confusions[name, p][seed], (truth, guess), 1)
+                    done += 1
+                    report(done, total, f"seed {seed + 1} of {num_seeds}")
+            # One guess for all folds: each fold's own training majority is rare in its test part.
+            seen = train if frames.test is not None else slice(None)
+            guess = np.bincount(frames.y[seen]).argmax()
+            np.add.at(confusions[majority, 100.0][seed], (truth, guess), 1)
+    tested = np.concatenate([test for _, test in folds(frames, 0)])
+    rows = []
+    for (name, p), confusion in confusions.items():
+        f1, accuracy, per_class = zip(*(scores(c) for c in confusion), strict=True)
+        videos, patients = np.mean(used[p], axis=0).tolist()
+        rows.append(
+            Row(
+                backbone=name,
+                percent=p,
+                macro_f1=float(np.mean(f1)),
+                macro_f1_std=float(np.std(f1, ddof=1)) if num_seeds > 1 else None,
+                balanced_accuracy=float(np.mean(accuracy)),
+                balanced_accuracy_std=float(np.std(accuracy, ddof=1)) if num_seeds > 1 else None,
+                num_seeds=num_seeds,
+                num_train_videos=videos,
+                num_train_patients=patients,
+                num_test_frames=len(tested),
+                num_test_videos=len(np.unique(frames.video[tested])),
+                num_test_patients=len(np.unique(frames.patient[tested])),
+                per_class_f1=dict(
+                    zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)
+                ),
+                confusion=confusion.mean(axis=0).tolist(),
+                macro_f1_of_seeds=list(f1),
+            )
+        )
+    return rows, slow
+
+
+def _write(result: Evaluation, frames, config, run: Path, labels: Path, num_seeds: int) -> None:
+    facts = {
+        "format": 1,
+        "protocol": "linear",
+        "run": str(run),
+        "labels": str(labels),
+        "settings": {
+            "num_seeds": num_seeds,
+            "inverse_regularisation": INVERSE_REGULARISATION,
+            "max_iterations": MAX_ITERATIONS,
+            "split": result.split,
+        },
+        "shards_digest": config["shards"]["digest"],
+        "num_frames": result.num_frames,
+        "num_videos": result.num_videos,
+        "num_patients": result.num_patients,
+        "num_unlabelled_videos": frames.num_unlabelled,
+        "classes": result.names,
+        "rows": [dataclasses.asdict(row) for row in result.rows],
+        "warnings": result.warnings,
+        "versions": versions(),
+    }
+    with atomic_file(result.out / "results.json", "w") as f:
+        json.dump(facts, f, indent=2)
+        f.write("\n")
+    with atomic_file(result.out / "report.md", "w") as f:
+        f.write(markdown(result, run))
+    _draw(result, result.out / "confusion.png")
+
+
+def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table, as text."""
+
+    def with_std(mean: float, std: float | None) -> str:
+        return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+
+    header = ["backbone", "labels", "macro-F1", "balanced accuracy", "trained on", "tested on"]
+    cells = [
+        [
+            row.backbone,
+            f"{row.percent:g} %",
+            with_std(row.macro_f1, row.macro_f1_std),
+            with_std(row.balanced_accuracy, row.balanced_accuracy_std),
+            f"{row.num_train_videos:.0f} videos, {row.num_train_patients:.0f} patients",
+            f"{row.num_test_frames:,} frames, {row.num_test_videos} videos,"
+            f" {row.num_test_patients} patients",
+        ]
+        for row in result.rows
+    ]
+    return header, cells
+
+
+def markdown(result: Evaluation, run: Path) -> str:
+    header, cells = table(result)
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+    per_class = [row for row in result.rows if row.percent == result.rows[-1].percent]
+    return "\n".join(
+        [
+            f"# Linear probe of {run}",
+            "",
+            f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
+            f" patients; {result.split}; mean ± standard deviation over"
+            f" {result.rows[0].num_seeds} seeds. Numbers are per frame.",
+            "",
+            *lines,
+            "",
+            "F1 of each class:",
+            "",
+            f"| backbone | labels | {' | '.join(result.names)} |",
+            f"| {' | '.join(['---'] * (2 + len(result.names)))} |",
+            *(
+                f"| {row.backbone} | {row.percent:g} % |"
+                f" {' | '.join(f'{v:.3f}' for v in row.per_class_f1.values())} |"
+                for row in per_class
+            ),
+            "",
+            "![confusion matrices](confusion.png)",
+            "",
+            *(f"Warning: {line}" for line in result.warnings),
+        ]
+    )
+
+
+def _draw(result: Evaluation, path: Path) -> None:
+    """The confusion matrices of the two backbones at the largest share, side by side."""
+    from matplotlib.figure import Figure
+
+    backbones_rows = result.rows[:-1]  # the last is the majority class
+    largest = max(row.percent for row in backbones_rows)
+    shown = [row for row in backbones_rows if row.percent == largest]
+    k = len(result.names)
+    figure = Figure(figsize=(2 * (2.2 + 0.8 * k), 1.8 + 0.8 * k), layout="constrained")
+    for axes, row in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        counts = np.array(row.confusion)
+        part = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(k, k):
+            axes.text(
+                j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
+                color="white" if part[i, j] > 0.5 else "black",
+            )  # fmt: skip
+        axes.set_xticks(range(k), result.names, rotation=45, ha="right")
+        sums = counts.sum(axis=1)
+        axes.set_yticks(
+            range(k), [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)]
+        )
+        axes.set_xlabel("prediction")
+        axes.set_ylabel("truth")
+        axes.set_title(f"{row.backbone}, {largest:g} % of labels\nmacro-F1 {row.macro_f1:.3f}")
+    with atomic_file(path) as f:
+        figure.savefig(f, format="png", dpi=110)

@@ -1,0 +1,99 @@
+"""Optimisers and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sslus.engine.errors import InputError
+
+OPTIMIZERS = ("adamw", "lars")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling: each weight's step is a share of its own norm.
+
+        rate = trust |w| / (|g| + decay |w|)
+        v <- momentum v + lr rate (g + decay w)
+        w <- w - v
+
+    You, Gitman, Ginsburg 2017, arXiv:1708.03888, algorithm 1. Groups with `adapt=False`
+    (biases and norms) take plain momentum steps, rate = 1. A weight whose norm or gradient is
+    zero also has rate 1, or it could never move.
+    """
+
+    def __init__(self, params, lr: float, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust": trust,
+                "adapt": True,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            decay = group["weight_decay"]
+            updates = torch._foreach_add([p.grad for p in params], params, alpha=decay)
+            if group["adapt"]:
+                rates = []
+                norms = torch._foreach_norm(params), torch._foreach_norm([p.grad for p in params])
+                for w, g in zip(*norms, strict=True):
+                    rate = group["trust"] * w / (g + decay * w)
+                    rates.append(torch.where((w > 0) & (g > 0), rate, torch.ones_like(rate)))
+                torch._foreach_mul_(updates, rates)
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates, alpha=group["lr"])
+            torch._foreach_sub_(params, momenta)
+
+
+def make(
+    name: str, modules: Iterable[nn.Module], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW or LARS over all weights; biases and norms get neither decay nor adaptation."""
+    params: list[Tensor] = [p for m in modules for p in m.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=lr)
+    raise InputError(f"optimizer {name!r}: want one of {', '.join(OPTIMIZERS)}")
+
+
+def default_lr(name: str, batch_size: int) -> float:
+    """The peak learning rate where none is given.
+
+    LARS: 0.2 B/256, VICReg's. AdamW: 1e-3 sqrt(B/256), because Adam's noise grows with the
+    root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+    """
+    if name == "lars":
+        return 0.2 * batch_size / 256
+    return 1e-3 * math.sqrt(batch_size / 256)
+
+
+def learning_rate(step: int, num_steps: int, warmup: int, peak: float, floor: float) -> float:
+    """The rate of step 0 .. num_steps - 1: linear to `peak`, then a cosine to `floor`.
+
+    Step `warmup - 1` is the first at the peak; the last step is at the floor exactly.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    span = num_steps - 1 - max(warmup - 1, 0)
+    t = (step - max(warmup - 1, 0)) / span if span > 0 else 1.0
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * t))

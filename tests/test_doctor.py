@@ -1,0 +1,117 @@
+"""`sslus doctor`: says what is there, what is missing and why, and gives nobody away."""
+
+import getpass
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from sslus.tools import doctor
+from sslus.tools.cli import main
+
+
+def report(capsys) -> tuple[int, dict[str, dict]]:
+    code = main(["doctor", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    return code, {check["name"]: check for part in content.values() for check in part}
+
+
+def test_one_screen_says_what_each_stage_will_do(capsys):
+    code = main(["doctor"])
+    screen = capsys.readouterr().out
+
+    assert code == 0, screen
+    assert len(screen.splitlines()) <= 24
+    for name in ("sslus", "torch ", "cpu", "gpu", "nvdec", "h264", "libx264", "shard", "train"):
+        assert name in screen
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "PyAV on the CPU" in screen and "resnet18, 96 px" in screen
+        because = next(x for x in screen.splitlines() if x.startswith("shard")).split("because")[1]
+        assert len(because) > 10  # the reason, not only the fact
+
+
+def test_a_report_holds_no_names_and_no_folders(capsys):
+    main(["doctor", "--json"])
+    text = capsys.readouterr().out
+
+    private = {socket.gethostname(), getpass.getuser(), Path.home().name, str(Path.cwd())}
+    assert not [name for name in private if len(name) > 3 and name in text.replace("root", "")]
+    assert "/home" not in text and "site-packages" not in text
+    assert (
+        doctor.private("cannot open /home/anna/clinic b/x.so: no")
+        == "cannot open .../clinic b/x.so: no"
+    )
+
+
+def test_a_missing_package_is_named_with_its_remedy(capsys, monkeypatch):
+    version = doctor.version
+    monkeypatch.setattr(
+        doctor, "version", lambda name: None if name == "scikit-learn" else version(name)
+    )
+
+    code, checks = report(capsys)
+
+    assert code == 1
+    assert not checks["packages"]["ok"]
+    assert "missing: pip install scikit-learn" in checks["packages"]["says"]
+    assert checks["packages"]["data"]["torch"] and checks["decoders"]["ok"]
+
+
+def test_without_dali_everything_still_works(capsys, monkeypatch):
+    version = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: None if "dali" in name else version(name))
+
+    code, checks = report(capsys)
+
+    assert code == 0
+    assert "no nvidia.dali" in checks["packages"]["says"]
+
+
+def test_a_codec_that_ffmpeg_lacks_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "DECODERS", ("h264", "betamax"))
+
+    code, checks = report(capsys)
+
+    assert code == 1
+    assert checks["decoders"]["says"].startswith("missing: betamax;")
+    assert checks["decoders"]["ok"] is False and checks["encoder"]["ok"] is True
+
+
+def test_a_check_that_breaks_is_a_line_and_the_others_run(capsys, monkeypatch):
+    def broken():
+        raise OSError("/home/anna/lib/libx.so: undefined symbol\nmore")
+
+    monkeypatch.setattr(doctor, "train", broken)
+
+    code, checks = report(capsys)
+
+    assert code == 1
+    assert checks["train"]["says"] == "failed: OSError: .../libx.so: undefined symbol"
+    assert checks["evaluate"]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ([("dali", "cuda"), ("pyav", "cpu")], "NVDEC on the GPU, the rest PyAV on the CPU"),
+        ([("pyav", "cpu")], "PyAV on the CPU"),
+    ],
+)
+def test_the_path_is_the_one_that_sharding_chooses(monkeypatch, chosen, says):
+    monkeypatch.setattr("sslus.engine.shard.choose_backends", lambda device, decoder: chosen)
+
+    assert doctor.shard().startswith(says)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_named_with_what_it_decodes(capsys):
+    code, checks = report(capsys)
+
+    assert code == 0
+    assert "driver" in checks["gpu"]["says"] and "CUDA" in checks["gpu"]["says"]
+    assert {"h264", "hevc"} <= set(checks["nvdec"]["says"].split())
+    assert checks["shard"]["says"].startswith("NVDEC on the GPU")
+    assert checks["train"]["says"].startswith("GPU; bf16")

@@ -1,0 +1,283 @@
+"""The probe: frozen means frozen, and no patient is on both sides."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sslus.engine.errors import InputError
+from sslus.engine.shard import Settings as ShardSettings
+from sslus.engine.shard import shard
+from sslus.engine.store import FrameStore
+from sslus.ssl import backbones, evaluate
+from sslus.ssl.methods import vicreg
+from sslus.ssl.train import Settings, train
+from sslus.tools.cli import main
+
+CLASSES = ("dark", "bright", "striped")
+
+
+@pytest.fixture(scope="module")
+def videos(clip, pattern, tmp_path_factory):
+    """Three classes that anyone can tell apart, four patients each with one or two videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows = ["path,label,patient"]
+    for patient in range(12):
+        name = CLASSES[patient % 3]
+        for k in range(1 + patient % 2):
+            luma = pattern(6, 64, 64, seed=10 * patient + k)
+            if name == "striped":
+                luma[:, ::8] = luma[:, 1::8] = 255
+            else:
+                luma = luma // 4 + (0 if name == "dark" else 150)
+            clip(folder / f"{patient}-{k}.avi", luma.astype(np.uint8))
+            rows.append(f"{patient}-{k}.avi,{name},p{patient}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    shard([videos], out, ShardSettings(size=32, stride=1), device="cpu", jobs=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
+    train(
+        shards, settings, vicreg.Config(projector="32-32"), folder,
+        device="cpu", threads=1, log_every=3,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def frames(shards, videos):
+    return evaluate.label_frames(FrameStore.open(shards), shards, videos / "labels.csv")
+
+
+def rewrite(videos, tmp_path, change):
+    """labels.csv with changed rows and absolute paths."""
+    rows = list(csv.DictReader((videos / "labels.csv").open()))
+    for row in rows:
+        row["path"] = str(videos / row["path"])
+    rows = change(rows)
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def big(num_patients=30, num_classes=4, seed=0):
+    """Labelled frames without pictures: patients with videos of several classes."""
+    rng = np.random.default_rng(seed)
+    y, video, patient = [], [], []
+    for p in range(num_patients):
+        for c in rng.permutation(num_classes)[: rng.integers(1, num_classes + 1)]:
+            for _ in range(rng.integers(1, 4)):
+                n = rng.integers(1, 30)
+                video += n * [(video[-1] if video else -1) + 1]
+                y += n * [c]
+                patient += n * [p]
+    return evaluate.LabelledFrames(
+        np.arange(len(y)), np.array(y), np.array(video), np.array(patient), None,
+        [f"class {c}" for c in range(num_classes)], 0, 0,
+    )  # fmt: skip
+
+
+def test_labels_join_by_source_file(frames, shards, videos):
+    store = FrameStore.open(shards)
+    assert len(frames) == len(store) == 18 * 6 and frames.num_unlabelled == 0
+    assert frames.names == sorted(CLASSES)
+    # The pictures tell: the join is right if each class looks as it was drawn.
+    level = [store.frames[frames.index[frames.y == c]].mean() for c in range(3)]
+    by_name = dict(zip(frames.names, level, strict=True))
+    assert by_name["dark"] < 70 < 140 < by_name["bright"]
+    assert all(len(np.unique(frames.patient[frames.video == v])) == 1 for v in range(18))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_patients_never_leak_and_every_frame_is_tested_once(seed):
+    frames = big(seed=seed)
+    pairs = evaluate.folds(frames, seed)
+    assert len(pairs) == evaluate.num_folds(frames) == 5
+    tested = np.concatenate([test for _, test in pairs])
+    assert np.array_equal(np.sort(tested), np.arange(len(frames)))
+    for train_part, test in pairs:
+        assert not set(frames.patient[train_part]) & set(frames.patient[test])
+        assert set(frames.y[train_part]) == set(range(4))  # every class can be learned
+        for percent in (1, 30, 100):
+            kept = evaluate.share(frames, train_part, percent, seed)
+            assert set(kept) <= set(train_part)
+    other = np.concatenate([test for _, test in evaluate.folds(frames, seed + 1)])
+    assert not np.array_equal(tested, other)
+
+
+def test_a_share_keeps_whole_videos_of_every_class():
+    frames = big()
+    train_part = evaluate.folds(frames, 0)[0][0]
+    smaller = np.array([], int)
+    for percent in (1, 10, 35, 100):
+        kept = evaluate.share(frames, train_part, percent, seed=0)
+        for c in range(4):
+            of = {s: np.unique(frames.video[i[frames.y[i] == c]]) for s, i in
+                  (("all", train_part), ("kept", kept))}  # fmt: skip
+            assert len(of["kept"]) == int(np.ceil(percent / 100 * len(of["all"])))
+        whole = train_part[np.isin(frames.video[train_part], frames.video[kept])]
+        assert np.array_equal(kept, whole) and set(smaller) <= set(kept)
+        smaller = kept
+    assert np.array_equal(smaller, train_part)
+    few = [evaluate.share(frames, train_part, 10, seed) for seed in (0, 1)]
+    assert not np.array_equal(*few)
+    # Patient by patient: a tenth of the videos does not need nearly every patient.
+    assert len(np.unique(frames.patient[few[0]])) <= len(np.unique(frames.video[few[0]]))
+
+
+def test_probe_standardises_on_the_training_part_and_weighs_classes():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [190, 10])
+    x = rng.normal(size=(200, 3)).astype(np.float32) * [1, 1000, 1]
+    x[:, 0] += 2 * y
+    x[:, 2] = 7.0  # constant where it is trained
+    guess, converged = evaluate.probe(x, y, x)
+    assert converged and (guess[y == 1] == 1).mean() > 0.6  # unweighted: hardly any
+    # Nothing of the test part decides anything: a row alone is judged as among others.
+    assert all(evaluate.probe(x, y, x[i : i + 1])[0] == guess[i] for i in (0, 100, 199))
+    moved = x + np.float32([0, 0, 1e4])  # what is constant in training counts for nothing
+    assert np.array_equal(evaluate.probe(x, y, moved)[0], guess)
+    scaled = np.float32([1e-3, 10, 1])
+    assert (evaluate.probe(x * scaled, y, x * scaled)[0] == guess).mean() > 0.99
+
+
+def test_scores_by_hand():
+    confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])
+    f1, accuracy, per_class = evaluate.scores(confusion)
+    assert per_class == pytest.approx([16 / 19, 6 / 9, 0])
+    assert f1 == pytest.approx((16 / 19 + 6 / 9) / 3)
+    assert accuracy == pytest.approx((0.8 + 0.75) / 3)
+
+
+def test_features_are_frozen(run, shards, tmp_path):
+    """BatchNorm neither drifts nor lets one frame's feature depend on the others."""
+    store = FrameStore.open(shards)
+    config = json.loads((run / "config.json").read_text())
+    backbone = backbones.build("test_resnet", 32, 0)
+    backbone.train()  # as a training loop leaves it
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+
+    def features(index, cache):
+        cache.mkdir(exist_ok=True)
+        return evaluate._features(
+            backbone, store, index, config, torch.device("cpu"), cache, lambda done: None
+        )
+
+    index = np.arange(80)
+    together = features(index, tmp_path / "a")
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+    alone = np.concatenate([features(index[i : i + 1], tmp_path / "b") for i in range(5)])
+    np.testing.assert_allclose(together[:5], alone, rtol=1e-4, atol=1e-6)
+    assert np.array_equal(features(index, tmp_path / "a"), together)  # from the cache
+    with torch.no_grad():
+        next(backbone.parameters()).mul_(1.5)
+    assert not np.array_equal(features(index, tmp_path / "a"), together)  # other weights
+
+
+def test_the_whole_report(run, videos, tmp_path, capsys):
+    out = tmp_path / "report"
+    command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
+    assert main([*command, "--fractions", "10,100", "--seeds", "2", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "random init" in shown and "majority class" in shown and "4 folds by patient" in shown
+    results = json.loads((out / "results.json").read_text())
+    rows = {(r["backbone"], r["percent"]): r for r in results["rows"]}
+    assert set(rows) == {(b, p) for b in ("vicreg", "random init") for p in (10, 100)} | {
+        ("majority class", 100)
+    }
+    for row in rows.values():
+        # Every number has its n; every frame is tested once a seed.
+        assert (row["num_test_frames"], row["num_test_videos"]) == (108, 18)
+        assert row["num_test_patients"] == 12 and row["num_seeds"] == 2
+        assert np.sum(row["confusion"]) == pytest.approx(108)
+        assert len(row["macro_f1_of_seeds"]) == 2
+    assert rows["vicreg", 10]["num_train_videos"] == 3  # one of each class
+    assert rows["vicreg", 100]["num_train_videos"] == 13.5  # three of four folds of 18
+    assert rows["random init", 100]["macro_f1"] > 0.7  # classes that a look tells apart
+    assert rows["majority class", 100]["balanced_accuracy"] == pytest.approx(1 / 3)
+    for name in ("report.md", "confusion.png"):
+        assert (out / name).stat().st_size > 500
+    assert "± " in (out / "report.md").read_text()
+
+
+def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
+    def split(rows):
+        return [row | {"split": "test" if int(row["patient"][1:]) < 3 else "train"} for row in rows]
+
+    labels = rewrite(videos, tmp_path, split)
+    result = evaluate.evaluate(
+        run, labels, out=tmp_path / "out", percents=(100,), num_seeds=1, device="cpu"
+    )
+    assert result.split == "the split of labels.csv"
+    assert {row.num_test_patients for row in result.rows} == {3}
+    assert {row.num_train_patients for row in result.rows} == {9}
+    assert result.rows[0].macro_f1_std is None
+
+
+def test_a_class_with_one_patient_is_left_out_loudly(run, videos, tmp_path):
+    def one(rows):
+        return [row for row in rows if row["label"] != "dark" or row["patient"] == "p0"]
+
+    result = evaluate.evaluate(
+        run, rewrite(videos, tmp_path, one), out=tmp_path / "out", percents=(100,), num_seeds=1,
+        device="cpu",
+    )  # fmt: skip
+    assert result.names == ["bright", "striped"]
+    assert any("'dark' is left out: it has 1 patient" in line for line in result.warnings)
+
+
+def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
+    def judge(labels, run=run, **options):
+        return evaluate.evaluate(run, labels, out=tmp_path / "out", device="cpu", **options)
+
+    good = videos / "labels.csv"
+
+    def added(rows):
+        return [*rows, {"path": "gone.mp4", "label": "dark", "patient": "p0"}]
+
+    with pytest.raises(InputError, match=r"1 of 19 videos are not in .*gone.mp4; shard them too"):
+        judge(rewrite(videos, tmp_path, added))
+    with pytest.raises(InputError, match="want at least two classes .* all videos have one label"):
+        judge(rewrite(videos, tmp_path, lambda rows: [r | {"label": "x"} for r in rows]))
+    with pytest.raises(InputError, match="two patients each, got 0 of 3; class 'bright' is left"):
+        judge(rewrite(videos, tmp_path, lambda rows: rows[:4]))
+    with pytest.raises(InputError, match="has no config.json; give the folder of a run"):
+        judge(good, run=tmp_path)
+    with pytest.raises(InputError, match="protocol 'knn': want one of linear"):
+        judge(good, protocol="knn")
+    for percents in ((), (0.0,), (101.0,)):
+        with pytest.raises(InputError, match="fractions above 0 up to 100"):
+            judge(good, percents=percents)
+    shared = tmp_path / "shared"  # shards as they are passed on: without local/
+    shared.mkdir()
+    for path in shards.iterdir():
+        if path.is_file() or path.name == "store":
+            (shared / path.name).symlink_to(path)
+    with pytest.raises(InputError, match=r"ledger.jsonl: is missing.*copy the local/ folder"):
+        judge(good, shards=shared)
+
+
+def test_unlabelled_and_refused_videos_are_counted(shards, videos, tmp_path):
+    store = FrameStore.open(shards)
+    labels = rewrite(videos, tmp_path, lambda rows: rows[2:])
+    frames = evaluate.label_frames(store, shards, labels)
+    assert frames.num_unlabelled == 2 and len(frames) == 16 * 6
+    fewer = dataclasses.replace(store, video_ids=["other", *store.video_ids[1:]])
+    frames = evaluate.label_frames(fewer, shards, videos / "labels.csv")
+    assert frames.num_without_frames == 1

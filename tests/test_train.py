@@ -1,0 +1,523 @@
+"""The plan, the views, the schedule, and a run that survives whatever stops it."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.plan import Plan
+from sslus.engine.shard import Settings as ShardSettings
+from sslus.engine.shard import shard
+from sslus.engine.store import FrameStore
+from sslus.ssl import backbones, checkpoints, health, views
+from sslus.ssl.methods import vicreg
+from sslus.ssl.optimizers import LARS, learning_rate
+from sslus.ssl.train import Settings, settings_from, train
+from sslus.tools.cli import main, sslus
+
+STEPS = 10
+SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=STEPS)
+HEAD = vicreg.Config(projector="32-32")
+TIMINGS = ("samples_per_second", "data_wait")
+
+
+@pytest.fixture(scope="module")
+def shards(clips, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    shard([clips], out, ShardSettings(size=32, stride=2), device="cpu", jobs=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def store(shards):
+    return FrameStore.open(shards)
+
+
+def run_train(shards, run, settings=SMALL, **options):
+    options = {"device": "cpu", "threads": 1, "log_every": 2, "checkpoint_every": 3} | options
+    return train(shards, settings, HEAD, run, **options)
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards, tmp_path_factory):
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run_train(shards, run)
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = [v for _, v in sorted(value.items(), key=str)]
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, list | tuple) else []
+
+
+def assert_same_run(a: Path, b: Path):
+    one, two = (checkpoints.load(r / "checkpoint.pt") for r in (a, b))
+    assert one["step"] == two["step"]
+    pairs = list(zip(tensors_of(one), tensors_of(two), strict=True))
+    assert len(pairs) > 50 and all(torch.equal(x, y) for x, y in pairs)
+    lines = [
+        [
+            {k: v for k, v in m.items() if k not in TIMINGS}
+            for m in checkpoints.read_metrics(r / "metrics.jsonl")
+        ]
+        for r in (a, b)
+    ]
+    assert lines[0] == lines[1]
+
+
+# The plan
+
+
+def test_plan_is_pure_and_shows_every_frame_once():
+    plan = Plan(103, 10, seed=3)
+    epoch = np.concatenate(list(plan.epoch(5)))
+    assert plan.steps_per_epoch == 10 and len(np.unique(epoch)) == len(epoch) == 100
+    assert epoch.min() >= 0 and epoch.max() < 103
+    assert np.array_equal(epoch, np.concatenate(list(Plan(103, 10, seed=3).epoch(5))))
+    assert np.array_equal(epoch[40:], np.concatenate(list(plan.epoch(5, start=4))))
+    for other in (plan.epoch(6), Plan(103, 10, seed=4).epoch(5)):
+        assert (np.concatenate(list(other)) != epoch).mean() > 0.9
+    # Frozen numbers: an update of numpy must not change what a resumed run sees.
+    assert Plan(8, 8, seed=0).order(0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_plan_does_not_depend_on_the_number_of_processes(world):
+    ranks = [list(Plan(50, 8, 0, rank, world).epoch(1)) for rank in range(world)]
+    for whole, *parts in zip(Plan(50, 8, 0).epoch(1), *ranks, strict=True):
+        assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_plan_says_which_batch_would_fit():
+    with pytest.raises(InputError, match="30 frames .* batch of 64: give --batch-size 30 or less"):
+        Plan(30, 64, 0)
+    with pytest.raises(InputError, match="at least 2"):
+        Plan(30, 1, 0)
+
+
+# The views
+
+
+def test_philox_known_answers():
+    """From the Random123 distribution's kat_vectors."""
+    for counter, key, want in [
+        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ]:
+        assert views.philox(np.array([counter], np.uint32), key)[0].tolist() == want
+
+
+def test_draws_stay_in_their_ranges():
+    config = views.ViewConfig()
+    frames = np.arange(20_000)
+    table = views.draw(config, frames, 0, 0, 7, store=256, size=224)
+    column = dict(zip(views.COLUMNS, table.T, strict=True))
+    for start, length in (("top", "height"), ("left", "width")):
+        assert column[start].min() >= 0 and column[length].min() >= 1
+        assert (column[start] + column[length]).max() <= 256
+        # Every place is as likely: the middle of the crops is the middle of the frame.
+        assert (column[start] + column[length] / 2).mean() == pytest.approx(128, abs=1)
+    area = column["height"] * column["width"] / 256**2
+    assert area.min() >= config.min_area * 0.95 and area.max() <= 1
+    for name, probability in (("flip", config.flip), ("sigma", config.blur)):
+        assert (column[name] != 0).mean() == pytest.approx(probability, abs=0.02)
+    assert (column["gamma"] != 1).mean() == pytest.approx(config.jitter, abs=0.02)
+    for name in ("brightness", "contrast"):
+        assert 0.6 <= column[name].min() < 0.61 and 1.39 < column[name].max() <= 1.4
+    for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8)):  # view, epoch, seed
+        again = views.draw(config, frames, *other, store=256, size=224)
+        assert (again[:, 0] != table[:, 0]).mean() > 0.9
+
+
+def test_a_view_does_not_depend_on_batch_or_threads(store):
+    def make(batches, threads):
+        with views.Loader(
+            store, iter(batches), views.ViewConfig(), size=24, seed=5,
+            device=torch.device("cpu"), threads=threads,
+        ) as loader:  # fmt: skip
+            return [torch.stack(pair) for pair in loader]
+
+    order = np.random.default_rng(0).permutation(len(store))[:48]
+    together = torch.cat(make([(2, order)], 1), dim=1)
+    apart = torch.cat(make([(2, order[i : i + 6]) for i in range(0, 48, 6)], 3), dim=1)
+    assert torch.equal(together, apart)
+    reverse = torch.cat(make([(2, order[::-1])], 2), dim=1)
+    assert torch.equal(together, reverse.flip(1))
+    assert not torch.equal(together[0], together[1])
+    assert together.mean().abs() < 0.5 and 0.5 < together.std() < 1.5  # normalised
+
+
+def test_identity_is_the_frame_resized():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
+    same = torch.empty(3, 1, 32, 32)
+    views.apply(frames, views.identity(3, 32), 32, same)
+    assert torch.equal(same[:, 0], torch.from_numpy(frames).float() / 255)
+    half = torch.empty(3, 1, 16, 16)
+    views.apply(frames, views.identity(3, 32), 16, half)
+    want = F.resize(torch.from_numpy(frames)[:, None].float() / 255, [16, 16], antialias=True)
+    torch.testing.assert_close(half, want)
+
+
+def test_each_column_does_what_it_says():
+    frame = np.random.default_rng(0).integers(0, 256, (1, 32, 32), np.uint8)
+    x = torch.from_numpy(frame).float() / 255
+
+    def view(**columns):
+        table = views.identity(1, 32)
+        for name, value in columns.items():
+            table[0, views.COLUMNS.index(name)] = value
+        out = torch.empty(1, 1, 32, 32)
+        views.apply(frame, table, 32, out)
+        return out[0]
+
+    crop = F.resized_crop(x, 3, 5, 20, 10, [32, 32], antialias=True)
+    torch.testing.assert_close(view(top=3, left=5, height=20, width=10), crop)
+    assert torch.equal(view(flip=1), x.flip(-1))
+    torch.testing.assert_close(view(brightness=1.3), (1.3 * x).clamp(0, 1))
+    mean = x.mean()
+    torch.testing.assert_close(view(contrast=0.7), 0.7 * x + 0.3 * mean)
+    torch.testing.assert_close(view(gamma=1.3), x**1.3)
+    square = F.gaussian_blur(x, [9, 9], [1.3, 1.3])  # the same in one two-dimensional pass
+    torch.testing.assert_close(view(sigma=1.3), square)
+
+
+# The schedule and LARS
+
+
+def test_schedule_reaches_its_ends_step_by_step():
+    rates = [learning_rate(s, 100, 10, 0.4, 0.001) for s in range(100)]
+    assert rates[0] == pytest.approx(0.04) and rates[9] == 0.4
+    assert rates[-1] == pytest.approx(0.001, rel=1e-9)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
+    assert all(a > b for a, b in zip(rates[9:-1], rates[10:], strict=True))
+    assert learning_rate(0, 1, 0, 0.4, 0.0) == 0.0  # one step only: the end
+    assert learning_rate(0, 5, 0, 0.4, 0.0) == 0.4
+
+
+def test_lars_by_hand():
+    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # norm 5
+    b = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = LARS(
+        [
+            {"params": [w], "weight_decay": 0.1},
+            {"params": [b], "adapt": False, "weight_decay": 0.0},
+        ],
+        lr=2.0,
+        trust=0.01,
+    )
+    g = torch.tensor([[0.6, 0.8]])  # norm 1
+    rate = 0.01 * 5 / (1 + 0.1 * 5)
+    v = 2 * rate * (g + 0.1 * w.detach())
+    w1 = w.detach() - v
+    w.grad, b.grad = g.clone(), torch.tensor([0.5])
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), w1)
+    assert b.item() == 1 - 2 * 0.5  # no adaptation, no decay
+    w.grad, b.grad = g.clone(), torch.tensor([0.0])
+    optimizer.step()
+    norm = w1.norm()
+    v = 0.9 * v + 2 * 0.01 * norm / (1 + 0.1 * norm) * (g + 0.1 * w1)
+    torch.testing.assert_close(w.detach(), w1 - v)
+    assert b.item() == pytest.approx(0 - 0.9)  # momentum goes on
+    zero = torch.nn.Parameter(torch.zeros(2, 2))
+    zero.grad = torch.ones(2, 2)
+    LARS([zero], lr=1.0).step()
+    assert (zero != 0).all()  # a weight at zero can leave it
+
+
+# A run
+
+
+def test_a_run_leaves_what_it_promises(whole_run, store):
+    run = whole_run.run
+    names = {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt", "backbone.safetensors"}
+    assert {p.name for p in run.iterdir()} == names
+    config = json.loads((run / "config.json").read_text())
+    settings, head = settings_from(config)
+    assert head == HEAD and settings.batch_size == 16 and settings.lr == pytest.approx(2.5e-4)
+    assert config["shards"]["digest"] == store.digest
+    lines = checkpoints.read_metrics(run / "metrics.jsonl")
+    assert [m["step"] for m in lines] == [2, 4, 6, 8, 10]
+    for m in lines:
+        weighted = 25 * m["invariance"] + 25 * m["variance"] + m["covariance"]
+        assert m["loss"] == pytest.approx(weighted, rel=1e-4)
+        assert m["samples_per_second"] > 0 and 0 <= m["data_wait"] <= 1 and m["grad_norm"] > 0
+        assert m["epoch"] == pytest.approx(m["step"] / (len(store) // 16), abs=1e-4)
+    assert lines[-1]["lr"] == pytest.approx(settings.lr * settings.final_lr)
+    assert 1 < lines[-1]["rankme"] <= 16 and lines[-1]["feature_std"] > 0
+    with safe_open(run / "backbone.safetensors", "pt") as f:
+        about = {k: json.loads(v) for k, v in f.metadata().items()}
+    assert about["timm"] == "test_resnet" and about["in_chans"] == 1
+    assert about["image_size"] == 32 and about["mean"] == store.mean
+    fresh = backbones.build("test_resnet", 32, seed=0)
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    trained = load_file(run / "backbone.safetensors")
+    fresh.load_state_dict(trained)
+    assert all(not torch.equal(before[k], v) for k, v in trained.items() if k.endswith("weight"))
+
+
+def test_the_seed_decides_everything(shards, whole_run, tmp_path):
+    run_train(shards, tmp_path / "same")
+    assert_same_run(whole_run.run, tmp_path / "same")
+    other = run_train(shards, tmp_path / "other", dataclasses.replace(SMALL, seed=1))
+    assert other.metrics[0]["loss"] != whole_run.metrics[0]["loss"]
+    first, second = (
+        backbones.build("test_resnet", 32, seed=s).state_dict()["conv1.0.weight"] for s in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("at", [3, 5])  # on a checkpoint, and in the middle of a log line
+def test_sigterm_saves_and_the_resumed_run_is_the_same(shards, whole_run, tmp_path, at):
+    def stop(done, total, note):
+        if done == at * SMALL.batch_size:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"step {at} of 10; .*sslus train --resume") as e:
+        run_train(shards, run, report=stop, checkpoint_every=100)
+    assert e.value.signum == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints.load(run / "checkpoint.pt")["step"] == at
+    assert (run / "backbone.safetensors").exists() and (run / "curves.png").exists()
+    torch.manual_seed(99)
+    run_train(shards, run, resume=True)
+    assert_same_run(whole_run.run, run)
+
+
+def test_sigkill_loses_only_what_follows_the_checkpoint(shards, whole_run, tmp_path):
+    run = tmp_path / "run"
+    code = f"""
+import os, signal
+from pathlib import Path
+from sslus.ssl.train import Settings, train
+from sslus.ssl.methods import vicreg
+def kill(done, total, note):
+    if done == 8 * {SMALL.batch_size}:
+        os.kill(os.getpid(), signal.SIGKILL)
+train(Path({str(shards)!r}), Settings(backbone="test_resnet", image_size=32, batch_size=16,
+      max_steps={STEPS}), vicreg.Config(projector="32-32"), Path({str(run)!r}), device="cpu",
+      threads=1, log_every=2, checkpoint_every=3, report=kill)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert checkpoints.load(run / "checkpoint.pt")["step"] == 6
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 8, "lo')  # what a kill in the middle of a write leaves
+    result = run_train(shards, run, resume=True)
+    assert_same_run(whole_run.run, run)
+    assert result.step == STEPS and not result.was_finished
+
+
+def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(
+    shards, whole_run, tmp_path
+):
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+
+        def fail(done, total, note):
+            raise RuntimeError("power cut")
+
+        run_train(shards, run, report=fail)
+    assert not (run / "checkpoint.pt").exists()
+    run_train(shards, run, resume=True)
+    assert_same_run(whole_run.run, run)
+
+
+def test_full_disk_leaves_the_last_checkpoint(shards, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    real = os.fsync
+    full = []
+
+    def fsync(fd):
+        if full and "checkpoint" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        run_train(shards, run, report=lambda done, *_: full.append(1) if done >= 64 else None)
+    assert checkpoints.load(run / "checkpoint.pt")["step"] == 3
+    assert not list(run.glob("*.tmp"))
+
+
+def test_not_a_number_stops_the_run_in_one_line(shards, tmp_path, monkeypatch):
+    real = vicreg.Method.forward
+
+    def forward(self, ha, hb):
+        self.calls = getattr(self, "calls", 0) + 1
+        loss, terms = real(self, ha, hb)
+        return (loss * math.nan if self.calls == 5 else loss), terms
+
+    monkeypatch.setattr(vicreg.Method, "forward", forward)
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="loss is no longer finite .*lower --lr.*last good"):
+        run_train(shards, run)
+    state = checkpoints.load(run / "checkpoint.pt")
+    assert state["step"] == 3
+    assert all(t.isfinite().all() for t in tensors_of(state["backbone"]))
+
+
+def test_collapse_is_named(shards, tmp_path, monkeypatch):
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    assert 20 < health.rankme(x) <= 32
+    one = torch.ones(64, 1) @ x[:1]
+    assert health.rankme(one) == pytest.approx(1, abs=0.01)
+    assert health.rankme(torch.eye(8)) == pytest.approx(8)
+    assert health.rankme(torch.zeros(8, 8)) < 2
+    assert health.collapse(health.rankme(x), health.feature_std(x)[1]) is None
+    assert "lower --lr" in health.collapse(health.rankme(one), health.feature_std(one)[1])
+    # A dead last layer, as the loop meets it.
+    real = torch.nn.Module.__call__
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "__call__",
+        lambda self, x, *a: (
+            real(self, x, *a) * 0 + 1 if hasattr(self, "num_features") and x.ndim == 4
+            and hasattr(self, "forward_head") else real(self, x, *a)
+        ),
+    )  # fmt: skip
+    said = []
+    result = run_train(shards, tmp_path / "run", say=said.append)
+    assert len(result.warnings) == 1 and "collapsed" in result.warnings[0]
+    assert "Warning: step 10" in said[-1]
+
+
+def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys):
+    run = whole_run.run
+    before = {p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name != "metrics.jsonl"}
+    with pytest.raises(InputError, match="--resume continues it, --run DIR starts another"):
+        run_train(shards, run)
+    again = run_train(shards, run, resume=True)
+    assert again.was_finished and again.step == STEPS
+    with pytest.raises(InputError, match="lr was 0.00025, now 0.1; projector was '32-32', now '8'"):
+        train(
+            shards, dataclasses.replace(SMALL, lr=0.1), vicreg.Config(projector="8"), run,
+            resume=True, device="cpu",
+        )  # fmt: skip
+    with pytest.raises(InputError, match="holds no run"):
+        run_train(shards, tmp_path / "none", resume=True)
+    assert before == {
+        p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name != "metrics.jsonl"
+    }
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((run / "config.json").read_bytes())
+    (damaged / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(InputError, match="checkpoint .*cannot be read"):
+        run_train(shards, damaged, resume=True)
+
+
+def test_initial_weights_are_checked(shards, whole_run, tmp_path):
+    trained = load_file(whole_run.run / "backbone.safetensors")
+    said = []
+
+    def start_from(path):
+        backbone = backbones.build("test_resnet", 32, seed=5)
+        backbones.initialise(backbone, str(path), "test_resnet", said.append)
+        return backbone.state_dict()
+
+    full = start_from(whole_run.run / "backbone.safetensors")
+    assert all(torch.equal(full[k], v) for k, v in trained.items())
+    assert said[-1].startswith(f"{len(trained)} of {len(trained)} tensors loaded")
+    torch.save({"state_dict": {**trained, "head.weight": torch.ones(3)}}, tmp_path / "part.pt")
+    start_from(tmp_path / "part.pt")
+    assert "not used: head.weight" in said[-1]
+    save_file({f"module.{k}": v for k, v in trained.items()}, tmp_path / "none.safetensors")
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"0 of \d+ tensors match"):
+        run_train(shards, run, dataclasses.replace(SMALL, init=str(tmp_path / "none.safetensors")))
+    assert not run.exists()
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for path, why in (
+        (tmp_path / "junk.pt", "cannot be read"),
+        (tmp_path / "gone", "no such file"),
+    ):
+        with pytest.raises(InputError, match=why):
+            start_from(path)
+    with pytest.raises(InputError, match="timm has no such model; near: .*resnet18"):
+        backbones.build("resnet_18", 32, 0)
+
+
+def test_other_backbones_and_lars_take_a_step(shards, tmp_path):
+    settings = dataclasses.replace(
+        SMALL, backbone="test_vit", max_steps=2, optimizer="lars", batch_size=8
+    )
+    result = run_train(shards, tmp_path / "vit", settings)
+    assert result.step == 2 and math.isfinite(result.metrics[-1]["loss"])
+
+
+def test_bad_settings_are_one_line(shards, tmp_path):
+    for change, why in [
+        ({"optimizer": "sgd"}, "optimizer 'sgd': want one of adamw, lars"),
+        ({"precision": "fp8"}, "precision 'fp8'"),
+        ({"warmup_steps": 11}, "more than the run's 10 steps"),
+        ({"seed": -1}, "seed -1: want a whole number from 0"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"batch_size": 10_000}, "give --batch-size"),
+    ]:
+        with pytest.raises(InputError, match=why):
+            run_train(shards, tmp_path / "run", dataclasses.replace(SMALL, **change))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device cuda: there is none here"):
+            run_train(shards, tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 4 --projector 16"
+    base = ["train", str(shards), "--run", str(run), "--device", "cpu", "--threads", "1"]
+    assert main([*base, *small.split()]) == 0
+    out = capsys.readouterr().out
+    assert "4 steps" in out and f"Next: sslus evaluate {run} --labels" in out
+    assert main([*base, *small.split()]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["train", "--resume", "--run", str(run)]) == 0  # settings and shards are the run's
+    assert "finished already" in capsys.readouterr().out
+    assert main([*base, "--resume", "--projector", "32"]) == 1
+    assert "projector was '16', now '32'" in capsys.readouterr().err
+    assert main([*base[:2], "--run", str(tmp_path / "x"), "--method", "nothing"]) == 1
+    assert "there are: vicreg" in capsys.readouterr().err
+    assert CliRunner().invoke(sslus, ["train", "--epochs", "0"]).exit_code == 2
+
+
+def test_ctrl_c_of_the_command(shards, tmp_path):
+    """The real thing: a process, a signal, an exit code, one line."""
+    run = tmp_path / "run"
+    options = "--backbone test_resnet --image-size 32 --batch-size 16 --epochs 9999 --log-every 1"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslus.tools", "train", str(shards), "--run", str(run)]
+        + options.split() + ["--projector", "16", "--device", "cpu", "--threads", "1"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not checkpoints.read_metrics(run / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "everything is saved" in err.splitlines()[-1] and "Traceback" not in err
+    assert checkpoints.load(run / "checkpoint.pt")["step"] >= 1

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole way on synthetic data, on a fresh machine: set up, make videos, shard, train, evaluate.
+# Run it again and it goes on where it was, or shows the result again.
+#   DEMO_DIR     where everything goes (default: demo in the checkout)
+#   DEMO_VIDEOS  clips to make (default 40)     DEMO_STEPS  training steps (default 300)
+set -euo pipefail
+# shellcheck source=tools/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+demo=${DEMO_DIR:-$root/demo}
+videos=${DEMO_VIDEOS:-40}
+steps=${DEMO_STEPS:-300}
+mkdir -p "$demo"
+cd "$demo"
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+step() {
+  say "\$ sslus $*"
+  "$sslus" "$@"
+}
+
+step synth videos --videos "$videos" --patients 10 --seed 0 --seconds 2 4
+step shard videos --stride 2
+if [ -e run/config.json ]; then
+  step train --run run --resume
+else
+  step train --method vicreg --max-steps "$steps" --run run
+fi
+step evaluate run --labels videos/labels.csv -o report
+
+say "Done. Everything is in $demo:"
+cat <<END
+  videos/               synthetic clips and labels.csv: no patient data
+  shards/               their frames, ready for training
+  run/curves.png        loss, learning rate and health of the training
+  run/backbone.safetensors
+  report/               the table above, confusion matrices
+With your own videos: $sslus shard PATH/TO/VIDEOS
+END

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# What CI cannot check without a GPU: bash tools/gpu_check.sh [--minutes 9] [--out DIR] [--dry-run]
+#
+# Builds and installs this checkout into a temporary folder without a network, runs the tests that
+# need a GPU (there, one that would skip fails), trains on synthetic shards, and measures. Every
+# step runs, whatever became of the ones before, within its own time and all within --minutes.
+# Python and the packages that sslus needs must be there (PYTHON, PYTHONPATH).
+#
+#   --minutes N   for everything (default 9)
+#   --out DIR     log, summary.tsv, bench-*.json, metrics.jsonl (default $OUT or build/gpu_check)
+#   --device cpu  the same steps without a GPU, small, to try this script out
+#   --dry-run     only print the steps
+# Exits with 1 if a step failed.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+minutes=9 out=${OUT:-$root/build/gpu_check} device=cuda dry=
+
+usage() {
+  sed -n '2,/^# Exits/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit "$1"
+}
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) minutes=${2:?--minutes wants a number}; shift 2 ;;
+    --out) out=${2:?--out wants a folder}; shift 2 ;;
+    --device) device=${2:?--device wants cuda or cpu}; shift 2 ;;
+    --dry-run) dry=1; shift ;;
+    -h | --help) usage 0 ;;
+    *) echo "gpu_check: unknown option $1" >&2; usage 2 >&2 ;;
+  esac
+done
+case $minutes in
+  '' | *[!0-9]*) echo "gpu_check: --minutes wants a whole number, got $minutes" >&2; exit 2 ;;
+esac
+case $device in
+  cuda) export SSLUS_REQUIRE_GPU=1; small=() ;;
+  cpu) small=(--quick) ;;
+  *) echo "gpu_check: --device wants cuda or cpu, got $device" >&2; exit 2 ;;
+esac
+
+end=$((SECONDS + 60 * minutes))
+failed=0
+if [ -z "$dry" ]; then
+  work=$(mktemp -d) || exit 1
+  trap 'rm -rf "$work"' EXIT
+  mkdir -p "$out" || exit 1
+  out=$(cd "$out" && pwd)
+  # What an earlier run left would pass for this one's.
+  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl} "$out"/bench-*.json
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+else
+  work='$work'
+fi
+cd "$root" || exit 1
+
+# step NAME SECONDS COMMAND...: at most SECONDS of a run of 9 minutes, more or less in proportion.
+step() {
+  local name=$1 limit=$(($2 * minutes / 9)) left=$((end - SECONDS)) start=$SECONDS status result
+  shift 2
+  if [ -n "$dry" ]; then
+    printf '%-14s %4s s  %s\n' "$name" "$limit" "$*"
+    return
+  fi
+  [ "$limit" -lt "$left" ] || limit=$left
+  printf '\n=== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$out/gpu_check.log"
+  if [ "$limit" -lt 5 ]; then
+    result="no time left"
+  else
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$out/gpu_check.log"
+    status=${PIPESTATUS[0]}
+    case $status in
+      0) result=ok ;;
+      124 | 137) result="ran past $limit s" ;;
+      *) result="failed ($status)" ;;
+    esac
+  fi
+  [ "$result" = ok ] || failed=$((failed + 1))
+  printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - start))" >>"$out/summary.tsv"
+}
+
+sslus=("$python" -m sslus.tools)
+if [ "$device" = cuda ]; then
+  clips=(--videos 42 --patients 14) steps=200
+else
+  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1) steps=4
+fi
+metrics=$work/run/metrics.jsonl
+
+step build 80 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+  --disable-pip-version-check --target "$work/site" .
+step doctor 30 "${sslus[@]}" doctor
+step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider
+step synth 70 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
+step shard 40 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$device" \
+  --labels "$work/videos/labels.csv"
+step train 80 "${sslus[@]}" train "$work/shards" --method vicreg --max-steps "$steps" \
+  --device "$device" --run "$work/run"
+[ ! -f "$metrics" ] || cp "$metrics" "$out/metrics.jsonl"
+for stage in decode train shard store; do
+  # With the clips just made; without them (synth failed) bench/run.py makes its own.
+  data=()
+  { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")
+  step "bench-$stage" 70 "$python" bench/run.py --stage "$stage" --device "$device" \
+    "${small[@]}" "${data[@]}" --json "$out/bench-$stage.json"
+done
+
+if [ -z "$dry" ]; then
+  printf '\n%-14s %-20s %8s\n' step result seconds | tee -a "$out/gpu_check.log"
+  while IFS=$'\t' read -r name result seconds; do
+    printf '%-14s %-20s %8s\n' "$name" "$result" "$seconds"
+  done <"$out/summary.tsv" | tee -a "$out/gpu_check.log"
+fi
+[ "$failed" = 0 ]
