@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # What makes a command small enough for a test; everything else is run as it is written.
 SMALL = {
-    "sslus synth videos/": "--videos 6 --patients 3 --size 128 --seconds 0.5 0.6",
+    "sslus synth videos/": "--videos 15 --patients 3 --size 128 --seconds 0.3 0.4",
     "sslus train --method vicreg": "--max-steps 3 --batch-size 4 --image-size 32",
     "sslus evaluate runs/vicreg --labels videos/labels.csv": "",
     "python bench/run.py --quick": "--stage store",
@@ -80,7 +80,7 @@ def test_demo(tmp_path):
         pytest.skip("not an environment made by tools/setup.sh, which the demo would change")
     env = environment() | {
         "SSLUS_VENV": str(venv), "DEMO_DIR": str(tmp_path / "demo"),
-        "DEMO_VIDEOS": "10", "DEMO_STEPS": "4",
+        "DEMO_VIDEOS": "20", "DEMO_SECONDS": "0.2 0.3", "DEMO_STEPS": "3",
     }  # fmt: skip
     assert shutil.which("bash")
     for _ in range(2):

@@ -2,13 +2,15 @@
 # The whole way on synthetic data, on a fresh machine: set up, make videos, shard, train, evaluate.
 # Run it again and it goes on where it was, or shows the result again.
 #   DEMO_DIR     where everything goes (default: demo in the checkout)
-#   DEMO_VIDEOS  clips to make (default 40)     DEMO_STEPS  training steps (default 300)
+#   DEMO_VIDEOS  clips to make (default 40)     DEMO_SECONDS  their length (default "2 4")
+#   DEMO_STEPS   training steps (default 300)
 set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 demo=${DEMO_DIR:-$root/demo}
 videos=${DEMO_VIDEOS:-40}
 steps=${DEMO_STEPS:-300}
+read -r shortest longest <<<"${DEMO_SECONDS:-2 4}"
 mkdir -p "$demo"
 cd "$demo"
 
@@ -18,7 +20,7 @@ step() {
   "$sslus" "$@"
 }
 
-step synth videos --videos "$videos" --patients 10 --seed 0 --seconds 2 4
+step synth videos --videos "$videos" --patients 10 --seed 0 --seconds "$shortest" "$longest"
 step shard videos --stride 2
 if [ -e run/config.json ]; then
   step train --run run --resume
