@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 
 
@@ -67,7 +68,7 @@ def load(backbone: nn.Module, path: Path) -> str:
         raise InputError(f"--init {path}: there is no such file; want random, imagenet or a file")
     try:
         if path.suffix == ".safetensors":
-            weights = load_file(path)
+            weights = safetensors.torch.load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             for key in ("state_dict", "model", "backbone"):
@@ -105,10 +106,7 @@ def save(backbone: nn.Module, path: Path, about: dict) -> None:
     >>> timm.create_model("resnet18", in_chans=1, num_classes=0).load_state_dict(
     ...     safetensors.torch.load_file("backbone.safetensors"))
     """
-    temporary = path.with_name(path.name + ".tmp")
     weights = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    try:
-        save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in about.items()})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = safetensors.torch.save(weights, {k: json.dumps(v) for k, v in about.items()})
+    with atomic_file(path) as f:
+        f.write(data)

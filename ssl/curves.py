@@ -35,14 +35,14 @@ def draw(metrics: list[dict], path: Path) -> None:
             a.set_ylim(bottom=0)
         axes.set_title(title)
 
-    line(loss, "loss", "loss (weighted sum)", color="black")
+    line(loss, "loss", "loss", color="black")
     for term in terms:
         line(loss, term, term)
     loss.set_title("Loss and its unweighted terms")
     loss.set_yscale("log")
     loss.set_ylabel("mean since the line before")
     if metrics:
-        loss.legend()
+        loss.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     two(rate, ("lr", "learning rate"), ("grad_norm", "gradient norm"), "Optimisation")
     two(alive, ("rankme", "RankMe"), ("feature_std", "mean std of a feature"), "Health")
     two(

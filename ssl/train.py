@@ -153,7 +153,7 @@ def train(
     device: str = "auto",
     threads: int | None = None,
     log_every: int = 10,
-    health_every: int = 50,
+    health_every: int = 20,
     checkpoint_every: int = 200,
     report: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] | None = None,

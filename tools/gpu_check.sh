@@ -51,7 +51,7 @@ if [ -z "$dry" ]; then
   rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl} "$out"/bench-*.json
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 else
-  work='$work'
+  work=\$work # shown, not made
 fi
 cd "$root" || exit 1
 
@@ -82,9 +82,10 @@ step() {
 
 sslus=("$python" -m sslus.tools)
 if [ "$device" = cuda ]; then
-  clips=(--videos 42 --patients 14) steps=200
+  clips=(--videos 42 --patients 14) steps=(--max-steps 200)
 else
-  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1) steps=4
+  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1)
+  steps=(--max-steps 4 --batch-size 8 --image-size 32)
 fi
 metrics=$work/run/metrics.jsonl
 
@@ -95,15 +96,16 @@ step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider
 step synth 70 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
 step shard 40 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$device" \
   --labels "$work/videos/labels.csv"
-step train 80 "${sslus[@]}" train "$work/shards" --method vicreg --max-steps "$steps" \
+step train 80 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
   --device "$device" --run "$work/run"
 [ ! -f "$metrics" ] || cp "$metrics" "$out/metrics.jsonl"
-for stage in decode train shard store; do
+for stage in decode:70 train:90 shard:110 store:30; do
   # With the clips just made; without them (synth failed) bench/run.py makes its own.
   data=()
   { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")
-  step "bench-$stage" 70 "$python" bench/run.py --stage "$stage" --device "$device" \
-    "${small[@]}" "${data[@]}" --json "$out/bench-$stage.json"
+  name=${stage%:*}
+  step "bench-$name" "${stage#*:}" "$python" bench/run.py --stage "$name" --device "$device" \
+    "${small[@]}" "${data[@]}" --json "$out/bench-$name.json"
 done
 
 if [ -z "$dry" ]; then
