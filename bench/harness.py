@@ -99,6 +99,7 @@ class Bench:
     device: str
     data: Path | None  # a folder of videos; None: generated clips
     scratch: Path
+    save: Callable[["Bench"], None]  # called after every comparison: a cut run keeps what it has
     rows: list[Row] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     stage: str = ""
@@ -120,10 +121,10 @@ class Bench:
         if len(set(amounts.values())) > 1:
             raise RuntimeError(f"{self.stage}: unequal work is not compared: {amounts}")
         seconds: dict[str, list[float]] = {k: [] for k in works}
-        for _ in range(2 if self.quick else repeats):
+        for _ in range(1 if self.quick else repeats):
             for k, w in works.items():
                 seconds[k].append(timed(w).seconds)
-        return {
+        rows = {
             k: self.add(
                 name, k.partition("|")[0], case, unit,
                 seconds[k] if unit == "s" else [amounts[k] / s for s in seconds[k]],
@@ -131,6 +132,8 @@ class Bench:
             )
             for k, w in works.items()
         }  # fmt: skip
+        self.save(self)
+        return rows
 
     def add(
         self, name, implementation, case, unit, values, *, threads=1, device="cpu", peak=None

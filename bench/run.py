@@ -2,7 +2,7 @@
 
     python bench/run.py                          every stage, some minutes
     python bench/run.py --stage decode store     only these
-    python bench/run.py --quick                  tiny inputs, under a minute
+    python bench/run.py --quick                  tiny inputs timed once, under a minute
     python bench/run.py --json out.json          rows for a machine to read
 
 A stage is a file in bench/stages: a docstring and measure(bench). Dropping one in is enough.
@@ -33,15 +33,22 @@ def main() -> int:
     )
     parser.add_argument("--stage", nargs="+", choices=names, default=names, metavar="NAME",
                         help=f"any of: {' '.join(names)}")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="tiny generated inputs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after each stage")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny generated inputs, timed once: does it work?"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten as rows come in")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="videos to measure with")
     options = parser.parse_args()
     data = options.data or (None if options.quick else real_data())
     failed = []
+
+    def save(bench: Bench) -> None:
+        if options.json:
+            write(options.json, bench.content())
+
     with tempfile.TemporaryDirectory(prefix="sslus-bench-") as scratch:
-        bench = Bench(options.quick, options.device, data, Path(scratch))
+        bench = Bench(options.quick, options.device, data, Path(scratch), save)
         for name in options.stage:
             module = importlib.import_module(f"stages.{name}")
             bench.stage = name
@@ -52,8 +59,7 @@ def main() -> int:
                 traceback.print_exc()
                 failed.append(name)
             show(bench)
-            if options.json:
-                write(options.json, bench.content())
+            save(bench)
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -122,3 +122,15 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
             f"threads {n}: sslus / simplejpeg": ">= 0.80" for n in {1, len(os.sched_getaffinity(0))}
         },
     }
+
+
+def test_the_gpu_check_knows_every_stage():
+    script = BENCH.parent / "tools" / "gpu_check.sh"
+    done = subprocess.run(["bash", str(script), "--dry-run"], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    steps = {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"build", "tests", "shard", "train"} <= steps
+    assert {s for s in steps if s.startswith("bench-")} == {
+        f"bench-{path.stem}" for path in (BENCH / "stages").glob("*.py")
+    }

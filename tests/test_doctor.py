@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def test_a_report_holds_no_names_and_no_folders(capsys):
     text = capsys.readouterr().out
 
     private = {socket.gethostname(), getpass.getuser(), Path.home().name, str(Path.cwd())}
-    assert not [name for name in private if len(name) > 3 and name in text.replace("root", "")]
+    # "root" and shorter names are words that a report may well contain.
+    assert not [name for name in private - {"root"} if len(name) > 3 and name in text]
     assert "/home" not in text and "site-packages" not in text
     assert (
         doctor.private("cannot open /home/anna/clinic b/x.so: no")
@@ -108,6 +110,11 @@ def test_the_path_is_the_one_that_sharding_chooses(monkeypatch, chosen, says):
 
 @pytest.mark.gpu
 def test_a_gpu_is_named_with_what_it_decodes(capsys):
+    from sslus.engine.dali import why_not
+
+    why = why_not("cuda")
+    if why and os.environ.get("SSLUS_REQUIRE_GPU") != "1":
+        pytest.skip(why)
     code, checks = report(capsys)
 
     assert code == 0

@@ -137,12 +137,13 @@ def _each(pool: ProcessPoolExecutor, function, paths: list[Path]) -> int:
 
 
 def nvdec_videos(bench: Bench) -> list[Path]:
-    """Those of the videos that this GPU decodes."""
+    """Some of the videos that this GPU decodes."""
     from sslus.engine.dali import DaliBackend
     from sslus.engine.video import probe
 
     backend = DaliBackend("cuda")
-    return [path for path in bench.videos if backend.refuses(probe(path)) is None]
+    able = [path for path in bench.videos if backend.refuses(probe(path)) is None]
+    return able[:14]  # two for each of 7 pipelines
 
 
 def on_gpu(bench: Bench) -> None:

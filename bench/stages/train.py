@@ -178,7 +178,7 @@ def measure(bench: Bench) -> None:
     from sslus.ssl.train import Settings
 
     num = len(FrameStore.open(bench.shards))
-    steps, log_every = (60, 10) if bench.device == "cuda" and not bench.quick else (6, 2)
+    steps, log_every = (40, 10) if bench.device == "cuda" and not bench.quick else (6, 2)
     # PyTorch's threads wait for each other by spinning: on a shared machine tiny layers crawl.
     threads = 1 if bench.quick else None
     if threads:
