@@ -143,19 +143,17 @@ def shard(
                 " --force makes them anew, -o writes elsewhere"
             )
         work = _work_folder(local, request, fresh=bool(done))
-        records, resumed = _decode_all(sources, ids, settings, backends, work, jobs, report)
-        ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
-        problems = [r for r in ledger if r["status"] != "ok"]
-        if strict and problems:
-            raise InputError(
-                f"{len(problems)} of {len(ledger)} files are not whole, and --strict was given;"
-                f" no shards written. The first: {_line(problems[0])}"
-            )
-        if not any(r["kept_frames"] for r in ledger):
-            raise InputError(
-                f"none of the {len(ledger)} files gave a frame. The first: {_line(problems[0])}"
-            )
-        manifest = _write_all(out, work, sources, ids, records, marks, settings, jobs)
+        records = _resume(sources, ids, work)
+        resumed = len(records)
+
+        def kept() -> str:
+            return f"{len(records)} of {len(sources)} videos are decoded"
+
+        with worker_pool(min(jobs, len(sources)), _start_worker, (backends,), kept) as workers:
+            _decode_all(workers, records, sources, ids, settings, work, report)
+            ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
+            _refuse_failure(ledger, strict)
+            manifest = _write_all(workers, out, work, sources, ids, records, marks, settings)
         _write_ledger(local, ledger, request, wanted, marks)
         manifest.write(out)
         shutil.rmtree(work)
@@ -164,8 +162,18 @@ def shard(
     )
 
 
-def _line(record: dict) -> str:
-    return f"{record['source']}: {record['why']}"
+def _refuse_failure(ledger: list[dict], strict: bool) -> None:
+    problems = [r for r in ledger if r["status"] != "ok"]
+    if not problems:
+        return
+    first = f"The first: {problems[0]['source']}: {problems[0]['why']}"
+    if strict:
+        raise InputError(
+            f"{len(problems)} of {len(ledger)} files are not whole, and --strict was given;"
+            f" no shards written. {first}"
+        )
+    if not any(r["kept_frames"] for r in ledger):
+        raise InputError(f"none of the {len(ledger)} files gave a frame. {first}")
 
 
 # ---------------------------------------------------------------- who is who
@@ -404,7 +412,7 @@ def _spool_video(path: Path, video_id: str, settings: Settings, work: Path) -> d
     record["seconds"] = round(time.monotonic() - start, 3)
     with atomic_file(_spool_path(work, video_id), "w") as f:
         json.dump(record, f)
-    return record
+    return _without_frames(record)
 
 
 def _decode_video(
@@ -454,16 +462,25 @@ def _judge(record: dict) -> None:
     record["why"] = "; ".join(reasons)
 
 
-def _decode_all(sources, ids, settings, backends, work, jobs, report) -> tuple[dict, int]:
-    """The records of all sources by name, and how many of them an earlier run had made."""
+def _resume(sources, ids, work) -> dict[str, dict]:
+    """The records, by name, of the videos that an earlier run decoded and nobody changed since."""
     records = {}
     for s in sources:
         path = _spool_path(work, ids[s.name])
         if path.exists():
             record = json.loads(path.read_text())
             if tuple(record["stamp"]) == _stamp(s.path) and record["status"] != "refused":
-                records[s.name] = record
-    resumed = len(records)
+                records[s.name] = _without_frames(record)
+    return records
+
+
+def _without_frames(record: dict) -> dict:
+    """What of a spool stays in memory: nothing that grows with the frames."""
+    return {k: v for k, v in record.items() if k != "frames"}
+
+
+def _decode_all(workers, records, sources, ids, settings, work, report) -> None:
+    """Add the records of the sources that have none yet."""
     todo = [s for s in sources if s.name not in records]
     # Long ones first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
@@ -475,21 +492,12 @@ def _decode_all(sources, ids, settings, backends, work, jobs, report) -> tuple[d
             report(len(records), len(sources), f"{frames:,} frames")
 
     tell()
-    if not tasks:
-        return records, resumed
-    with worker_pool(
-        min(jobs, len(tasks)),
-        _start_worker,
-        (backends,),
-        lambda: f"{len(records)} of {len(sources)} videos are decoded",
-    ) as workers:
-        for number, result in workers.map(_spool_video, tasks):
-            if isinstance(result, BrokenProcessPool):
-                result = _crashed(todo[number].path, ids[todo[number].name], work)
-            records[todo[number].name] = result
-            frames += result["decoded_frames"]
-            tell()
-    return records, resumed
+    for number, result in workers.map(_spool_video, tasks):
+        if isinstance(result, BrokenProcessPool):
+            result = _crashed(todo[number].path, ids[todo[number].name], work)
+        records[todo[number].name] = result
+        frames += result["decoded_frames"]
+        tell()
 
 
 def _crashed(path: Path, video_id: str, work: Path) -> dict:
@@ -499,12 +507,12 @@ def _crashed(path: Path, video_id: str, work: Path) -> dict:
         "decoded_frames": 0, "kept_frames": 0, "status": "refused",
         "why": "the decoder crashed on it (or was killed, for want of memory perhaps)",
         "seconds": 0.0, "decoder": None, "corrupt_frames": 0, "stamp": _stamp(path),
-        "sum": 0, "squares": 0, "frames": [],
+        "sum": 0, "squares": 0,
     }  # fmt: skip
 
 
 def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
-    hidden = ("frames", "sum", "squares", "stamp")
+    hidden = ("sum", "squares", "stamp")
     line = {k: v for k, v in record.items() if k not in hidden}
     return {"source": str(source.path), "id": video_id, **line}
 
@@ -512,14 +520,16 @@ def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
 # ---------------------------------------------------------------- writing
 
 
-def _write_all(out, work, sources, ids, records, marks, settings, jobs) -> Manifest:
+def _write_all(workers, out, work, sources, ids, records, marks, settings) -> Manifest:
     """Shuffle the frames of all spools into shards, replace old ones, return the manifest."""
     key = bytes.fromhex((out / "local" / "key").read_text().strip())
     kept = [s for s in sources if records[s.name]["kept_frames"]]
-    video = np.concatenate(
-        [np.full(records[s.name]["kept_frames"], i, np.int32) for i, s in enumerate(kept)]
-    )
-    table = np.concatenate([np.array(records[s.name]["frames"], np.float64) for s in kept])
+    tables = []  # 40 bytes a frame: all that is held of it
+    for s in kept:
+        frames = json.loads(_spool_path(work, ids[s.name]).read_text())["frames"]
+        tables.append(np.array(frames, np.float64))
+    video = np.repeat(np.arange(len(kept), dtype=np.int32), [len(t) for t in tables])
+    table = np.concatenate(tables)
     # Sorted by the hash of its key, a frame's place depends on nothing but itself and the others.
     keys = [_frame_key(ids[kept[v].name], int(f)) for v, f in zip(video, table[:, 0], strict=True)]
     rank = np.array([_hash64(k) for k in keys], np.uint64)
@@ -543,15 +553,10 @@ def _write_all(out, work, sources, ids, records, marks, settings, jobs) -> Manif
         used = {v: facts[v] for v in {r[0] for r in rows}}
         tasks.append((new / name, work, used, rows))
     entries = [None] * num_shards
-    with worker_pool(
-        min(jobs, num_shards), _start_worker, ([],), lambda: "all videos are decoded"
-    ) as workers:
-        for number, result in workers.map(_write_shard, tasks):
-            if isinstance(result, BrokenProcessPool):
-                raise InputError(
-                    "a worker was killed while writing shards; run it again"
-                ) from result
-            entries[number] = {"name": names[number], "num_frames": len(tasks[number][3]), **result}
+    for number, result in workers.map(_write_shard, tasks):
+        if isinstance(result, BrokenProcessPool):
+            raise InputError("a worker was killed while writing; run it again") from result
+        entries[number] = {"name": names[number], "num_frames": len(tasks[number][3]), **result}
     _swap(out, new)
     pixels = len(order) * settings.size**2
     total = sum(records[s.name]["sum"] for s in kept)

@@ -123,36 +123,38 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     if len(samples) != num:
         raise InputError(f"{shards}: {len(samples)} frames in the indexes, {num} in the manifest")
 
-    def read(number: int, place: tuple[int, int]) -> bytes:
+    def part(number: int, place: tuple[int, int]) -> memoryview:
         offset, length = place
-        return maps[number][offset : offset + length]
+        return memoryview(maps[number])[offset : offset + length]
 
     try:
-        facts = [json.loads(read(number, members["json"])) for number, _, members in samples]
-        columns, order, videos = _columns(facts, manifest.labels)
+        # One parse for all: 2 us a frame less than one each.
+        joined = b",".join(part(number, members["json"]) for number, _, members in samples)
+        columns, order, videos = _columns(json.loads(b"[" + joined + b"]"), manifest.labels)
     except (KeyError, ValueError) as e:
         raise InputError(f"{shards}: damaged shards ({e}); make them again") from e
-    with atomic_folder(folder) as new:
-        frames_path = new / "frames.u8"
-        with frames_path.open("wb") as f:
-            # A hole in a mapped file on a full disk would kill the process instead of raising.
-            os.posix_fallocate(f.fileno(), 0, num * size * size)
-        frames = np.memmap(frames_path, np.uint8, "r+", shape=(num, size, size))
+    with atomic_folder(folder) as new, (new / "frames.u8").open("wb") as f:
 
         def decode(start: int) -> int:
             import simplejpeg
 
+            # Written with pwrite, not through a mapping: half the time, and a full disk raises
+            # instead of killing the process.
+            image = np.empty((size, size, 1), np.uint8)
             stop = min(start + CHUNK, num)
             for place in range(start, stop):
                 number, key, members = samples[order[place]]
                 try:
-                    image = simplejpeg.decode_jpeg(read(number, members["jpg"]), "GRAY")
-                    frames[place] = image[..., 0]
+                    jpeg = part(number, members["jpg"])
+                    shape = simplejpeg.decode_jpeg(jpeg, "GRAY", buffer=image).shape
+                    if shape != image.shape:
+                        raise ValueError(f"its size is {shape[:2]}")
                 except ValueError as e:
                     name = manifest.shards[number]["name"]
                     raise InputError(
-                        f"{shards / name}: {key}.jpg is damaged; make the shards again"
+                        f"{shards / name}: {key}.jpg is damaged ({e}); make the shards again"
                     ) from e
+                os.pwrite(f.fileno(), image, place * size * size)
             return stop - start
 
         def check(number: int) -> int:
@@ -173,25 +175,19 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        frames.flush()
         np.savez(new / "index.npz", **columns)
         index = (new / "index.npz").read_bytes()
-        (new / "store.json").write_text(
-            json.dumps(
-                {
-                    "format": FORMAT,
-                    "digest": manifest.digest,
-                    "shape": [num, size, size],
-                    "index_sha256": hashlib.sha256(index).hexdigest(),
-                    "videos": videos,
-                }
-            )
-        )
+        facts = {
+            "format": FORMAT,
+            "digest": manifest.digest,
+            "shape": [num, size, size],
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+            "videos": videos,
+        }
+        (new / "store.json").write_text(json.dumps(facts))
         for path in new.iterdir():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
-    for m in maps:
-        m.close()
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def _columns(facts: list[dict], labels: list[str]) -> tuple[dict, np.ndarray, list[str]]:
