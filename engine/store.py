@@ -23,6 +23,7 @@ from sslus.engine.manifest import Manifest, read_manifest
 
 FORMAT = 1
 CHUNK = 64  # frames a task: long enough to hide its start, short enough to share out evenly
+SYNC_EVERY = 8  # chunks: 32 MB at 256 px
 COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
 
 
@@ -163,13 +164,20 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 raise InputError(f"{shards / name}: its digest is wrong; make the shards again")
             return 0
 
-        done = 0
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        done, syncs = 0, []
+        with (
+            ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
+            ThreadPoolExecutor(1) as syncer,
+        ):
             jobs = [pool.submit(check, n) for n in range(len(maps))]
             jobs += [pool.submit(decode, start) for start in range(0, num, CHUNK)]
             try:
-                for job in jobs:
+                for i, job in enumerate(jobs):
                     done += job.result()
+                    if i % SYNC_EVERY == 0:  # so that the fsync at the end finds little to do
+                        syncs.append(syncer.submit(os.fdatasync, f.fileno()))
+                for sync in syncs:
+                    sync.result()  # a write that failed is reported to one sync only
                     if report:
                         report(done, num, "")
             except BaseException:
