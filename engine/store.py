@@ -176,10 +176,10 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                     done += job.result()
                     if i % SYNC_EVERY == 0:  # so that the fsync at the end finds little to do
                         syncs.append(syncer.submit(os.fdatasync, f.fileno()))
-                for sync in syncs:
-                    sync.result()  # a write that failed is reported to one sync only
                     if report:
                         report(done, num, "")
+                for sync in syncs:
+                    sync.result()  # a write that failed is reported to one sync only
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
