@@ -63,3 +63,44 @@ class Plan:
         for step in range(start, self.steps_per_epoch):
             first = step * self.batch_size + self.rank * share
             yield order[first : first + share]
+
+
+def nearby(
+    video: np.ndarray,
+    time_seconds: np.ndarray,
+    indices: np.ndarray,
+    max_seconds: float,
+    seed: int,
+    epoch: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A partner from the same video, at most max_seconds away, for each frame of a batch.
+
+    video (N,), time_seconds (N,): of all frames, in the store's order (by video, then time).
+    indices: (B,). Returns the partners (B,) int64, uniform among the frames in reach other than
+    the frame itself (which stays alone where it has no neighbour: a clip of one frame works), and
+    the weights (B,) float32 of the pairs, (D - d + 1) / (D + 1), where d is how many stored frames
+    lie between and D the most that could: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
+    A frame's partner depends on (seed, epoch, frame) only.
+    """
+    if max_seconds <= 0:
+        raise InputError(f"--max-seconds: want more than 0, got {max_seconds}")
+    first = np.searchsorted(video, video[indices], "left")
+    last = np.searchsorted(video, video[indices], "right")
+    words = np.random.Philox(key=[seed, epoch]).jumped().random_raw(len(video))
+    partners = np.empty(len(indices), np.int64)
+    weights = np.ones(len(indices), np.float32)
+    for k, (i, a, b) in enumerate(
+        zip(indices.tolist(), first.tolist(), last.tolist(), strict=True)
+    ):
+        times = time_seconds[a:b]
+        low = a + int(np.searchsorted(times, time_seconds[i] - max_seconds, "left"))
+        high = a + int(np.searchsorted(times, time_seconds[i] + max_seconds, "right"))
+        others = high - low - 1
+        if others == 0:
+            partners[k] = i
+            continue
+        j = low + int(words[i] % others)
+        partners[k] = j + (j >= i)  # skips the frame itself
+        reach = max(i - low, high - 1 - i)
+        weights[k] = (reach - abs(int(partners[k]) - i) + 1) / (reach + 1)
+    return partners, weights

@@ -51,6 +51,26 @@ class FrameStore:
         """S: side of a frame in pixels."""
         return self.frames.shape[1]
 
+    def fits_in_memory(self) -> bool:
+        """Whether half of the memory that is available now holds all frames."""
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        facts = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
+        return self.frames.nbytes <= 512 * facts["MemAvailable"]
+
+    def read_ahead(self, indices: np.ndarray | None = None) -> None:
+        """Ask the system to have frames in memory soon: those of `indices`, or all.
+
+        Returns at once; what is not there in time is read when it is used.
+        """
+        mapped = self.frames._mmap
+        if indices is None:
+            mapped.madvise(mmap.MADV_WILLNEED)
+            return
+        length = self.size**2
+        for i in np.unique(indices).tolist():
+            start = i * length // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, start, (i + 1) * length - start)
+
     @staticmethod
     def open(
         shards: Path,

@@ -3,7 +3,12 @@
 An op is a scalar loss of float tensors. Its implementations share one signature,
 `(*tensors, **scalars) -> (loss, *gradients)`, except the reference, which returns the loss
 alone and gets its gradient from autograd: so no hand-written gradient is ever checked
-against itself.
+against itself. Each implementation is registered as `torch.ops.sslus.<op>_<implementation>`,
+so that torch.compile takes it as it is.
+
+Where torch.distributed runs, a loss is that of the batch joined over all ranks (or those of
+`group`), equal on every rank, and each rank gets the joint loss's gradient at its own rows.
+DistributedDataParallel divides gradients by the number of ranks: multiply the loss by it.
 
 `SSLUS_KERNELS` picks the implementation: `auto` (the default), `reference`, `cpu` or `gpu`.
 A named choice that cannot run raises; it never falls back.
@@ -13,14 +18,17 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from sslus.kernels.ranks import Ranks, group_name
 
 CHOICES = ("auto", "reference", "cpu", "gpu")
 DTYPES = {
-    "cpu": (torch.float32,),
+    "cpu": (torch.float32, torch.bfloat16),
     "gpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 
@@ -40,14 +48,23 @@ class Op:
     cpu: Callable[..., tuple[Tensor, ...]] | None = None
     gpu: Callable[..., tuple[Tensor, ...]] | None = None
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
+    num_gradients: int = 2  # the first tensors have a gradient, the others are constants
+    num_batched: int | None = None  # the first tensors are rows of the batch; None: all are
+    fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.name in OPS:
             raise ValueError(f"op {self.name!r} is already registered")
+        for which in ("cpu", "gpu"):
+            if implementation := getattr(self, which):
+                self.fused[which] = _register(self, which, implementation)
         OPS[self.name] = self
 
-    def __call__(self, *tensors: Tensor, **scalars: float) -> Tensor:
-        return self.run(os.environ.get("SSLUS_KERNELS", "auto"), *tensors, **scalars)
+    def __call__(
+        self, *tensors: Tensor, group: dist.ProcessGroup | None = None, **scalars: float
+    ) -> Tensor:
+        which = os.environ.get("SSLUS_KERNELS", "auto")
+        return self.run(which, *tensors, group=group, **scalars)
 
     def why_not(self, which: str, x: Tensor) -> str | None:
         """Why the implementation `which` cannot take `x`; None if it can."""
@@ -69,33 +86,127 @@ class Op:
         native = "gpu" if x.is_cuda else "cpu"
         return "reference" if self.why_not(native, x) else native
 
-    def run(self, which: str, *tensors: Tensor, **scalars: float) -> Tensor:
-        """The loss, shape (), from one implementation: a name out of CHOICES."""
+    def run(
+        self,
+        which: str,
+        *tensors: Tensor,
+        group: dist.ProcessGroup | None = None,
+        **scalars: float,
+    ) -> Tensor:
+        """The loss, shape (), float32 unless the tensors are float64, from one implementation:
+        a name out of CHOICES. group: the ranks that share the batch; None means all ranks."""
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
         if which == "auto":
             which = self.choose(tensors[0])
         if why := self.why_not(which, tensors[0]):
             raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
-        if which == "reference":
-            return self.reference(*tensors, **scalars)
-        return _Fused.apply(getattr(self, which), scalars, *tensors)
+        name = group_name(group)
+        if which != "reference":
+            return self.fused[which](*tensors, group=name, **scalars)[0]
+        if name:
+            ranks = Ranks.named(name)
+            ranks.same_rows(self.name, tensors[0])
+            batched = tensors[: self.num_batched]
+            joined = (ranks.join_with_gradient(t) for t in batched)
+            tensors = *joined, *tensors[len(batched) :]
+        return self.reference(*tensors, **scalars)
 
 
-class _Fused(torch.autograd.Function):
-    """The gradient is computed with the loss; backward only scales it."""
+def _register(op: Op, which: str, implementation: Callable) -> Callable:
+    """The implementation as a torch custom op: torch.compile calls it without looking inside.
 
-    @staticmethod
-    def forward(ctx, implementation, scalars, *tensors):
+    Its schema is the reference's. The gradient is computed with the loss; backward scales it.
+    """
+    inputs = torch.library.infer_schema(op.reference, mutates_args=()).rpartition(" -> ")[0]
+    separator = "" if ", *, " in inputs else ", *"
+    schema = (
+        f'{inputs[:-1]}{separator}, str group="") ->'
+        f" ({', '.join(['Tensor'] * (1 + op.num_gradients))})"
+    )
+
+    def run(*tensors, group="", **scalars):
+        ranks = Ranks.named(group)
+        ranks.same_rows(op.name, tensors[0])
         # The compiled border refuses strided input; the copy is made here, once, in sight.
-        loss, *grads = implementation(*(t.contiguous() for t in tensors), **scalars)
-        ctx.save_for_backward(*grads)
-        return loss
+        dense = (t if t is None else t.contiguous() for t in tensors)
+        return implementation(*dense, ranks=ranks, **scalars)
 
-    @staticmethod
+    def fake(*tensors, **_):
+        loss = tensors[0].new_empty((), dtype=torch.float32)
+        return loss, *(t.new_empty(t.shape) for t in tensors[: op.num_gradients])
+
+    def save(ctx, inputs, keyword_only_inputs, output):
+        ctx.num_constants = len(inputs) - op.num_gradients
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros are made for the gradients' gradients
+        ctx.save_for_backward(*output[1:])
+
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        return None, None, *(grad_loss * g for g in ctx.saved_tensors)
+    def scale(ctx, grad_loss, *_):
+        grads = ctx.saved_tensors
+        # One, unless somebody scales the loss: then the gradients are ready. On a GPU, looking
+        # would wait for it.
+        unknown = torch.compiler.is_compiling() or grad_loss.device.type != "cpu"
+        if unknown or grad_loss.item() != 1:
+            grads = [(grad_loss * g).to(g.dtype) for g in grads]
+        return *grads, *(None,) * ctx.num_constants
+
+    registered = torch.library.custom_op(
+        f"sslus::{op.name}_{which}", run, mutates_args=(), schema=schema
+    )
+    registered.register_fake(fake)
+    registered.register_autograd(scale, setup_context=save)
+    return registered
+
+
+MAPS: dict[str, "Map"] = {}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A named function of tensors without a gradient: it writes into the last one given.
+
+    Random numbers are among the tensors, so that implementations can be compared. They share
+    one signature, `(*tensors, **scalars) -> None`; the tensors' device picks among them, or
+    SSLUS_KERNELS, as for an `Op`.
+    """
+
+    name: str
+    reference: Callable[..., None]
+    cpu: Callable[..., None] | None = None
+    gpu: Callable[..., None] | None = None
+
+    def __post_init__(self):
+        if self.name in MAPS:
+            raise ValueError(f"op {self.name!r} is already registered")
+        MAPS[self.name] = self
+
+    def __call__(self, *tensors: Tensor, **scalars: float) -> None:
+        self.run(os.environ.get("SSLUS_KERNELS", "auto"), *tensors, **scalars)
+
+    def why_not(self, which: str, x: Tensor) -> str | None:
+        """Why the implementation `which` cannot take `x`; None if it can."""
+        if getattr(self, which) is None:
+            return "it is not written"
+        if which == "cpu" and x.device.type != "cpu":
+            return f"the tensors are on {x.device}"
+        if which == "gpu" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"the tensors are on {x.device}"
+        return None
+
+    @torch.no_grad()
+    def run(self, which: str, *tensors: Tensor, **scalars: float) -> None:
+        """Run one implementation: a name out of CHOICES."""
+        if which not in CHOICES:
+            raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
+        x = tensors[0]
+        if which == "auto":
+            native = "gpu" if x.is_cuda else "cpu"
+            which = "reference" if self.why_not(native, x) else native
+        if why := self.why_not(which, x):
+            raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
+        getattr(self, which)(*tensors, **scalars)
 
 
 def load_all() -> dict[str, Op]:

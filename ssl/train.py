@@ -12,12 +12,13 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.plan import Plan
+from sslus.engine.plan import Plan, nearby
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, checkpoints, curves, health, methods, optimizers
-from sslus.ssl.views import Loader, ViewConfig
+from sslus.ssl.loader import Batch, Loader
+from sslus.ssl.views import parse as parse_views
 
 PRECISIONS = ("auto", "fp32", "bf16")
+PAIRS = ("same", "nearby")
 CURVES_EVERY_SECONDS = 120.0  # drawing takes about a second
 
 
@@ -53,7 +56,10 @@ class Settings:
     final_lr: float = 0.001  # where the cosine ends, as a share of the peak
     precision: str = "auto"  # bf16 autocast on CUDA; fp32 on the CPU
     seed: int = 0
-    views: ViewConfig = field(default_factory=ViewConfig)
+    views: str = "ultrasound"  # a preset of ssl/views.py, and fields of it: "simclr,p_blur=0"
+    pairs: str = "same"  # both views from one frame, or the second from a "nearby" one
+    max_seconds: float = 1.5  # how far away nearby is; IVPP: VICReg 0.5, SimCLR 1.5, Barlow 3
+    pair_weights: bool = False  # nearby pairs count for less the further apart they are
 
     def resolved(self, device: torch.device, num_frames: int) -> "Settings":
         """The same with every None and `auto` decided; raises InputError for bad values."""
@@ -81,6 +87,11 @@ class Settings:
             warmup_steps=default_warmup if self.warmup_steps is None else self.warmup_steps,
             precision=precision,
         )
+        parse_views(settings.views)
+        if settings.pairs not in PAIRS:
+            raise InputError(f"pairs {settings.pairs!r}: want one of {', '.join(PAIRS)}")
+        if not settings.max_seconds > 0:
+            raise InputError(f"max_seconds must be above 0, got {settings.max_seconds}")
         if settings.precision not in PRECISIONS:
             raise InputError(f"precision {precision!r}: want one of {', '.join(PRECISIONS)}")
         for name in ("image_size", "max_steps", "lr"):
@@ -137,10 +148,9 @@ def open_run(run: Path, resume: bool) -> dict | None:
 
 def settings_from(config: dict) -> tuple[Settings, object]:
     """The Settings and the method's Config that a config.json records."""
-    values = dict(config["settings"])
-    views = ViewConfig(**values.pop("views"))
+    values = config["settings"]
     method_config = methods.load(values["method"]).Config(**config["method_config"])
-    return Settings(**values, views=views), method_config
+    return Settings(**values), method_config
 
 
 def train(
@@ -194,7 +204,7 @@ def train(
     started = time.monotonic()
     loop = _Loop(run, store, plan, settings, state, where, log_every, health_every, say)
     if not was_finished:
-        loop.run_to_end(threads, checkpoint_every, report)
+        loop.run_to_end(checkpoint_every, report)
     metrics = checkpoints.read_metrics(run / "metrics.jsonl")
     if not was_finished or not (run / "backbone.safetensors").exists():
         loop.export(metrics)
@@ -318,7 +328,7 @@ class _Loop:
         self.warnings: list[str] = []
         self.note = ""
 
-    def run_to_end(self, threads, checkpoint_every, report) -> None:
+    def run_to_end(self, checkpoint_every, report) -> None:
         s, state = self.settings, self.state
         state.backbone.train()
         state.method.train()
@@ -328,22 +338,23 @@ class _Loop:
             Loader(
                 self.store,
                 self.batches(state.step),
-                s.views,
+                parse_views(s.views),
                 size=s.image_size,
                 seed=s.seed,
                 device=self.device,
-                threads=threads,
+                threads=self.view_threads(),
             ) as loader,
             (self.run / "metrics.jsonl").open("a") as self.metrics_file,
         ):
+            self.say(f"frames: {loader.tier} ({loader.why})")
             batches = iter(loader)
             self.tick = time.monotonic()
             self.waited = 0.0
             while state.step < s.max_steps:
                 before = time.monotonic()
-                va, vb = next(batches)
+                va, vb, weights = next(batches)
                 self.waited += time.monotonic() - before
-                features = self.one_step(va, vb)
+                features = self.one_step(va, vb, weights)
                 done = state.step == s.max_steps
                 if state.step % self.log_every == 0 or done:
                     self.log(features)
@@ -366,19 +377,32 @@ class _Loop:
                         signals.seen,
                     )
 
-    def batches(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, indices) of every step from `step` to the end of the run."""
+    def view_threads(self) -> int:
+        """On the CPU the step needs the cores, and one thread makes views far faster than it."""
+        return 1 if self.device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """What every step from `step` to the end of the run is made of."""
         left = self.settings.max_steps - step
         epoch, start = divmod(step, self.plan.steps_per_epoch)
         while left > 0:
             for indices in self.plan.epoch(epoch, start):
                 if left == 0:
                     return
-                yield epoch, indices
+                yield self.batch(epoch, indices)
                 left -= 1
             epoch, start = epoch + 1, 0
 
-    def one_step(self, va: Tensor, vb: Tensor) -> Tensor:
+    def batch(self, epoch: int, indices: np.ndarray) -> Batch:
+        s = self.settings
+        if s.pairs == "same":
+            return Batch(epoch, indices, indices)
+        partners, weights = nearby(
+            self.store.video, self.store.time_seconds, indices, s.max_seconds, s.seed, epoch
+        )
+        return Batch(epoch, indices, partners, weights if s.pair_weights else None)
+
+    def one_step(self, va: Tensor, vb: Tensor, weights: Tensor | None) -> Tensor:
         """One update. Returns the features of the first view, (B, F); never waits for the GPU."""
         s, state = self.settings, self.state
         lr = self.learning_rate(state.step)
@@ -387,7 +411,7 @@ class _Loop:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             # One view after the other: each has its own BatchNorm statistics, as in the paper.
             ha, hb = state.backbone(va), state.backbone(vb)
-            loss, terms = state.method(ha, hb)
+            loss, terms = state.method(ha, hb, weights)
         loss.backward()
         norm = nn.utils.get_total_norm(
             [

@@ -1,51 +1,112 @@
-"""Views: random crops, flips, intensity changes and blur of a frame, for two-view learning.
+"""What a view is: presets of random crops and grey-value changes, drawn into a table.
 
-The random numbers are drawn first, into a table with one row a view and the columns COLUMNS,
-and applied after. A row is a function of (seed, epoch, frame, view) alone, so a view does not
-change with the batch it is in, the number of threads, or the number of processes.
+The random numbers are drawn first, into the table `params` of the op `sslus.kernels.augment`,
+one row a view. A row is a function of (seed, epoch, frame, view) alone, so a view does not change
+with the batch it is in, the number of threads or of processes, or the implementation of the op.
 """
 
-import collections
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
-COLUMNS = (
-    "top",  # crop in pixels of the stored frame, whole numbers
-    "left",
-    "height",
-    "width",
-    "flip",  # 1 = left and right exchanged
-    "brightness",  # factor; 1 = as it is
-    "contrast",  # factor about the view's mean
-    "gamma",  # exponent
-    "sigma",  # of the Gaussian blur, in pixels of the view; 0 = none
-)
+from sslus.engine.errors import InputError
+from sslus.kernels.augment import COLUMNS, identity, views
+
+BLOCKS = 5  # of four random words a view: 18 are used
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How strongly the views of one frame differ: the preset for ultrasound.
+    """How far one view may be from its frame. Probabilities are p_..., the rest are ranges.
 
-    No vertical flip: near and far field have a meaning. No hue, saturation or grayscale:
-    they do nothing to a grey frame. Brightness is the machine's gain, gamma its dynamic range.
+    Hue, saturation and grayscale are not here: they do nothing to a grey frame. Nor is a vertical
+    flip: near and far field have a meaning.
     """
 
-    min_area: float = 0.2  # of the frame; the crop's share is uniform from here to 1
-    max_aspect: float = 4 / 3  # log-uniform from its inverse; more would deform anatomy
-    flip: float = 0.5  # probability: the probe can be held either way
-    jitter: float = 0.8  # probability of the three intensity changes together
+    min_area: float = 0.08  # of the frame; the crop's share is uniform from here to max_area
+    max_area: float = 1.0
+    max_aspect: float = 4 / 3  # log-uniform from its inverse
+    p_flip: float = 0.5  # left and right
+    p_jitter: float = 0.8  # of brightness, contrast and gamma together
     brightness: float = 0.4  # factor 1 +- this
-    contrast: float = 0.4
-    gamma: float = 0.3  # exponent exp(+- this)
-    blur: float = 0.5  # probability
-    max_sigma: float = 0.009  # of the view's side: 2 px at 224, as in SimCLR; from a 20th of it
+    contrast: float = 0.4  # factor 1 +- this, about the view's mean
+    gamma: float = 0.0  # exponent exp(+- this)
+    p_blur: float = 0.5
+    max_sigma: float = 2 / 224  # of the view's side (2 px at 224); uniform from a 20th of it
+    p_solarize: float = 0.0
+    solarize: float = 0.5  # values from here up are inverted
+    p_gain: float = 0.0
+    gain: float = 0.0  # factors 1 +- this at the near and at the far edge, linear between
+    p_speckle: float = 0.0
+    speckle: float = 0.0  # largest standard deviation of the multiplicative noise
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            low, high = (1e-4, 1.0) if name.endswith("area") else (0.0, 1.0)
+            if name in ("max_aspect", "gamma"):
+                low, high = (1.0, 4.0) if name == "max_aspect" else (0.0, math.log(5))
+            if not low <= value <= high:
+                raise InputError(f"views: want {name} in {low:g}..{high:g}, got {value}")
+        if self.min_area > self.max_area:
+            raise InputError(
+                f"views: want min_area <= max_area, got {self.min_area} > {self.max_area}"
+            )
+
+
+_WHOLE = ViewConfig(min_area=1, max_aspect=1, p_flip=0, p_jitter=0, p_blur=0)
+_TWIN = ViewConfig(p_blur=1.0)
+_ULTRASOUND = ViewConfig(
+    # Stretching by up to 1.2 is a change of depth or of probe; gain and its ramp are what a
+    # sonographer's hand does between two clips, gamma the machine's dynamic range.
+    min_area=0.4, max_aspect=1.2, brightness=0.25, contrast=0.25, gamma=0.2, p_blur=0.3,
+    max_sigma=1 / 224, p_gain=0.5, gain=0.3, p_speckle=0.5, speckle=0.15,
+)  # fmt: skip
+
+# (first view, second view)
+PRESETS: dict[str, tuple[ViewConfig, ViewConfig]] = {
+    # Global features of ultrasound: keeps what the image shows, changes what the machine does.
+    "ultrasound": (_ULTRASOUND, _ULTRASOUND),
+    # SimCLR and MoCo v2 (arXiv:2002.05709, 2003.04297), without their colour.
+    "simclr": (ViewConfig(brightness=0.8, contrast=0.8),) * 2,
+    # BYOL, Barlow Twins and VICReg (2006.07733 table 6): the second view is solarised instead.
+    "barlowtwins": (_TWIN, dataclasses.replace(_TWIN, p_blur=0.1, p_solarize=0.2)),
+    # A denoising autoencoder: the first view is the target, the second the input.
+    "autoencoder": (
+        _WHOLE,
+        dataclasses.replace(
+            _WHOLE, p_jitter=0.8, brightness=0.2, contrast=0.2, p_blur=0.5, p_speckle=0.8,
+            speckle=0.3,
+        ),
+    ),
+    # Inpainting: the mask is the task, so the views are plain crops.
+    "inpainting": (ViewConfig(min_area=0.5, p_jitter=0, p_blur=0),) * 2,
+}  # fmt: skip
+
+
+def parse(text: str) -> tuple[ViewConfig, ViewConfig]:
+    """`PRESET` or `PRESET,field=value,...`, the fields being those of ViewConfig in both views.
+
+    >>> parse("ultrasound,min_area=0.2,p_blur=0")
+    """
+    name, *changes = (part.strip() for part in text.split(","))
+    if name not in PRESETS:
+        raise InputError(f"--views {name!r}: want one of {', '.join(PRESETS)}")
+    fields = {f.name for f in dataclasses.fields(ViewConfig)}
+    values = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in fields:
+            raise InputError(f"--views: no field {field!r}; there are {', '.join(sorted(fields))}")
+        try:
+            values[field] = float(value)
+        except ValueError as e:
+            raise InputError(f"--views: {field} wants a number, got {value!r}") from e
+    first, second = (dataclasses.replace(c, **values) for c in PRESETS[name])
+    return first, second
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:
@@ -77,151 +138,77 @@ def draw(
     frames: (B,) indices into the frame store. view: 0 or 1. store, size: side of a stored
     frame and of a view, in pixels.
     """
-    counter = np.empty((3, len(frames), 4), np.uint32)  # 3 blocks of 4 words: 11 are needed
+    counter = np.empty((BLOCKS, len(frames), 4), np.uint32)
     counter[..., 0] = frames
     counter[..., 1] = view
     counter[..., 2] = epoch
-    counter[..., 3] = np.arange(3)[:, None]
-    words = philox(counter.reshape(-1, 4), seed).reshape(3, len(frames), 4)
+    counter[..., 3] = np.arange(BLOCKS)[:, None]
+    words = philox(counter.reshape(-1, 4), seed).reshape(BLOCKS, len(frames), 4)
+    words = words.transpose(0, 2, 1).reshape(4 * BLOCKS, len(frames))
     # 24 bits fill a float32's mantissa: uniform in [0, 1) and never rounded up to 1.
-    u = ((words >> 8) * 2.0**-24).transpose(0, 2, 1).reshape(12, len(frames))
+    u = iter((words >> 8) * 2.0**-24)
     c = config
 
-    area = c.min_area + (1 - c.min_area) * u[0]
-    aspect = np.exp(np.log(c.max_aspect) * (2 * u[1] - 1))
+    def either(p: float) -> np.ndarray:
+        return next(u) < p
+
+    def about_one(reach: float) -> np.ndarray:
+        return 1 + reach * (2 * next(u) - 1)
+
+    area = c.min_area + (c.max_area - c.min_area) * next(u)
+    aspect = np.exp(math.log(c.max_aspect) * (2 * next(u) - 1))
     height = np.clip(np.rint(np.sqrt(area / aspect) * store), 1, store)
     width = np.clip(np.rint(np.sqrt(area * aspect) * store), 1, store)
-    top = np.floor(u[2] * (store - height + 1))
-    left = np.floor(u[3] * (store - width + 1))
-    jitter, blur = u[5] < c.jitter, u[9] < c.blur
-    table = np.empty((len(frames), len(COLUMNS)), np.float32)
-    for i, column in enumerate(
-        (
-            top,
-            left,
-            height,
-            width,
-            u[4] < c.flip,
-            np.where(jitter, 1 + c.brightness * (2 * u[6] - 1), 1),
-            np.where(jitter, 1 + c.contrast * (2 * u[7] - 1), 1),
-            np.where(jitter, np.exp(c.gamma * (2 * u[8] - 1)), 1),
-            np.where(blur, c.max_sigma * size * (0.05 + 0.95 * u[10]), 0),
-        )
-    ):
-        table[:, i] = column
-    return table
+    drawn = {
+        "height": height,
+        "width": width,
+        "top": np.floor(next(u) * (store - height + 1)),
+        "left": np.floor(next(u) * (store - width + 1)),
+        "flip": either(c.p_flip),
+    }
+    jitter = either(c.p_jitter)
+    drawn["brightness"] = np.where(jitter, about_one(c.brightness), 1)
+    drawn["contrast"] = np.where(jitter, about_one(c.contrast), 1)
+    drawn["gamma"] = np.where(jitter, np.exp(c.gamma * (2 * next(u) - 1)), 1)
+    sigma = c.max_sigma * size * (0.05 + 0.95 * next(u))
+    drawn["sigma"] = np.where(either(c.p_blur), sigma, 0)
+    drawn["solarize"] = np.where(either(c.p_solarize), c.solarize, 2)
+    ramp = either(c.p_gain)
+    drawn["gain_near"] = np.where(ramp, about_one(c.gain), 1)
+    drawn["gain_far"] = np.where(ramp, about_one(c.gain), 1)
+    drawn["speckle"] = np.where(either(c.p_speckle), c.speckle * next(u), 0)
+    drawn["seed"] = words[-1] >> 8  # a word that nothing else has used
+    return np.stack([drawn[name] for name in COLUMNS], axis=1).astype(np.float32)
 
 
-def identity(num_views: int, store: int) -> np.ndarray:
-    """The table that changes nothing but the size."""
-    return np.tile(np.float32([0, 0, store, store, 0, 1, 1, 1, 0]), (num_views, 1))
+def picture(store, text: str, out, *, num: int, size: int, seed: int, max_seconds=None) -> None:
+    """Write a PNG with `num` columns: a frame, its first view, its second view.
 
-
-def apply(frames: np.ndarray, table: np.ndarray, size: int, out: Tensor) -> None:
-    """Make one view of each frame: frames (V, S, S) uint8 -> out (V, 1, size, size) float32.
-
-    In the order of COLUMNS: crop, resize (bilinear, antialiased), flip, brightness, contrast,
-    gamma, blur; values 0..1. The frames are not changed.
+    store: a FrameStore. text: as `parse` takes it. max_seconds: of a nearby second frame.
     """
-    for frame, row, view in zip(frames, table.tolist(), out, strict=True):
-        top, left, height, width, flip, brightness, contrast, gamma, sigma = row
-        top, left, height, width = int(top), int(left), int(height), int(width)
-        x = torch.from_numpy(frame[None, top : top + height, left : left + width])
-        x = F.resize(x.float().div_(255), [size, size], antialias=True)
-        if flip:
-            x = F.horizontal_flip(x)
-        if brightness != 1:
-            x = F.adjust_brightness(x, brightness)
-        if contrast != 1:
-            x = F.adjust_contrast(x, contrast)
-        if gamma != 1:
-            x = F.adjust_gamma(x, gamma)
-        if sigma:
-            # Rows, then columns: torchvision convolves with the full k x k kernel, which at
-            # 224 px is 8 times the work. 3 sigma leaves out 0.3 % of the Gaussian.
-            k = 2 * min(int(np.ceil(3 * sigma)), size - 1) + 1
-            x = F.gaussian_blur(F.gaussian_blur(x, [k, 1], [sigma, sigma]), [1, k], [sigma, sigma])
-        view.copy_(x)
+    from PIL import Image
 
+    from sslus.engine.atomic import atomic_file
+    from sslus.engine.plan import Plan, nearby
 
-class Loader:
-    """Two views of every frame of every batch, made by threads while the last step runs.
-
-    Iterating yields (va, vb), each (B, 1, size, size) float32, normalised by the store's mean
-    and std, on `device`. The order and the values do not depend on `threads`.
-    """
-
-    AHEAD = 2  # batches in the making: one to hand over, one to keep the threads busy
-    CHUNK = 16  # views a task: long enough to hide a task's cost, short enough to share out
-
-    def __init__(
-        self,
-        store,
-        batches: Iterator[tuple[int, np.ndarray]],
-        config: ViewConfig,
-        *,
-        size: int,
-        seed: int,
-        device: torch.device,
-        threads: int | None = None,
-    ):
-        """batches: (epoch, indices (B,) into the store) of each step, in order."""
-        self.store, self.batches, self.config = store, batches, config
-        self.size, self.seed, self.device = size, seed, device
-        # One thread each: dozens of tiny operations, which more threads would only delay.
-        self.pool = ThreadPoolExecutor(
-            threads or max(1, (os.cpu_count() or 1) - 1),
-            thread_name_prefix="views",
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        )
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        waiting: collections.deque[tuple[Tensor, list[Future]]] = collections.deque()
-        for epoch, indices in self.batches:
-            waiting.append(self._submit(epoch, indices))
-            if len(waiting) > self.AHEAD:
-                yield self._finish(*waiting.popleft())
-        while waiting:
-            yield self._finish(*waiting.popleft())
-
-    def _submit(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, list[Future]]:
-        indices = indices.copy()
-        tables = [
-            draw(self.config, indices, view, epoch, self.seed, self.store.size, self.size)
-            for view in (0, 1)
-        ]
-        # Pinned memory lets the copy to the GPU run beside its work.
-        out = torch.empty(
-            (2, len(indices), 1, self.size, self.size), pin_memory=self.device.type == "cuda"
-        )
-        futures = [
-            self.pool.submit(self._chunk, indices[i:j], tables[view][i:j], out[view, i:j])
-            for view in (0, 1)
-            for i in range(0, len(indices), self.CHUNK)
-            for j in [i + self.CHUNK]
-        ]
-        return out, futures
-
-    @torch.inference_mode()
-    def _chunk(self, indices: np.ndarray, table: np.ndarray, out: Tensor) -> None:
-        apply(self.store.frames[indices], table, self.size, out)
-        out.sub_(self.store.mean).div_(self.store.std)
-
-    def _finish(self, out: Tensor, futures: list[Future]) -> tuple[Tensor, Tensor]:
-        for future in futures:
-            future.result()
-        va, vb = out.to(self.device, non_blocking=True)
-        return (
-            va.contiguous(memory_format=torch.channels_last),
-            vb.contiguous(memory_format=torch.channels_last),
-        )
+    presets = parse(text)
+    first = Plan(len(store), min(len(store), max(num, 2)), seed).order(0)[:num]
+    second = first
+    if max_seconds is not None:
+        second, _ = nearby(store.video, store.time_seconds, first, max_seconds, seed, 0)
+    rows = [whole(store.frames[first], size, 0.0, 1.0)]
+    for view, (config, chosen) in enumerate(zip(presets, (first, second), strict=True)):
+        frames = torch.from_numpy(np.ascontiguousarray(store.frames[chosen]))
+        table = torch.from_numpy(draw(config, chosen, view, 0, seed, store.size, size))
+        rows.append(views(frames, torch.arange(len(chosen)), table, size=size))
+    gap = max(2, size // 56)
+    sheet = np.zeros((3 * (size + gap) - gap, len(first) * (size + gap) - gap), np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row[:, 0].mul(255).round().byte().numpy()):
+            y, x = r * (size + gap), c * (size + gap)
+            sheet[y : y + size, x : x + size] = image
+    with atomic_file(out) as f:
+        Image.fromarray(sheet).save(f, "PNG")
 
 
 @torch.inference_mode()
@@ -230,6 +217,7 @@ def whole(frames: np.ndarray, size: int, mean: float, std: float) -> Tensor:
 
     Resized and normalised like a view, nothing else: what the evaluation looks at.
     """
-    out = torch.empty((len(frames), 1, size, size))
-    apply(frames, identity(len(frames), frames.shape[1]), size, out)
-    return out.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    frames = torch.from_numpy(np.ascontiguousarray(frames))
+    num, store = len(frames), frames.shape[-1]
+    out = views(frames, torch.arange(num), identity(num, store), size=size, mean=mean, std=std)
+    return out.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The plan, the views, the schedule, and a run that survives whatever stops it."""
+"""The plan, the schedule, and a run that survives whatever stops it."""
 
 import dataclasses
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as F
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, checkpoints, health, views
+from sslus.ssl import backbones, checkpoints, health
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
 from sslus.ssl.train import Settings, settings_from, train
@@ -110,97 +109,6 @@ def test_plan_says_which_batch_would_fit():
         Plan(30, 64, 0)
     with pytest.raises(InputError, match="at least 2"):
         Plan(30, 1, 0)
-
-
-# The views
-
-
-def test_philox_known_answers():
-    """From the Random123 distribution's kat_vectors."""
-    for counter, key, want in [
-        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            0x299F31D0A4093822,
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ]:
-        assert views.philox(np.array([counter], np.uint32), key)[0].tolist() == want
-
-
-def test_draws_stay_in_their_ranges():
-    config = views.ViewConfig()
-    frames = np.arange(20_000)
-    table = views.draw(config, frames, 0, 0, 7, store=256, size=224)
-    column = dict(zip(views.COLUMNS, table.T, strict=True))
-    for start, length in (("top", "height"), ("left", "width")):
-        assert column[start].min() >= 0 and column[length].min() >= 1
-        assert (column[start] + column[length]).max() <= 256
-        # Every place is as likely: the middle of the crops is the middle of the frame.
-        assert (column[start] + column[length] / 2).mean() == pytest.approx(128, abs=1)
-    area = column["height"] * column["width"] / 256**2
-    assert area.min() >= config.min_area * 0.95 and area.max() <= 1
-    for name, probability in (("flip", config.flip), ("sigma", config.blur)):
-        assert (column[name] != 0).mean() == pytest.approx(probability, abs=0.02)
-    assert (column["gamma"] != 1).mean() == pytest.approx(config.jitter, abs=0.02)
-    for name in ("brightness", "contrast"):
-        assert 0.6 <= column[name].min() < 0.61 and 1.39 < column[name].max() <= 1.4
-    for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8)):  # view, epoch, seed
-        again = views.draw(config, frames, *other, store=256, size=224)
-        assert (again[:, 0] != table[:, 0]).mean() > 0.9
-
-
-def test_a_view_does_not_depend_on_batch_or_threads(store):
-    def make(batches, threads):
-        with views.Loader(
-            store, iter(batches), views.ViewConfig(), size=24, seed=5,
-            device=torch.device("cpu"), threads=threads,
-        ) as loader:  # fmt: skip
-            return [torch.stack(pair) for pair in loader]
-
-    order = np.random.default_rng(0).permutation(len(store))[:48]
-    together = torch.cat(make([(2, order)], 1), dim=1)
-    apart = torch.cat(make([(2, order[i : i + 6]) for i in range(0, 48, 6)], 3), dim=1)
-    assert torch.equal(together, apart)
-    reverse = torch.cat(make([(2, order[::-1])], 2), dim=1)
-    assert torch.equal(together, reverse.flip(1))
-    assert not torch.equal(together[0], together[1])
-    assert together.mean().abs() < 0.5 and 0.5 < together.std() < 1.5  # normalised
-
-
-def test_identity_is_the_frame_resized():
-    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
-    same = torch.empty(3, 1, 32, 32)
-    views.apply(frames, views.identity(3, 32), 32, same)
-    assert torch.equal(same[:, 0], torch.from_numpy(frames).float() / 255)
-    half = torch.empty(3, 1, 16, 16)
-    views.apply(frames, views.identity(3, 32), 16, half)
-    want = F.resize(torch.from_numpy(frames)[:, None].float() / 255, [16, 16], antialias=True)
-    torch.testing.assert_close(half, want)
-
-
-def test_each_column_does_what_it_says():
-    frame = np.random.default_rng(0).integers(0, 256, (1, 32, 32), np.uint8)
-    x = torch.from_numpy(frame).float() / 255
-
-    def view(**columns):
-        table = views.identity(1, 32)
-        for name, value in columns.items():
-            table[0, views.COLUMNS.index(name)] = value
-        out = torch.empty(1, 1, 32, 32)
-        views.apply(frame, table, 32, out)
-        return out[0]
-
-    crop = F.resized_crop(x, 3, 5, 20, 10, [32, 32], antialias=True)
-    torch.testing.assert_close(view(top=3, left=5, height=20, width=10), crop)
-    assert torch.equal(view(flip=1), x.flip(-1))
-    torch.testing.assert_close(view(brightness=1.3), (1.3 * x).clamp(0, 1))
-    mean = x.mean()
-    torch.testing.assert_close(view(contrast=0.7), 0.7 * x + 0.3 * mean)
-    torch.testing.assert_close(view(gamma=1.3), x**1.3)
-    square = F.gaussian_blur(x, [9, 9], [1.3, 1.3])  # the same in one two-dimensional pass
-    torch.testing.assert_close(view(sigma=1.3), square)
 
 
 # The schedule and LARS
@@ -365,7 +273,7 @@ def test_full_disk_leaves_the_last_checkpoint(shards, tmp_path, monkeypatch):
 def test_not_a_number_stops_the_run_in_one_line(shards, tmp_path, monkeypatch):
     real = vicreg.Method.forward
 
-    def forward(self, ha, hb):
+    def forward(self, ha, hb, weights=None):
         self.calls = getattr(self, "calls", 0) + 1
         loss, terms = real(self, ha, hb)
         return (loss * math.nan if self.calls == 5 else loss), terms
@@ -521,3 +429,16 @@ def test_ctrl_c_of_the_command(shards, tmp_path):
     assert process.returncode == 130
     assert "everything is saved" in err.splitlines()[-1] and "Traceback" not in err
     assert checkpoints.load(run / "checkpoint.pt")["step"] >= 1
+
+
+def test_nearby_pairs_with_weights_train(shards, tmp_path):
+    plain = run_train(shards, tmp_path / "plain")
+    settings = dataclasses.replace(SMALL, pairs="nearby", max_seconds=0.5)
+    nearby = run_train(shards, tmp_path / "nearby", settings)
+    weighted = run_train(
+        shards, tmp_path / "weighted", dataclasses.replace(settings, pair_weights=True)
+    )
+    losses = [[m["loss"] for m in r.metrics] for r in (plain, nearby, weighted)]
+    assert losses[0] != losses[1] != losses[2]
+    # Weights are at most 1, so the first batch's distance can only shrink.
+    assert weighted.metrics[0]["invariance"] < nearby.metrics[0]["invariance"]

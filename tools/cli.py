@@ -8,7 +8,7 @@ import sys
 import click
 
 # In the order in which a newcomer meets them.
-COMMANDS = ("synth", "shard", "train", "evaluate", "doctor")
+COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
 
 
 class Commands(click.Group):

@@ -298,9 +298,13 @@ def store() -> str:
 
 
 def views() -> str:
-    import torchvision.transforms.v2  # noqa: F401, fails where it does not fit torch
+    from sslus.kernels import _cpu  # noqa: F401, fails where the wheel was built wrongly
+    from sslus.kernels.augment import _views
+    from sslus.ssl.train import pick_device
 
-    return "torchvision on the CPU"
+    if pick_device("auto").type == "cuda" and _views.gpu:
+        return "Triton on the GPU where its memory holds the frames, else C++ on the CPU"
+    return "C++ on the CPU, one pass a view"
 
 
 def train() -> str:

@@ -53,6 +53,19 @@ def _option(f) -> click.Option:
 @click.option("--init", default="random", show_default=True, help="random, imagenet or a FILE.")
 @click.option("--image-size", type=int, help="Side of a view, pixels.  [default: 96 CPU, 224 CUDA]")
 @click.option("--batch-size", type=int, help="Frames, two views each.  [default: 64 CPU, 256 CUDA]")
+@click.option(
+    "--views", default="ultrasound", show_default=True, metavar="PRESET[,FIELD=VALUE...]",
+    help="How views differ: ultrasound, simclr, barlowtwins, autoencoder or inpainting; look at"
+    " them with `sslus views`.",
+)  # fmt: skip
+@click.option(
+    "--pairs", type=click.Choice(["same", "nearby"]), default="same", show_default=True,
+    help="nearby: the second view comes from another frame of the same video.",
+)  # fmt: skip
+@click.option(
+    "--max-seconds", type=float, default=1.5, show_default=True, help="How far away nearby is."
+)
+@click.option("--pair-weights", is_flag=True, help="Nearby pairs count less the further apart.")
 @click.option("--epochs", type=click.IntRange(min=1), help="[default: 100 without --max-steps]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Ends the run if epochs do not.")
 @click.option("--optimizer", default="adamw", show_default=True, help="adamw or lars.")

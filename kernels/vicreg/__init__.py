@@ -4,41 +4,63 @@
       + variance   * (v(za) + v(zb)) / 2      v(z) = mean_j relu(1 - sqrt(var_j(z) + 1e-4))
       + covariance * (c(za) + c(zb))          c(z) = sum_{i != j} cov(z)_ij^2 / D
 
-za, zb: (N, D) float; variance and covariance over the N rows, unbiased (N - 1).
+za, zb: (N, D) float; variance and covariance over the N rows of all ranks, unbiased (N - 1).
+A third tensor, if given, holds a weight (N,) for each pair's distance: 0 lets a pair count in
+the statistics without being pulled together, as for frames far apart in time.
+
+Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3 N^2 D multiplications) and
+tiled (N >= D, 3 N D^2), where autograd of the definition takes 6 N D^2: see cpu.py.
+
 Bardes, Ponce, LeCun 2022, arXiv:2105.04906, equations 1 to 6, with the halved variance term
 of the authors' code: the weights 25, 25, 1 belong to that form.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sslus.kernels.op import Op
-from sslus.kernels.vicreg import reference
+from sslus.kernels.ranks import Ranks, group_name
+from sslus.kernels.vicreg import cpu, reference
+
+WEIGHTS = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
 
 vicreg_loss = Op(
     "vicreg",
     reference=reference.vicreg,
-    cases=tuple(
-        {
-            "tensors": [(n, d), (n, d)],
-            "scalars": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},
-        }
-        for n, d in [(2, 1), (2, 7), (7, 5), (33, 129), (64, 32), (31, 257), (130, 65)]
+    cpu=cpu.vicreg,
+    num_gradients=2,
+    cases=(
+        *(
+            {"tensors": [(n, d), (n, d)], "scalars": WEIGHTS}
+            for n, d in [(2, 1), (2, 7), (7, 5), (33, 129), (64, 32), (31, 257), (130, 65)]
+        ),
+        {"tensors": [(9, 17), (9, 17), (9,)], "scalars": WEIGHTS},
+        {"tensors": [(17, 9), (17, 9), (17,)], "scalars": WEIGHTS},
     ),
 )
 
 
 @torch.no_grad()
 def vicreg_terms(
-    za: Tensor, zb: Tensor, loss: Tensor, *, invariance: float, variance: float, covariance: float
+    za: Tensor,
+    zb: Tensor,
+    loss: Tensor,
+    weights: Tensor | None = None,
+    *,
+    invariance: float,
+    variance: float,
+    covariance: float,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """The three unweighted terms of a loss that `vicreg_loss` has just returned, for a log.
 
     The covariance term is what is left of the loss, so that a log costs N x D work and not
     a second N x D x D: no more exact than the loss's own last digits.
     """
-    inv = reference.invariance_term(za, zb)
-    var = (reference.variance_term(za) + reference.variance_term(zb)) / 2
+    ranks = Ranks.named(group_name(group))
+    inv = ranks.sum_(reference.invariance_term(za, zb, weights)) / ranks.world
+    var = (reference.variance_term(ranks.join(za)) + reference.variance_term(ranks.join(zb))) / 2
     rest = loss.detach() - invariance * inv - variance * var
     cov = rest / covariance if covariance else torch.zeros_like(rest)
     return {"invariance": inv, "variance": var, "covariance": cov}

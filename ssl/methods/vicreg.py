@@ -44,14 +44,20 @@ class Method(nn.Module):
             "covariance": config.covariance,
         }
 
-    def forward(self, ha: Tensor, hb: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """ha, hb: (B, F) features of two views. Returns the loss, (), and its three terms."""
+    def forward(
+        self, ha: Tensor, hb: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ha, hb: (B, F) features of two views; weights: (B,) of the pairs' distances.
+
+        Returns the loss, (), and its three terms.
+        """
+        pairs = () if weights is None else (weights,)
         za, zb = self.projector(ha), self.projector(hb)
         # Sums of squares over B x D entries: bfloat16 would keep two digits of them.
         with torch.autocast(za.device.type, enabled=False):
             za, zb = za.float(), zb.float()
-            loss = vicreg_loss(za, zb, **self.weights)
-            return loss, vicreg_terms(za, zb, loss, **self.weights)
+            loss = vicreg_loss(za, zb, *pairs, **self.weights)
+            return loss, vicreg_terms(za, zb, loss, *pairs, **self.weights)
 
     def after_step(self, step: int, num_steps: int) -> None:
         """VICReg keeps nothing from one step to the next."""

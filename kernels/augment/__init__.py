@@ -1,0 +1,131 @@
+"""Views: frames to batches in one pass, cropped, flipped, changed in grey and blurred.
+
+    view = normalise(speckle(gain(solarize(blur(gamma(contrast(brightness(flip(crop(frame))))))))))
+
+in torchvision's order, each step in [0, 1]; reference.py defines every step. Nothing is drawn
+here: a row of the table `params` says what happens to a view, reference.PARAMS what its columns
+mean. Hue, saturation and grayscale are missing because they do nothing to a grey frame.
+"""
+
+import torch
+from torch import Tensor
+
+from sslus.kernels.augment import reference
+from sslus.kernels.augment.reference import COLUMNS, PARAMS, TOLERANCE, identity
+from sslus.kernels.op import Map
+
+__all__ = ["COLUMNS", "PARAMS", "check_params", "identity", "views"]
+
+BOUNDS = torch.tensor([[low, high] for _, _, low, high, _ in PARAMS], dtype=torch.float32).T
+WHOLE = [COLUMNS.index(name) for name in ("flip", "seed")]
+
+
+def views(
+    frames: Tensor,
+    index: Tensor,
+    params: Tensor,
+    *,
+    size: int | tuple[int, int],
+    mean: float = 0.0,
+    std: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """Make view v from frames[index[v]] as params[v] says: (V, 1, h, w).
+
+    >>> params = identity(2, frames.shape[-1])
+    >>> params[1, COLUMNS.index("flip")] = 1
+    >>> views(frames, torch.tensor([7, 7]), params, size=224, mean=store.mean, std=store.std)
+
+    frames: (B, S, S) uint8, contiguous, a memory map at best: only the boxes are read. index:
+    (V,) int64. params: (V, len(COLUMNS)) float32, see PARAMS. size: h and w, or both at once.
+    mean, std: of the grey values 0..1; a view is (value - mean) / std. dtype: float32 or
+    bfloat16. out: where to write, (V, 1, h, w) of `dtype`, contiguous; else it is allocated.
+    A view does not depend on the others, nor on `threads` (default: torch.get_num_threads()).
+    Compiled kernels are within 1.2 grey levels of the float64 reference, 0.2 as a rule.
+
+    ValueError for wrong types and shapes, indices and boxes outside, values out of PARAMS's
+    range, NaN. Tables on a GPU are not looked into, which would wait for it: call check_params
+    before sending them there.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (len(index), 1, height, width)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=frames.device)
+    _check(frames, index, params, out, shape, dtype)
+    if std <= 0:
+        raise ValueError(f"views: want std > 0, got {std}")
+    if params.device.type == "cpu":
+        check_params(index, params, num_frames=len(frames), store=frames.shape[-1])
+    _views(
+        frames, index, params, out, mean=float(mean), std=float(std),
+        threads=torch.get_num_threads() if threads is None else threads,
+    )  # fmt: skip
+    return out
+
+
+def _check(frames, index, params, out, shape, dtype) -> None:
+    def want(ok: bool, what: str, got: Tensor) -> None:
+        if not ok:
+            layout = "" if got.is_contiguous() else ", not contiguous"
+            raise ValueError(f"views: want {what}, got {tuple(got.shape)} {got.dtype}{layout}")
+
+    square = frames.ndim == 3 and frames.shape[1] == frames.shape[2] > 0
+    want(square and frames.dtype == torch.uint8 and frames.is_contiguous(),
+         "frames (B, S, S) torch.uint8, contiguous", frames)  # fmt: skip
+    want(index.ndim == 1 and index.dtype == torch.int64, "index (V,) torch.int64", index)
+    want(tuple(params.shape) == (len(index), len(COLUMNS)) and params.dtype == torch.float32,
+         f"params ({len(index)}, {len(COLUMNS)}) torch.float32", params)  # fmt: skip
+    if min(shape[2:]) < 1:
+        raise ValueError(f"views: want a size of at least 1 x 1, got {shape[2]} x {shape[3]}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"views: want dtype torch.float32 or torch.bfloat16, got {dtype}")
+    want(tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous(),
+         f"out {shape} {dtype}, contiguous", out)  # fmt: skip
+    if {t.device for t in (index, params, out)} != {frames.device}:
+        raise ValueError("views: want frames, index, params and out on one device")
+
+
+def check_params(index: Tensor, params: Tensor, *, num_frames: int, store: int) -> None:
+    """Raise ValueError naming the first view whose frame, box or other column is out of range."""
+    outside = (index < 0) | (index >= num_frames)
+    if outside.any():
+        v = int(outside.nonzero()[0])
+        raise ValueError(
+            f"views: want frame indices in 0..{num_frames - 1}, got {int(index[v])} at view {v}"
+        )
+    ok = (params >= BOUNDS[0]) & (params <= BOUNDS[1])  # false for NaN
+    ok[:, WHOLE] &= params[:, WHOLE] == params[:, WHOLE].round()
+    if not ok.all():
+        v, i = (~ok).nonzero()[0].tolist()
+        name, _, low, high, meaning = PARAMS[i]
+        raise ValueError(
+            f"views: want {name} ({meaning}) in {low}..{high}, got {params[v, i]:g} at view {v}"
+        )
+    box = params[:, :4].double()
+    outside = (box[:, :2] + box[:, 2:] > store + TOLERANCE).any(1)
+    if outside.any():
+        v = int(outside.nonzero()[0])
+        top, left, height, width = params[v, :4].tolist()
+        raise ValueError(
+            f"views: want boxes inside the {store} x {store} frame, got rows {top:g} to "
+            f"{top + height:g} and columns {left:g} to {left + width:g} at view {v}"
+        )
+
+
+def _by_reference(frames, index, params, out, *, mean, std, threads) -> None:
+    out.copy_(
+        reference.views(
+            frames, index, params, size=out.shape[2:], mean=mean, std=std, dtype=out.dtype
+        )
+    )
+
+
+def _by_cpu(frames, index, params, out, *, mean, std, threads) -> None:
+    from sslus.kernels import _cpu
+
+    _cpu.views(frames, index.contiguous(), params.contiguous(), out, mean, std, threads)
+
+
+_views = Map("views", reference=_by_reference, cpu=_by_cpu)

@@ -1,0 +1,128 @@
+"""BarlowTwins on the CPU: BLAS for the products, closed-form gradients, no D x D matrix.
+
+With a, b the standardised views, sa, sb what divided them, d_j = C_jj, l = off_diagonal:
+
+    form   when     off-diagonal sum                          products       extra floats
+    Gram   N < D    <a a^T, b b^T> / N^2 - sum_j d_j^2        3.25 N^2 D     2 N^2 + 2 N D
+    tiled  N >= D   |tiles of a^T b / N, diagonal 0|^2        3 N D^2        4 N D + 512 D
+
+A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 3 N D^2. The
+Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients.
+
+Gradient: dL/da = b M^T / N and dL/db = a M / N, where M = dL/dC has 2 l C_ij off its diagonal and
+2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, m_j the mean over the rows of a_ij dL/da_ij.
+Its mean is zero because b's is; with 1e-5 inside the root the formula is exact as it stands.
+
+d_j - 1 is small where the views agree, so it is not taken as a difference:
+d_j - 1 = -mean_i (a_ij - b_ij)^2 / 2 - (1e-5 / sa_j^2 + 1e-5 / sb_j^2) / 2.
+
+With N = 2 each column is (1, -1) but for the 1e-5, and all that is left of its gradient comes
+from there: float64.
+"""
+
+import torch
+from torch import Tensor
+
+from sslus.kernels.barlow.reference import check
+from sslus.kernels.products import (
+    LEFT,
+    TILE,
+    add_gram,
+    blocks,
+    centred,
+    centred_rows,
+    dot,
+    mirror,
+    work,
+)
+from sslus.kernels.ranks import Ranks
+
+EPS = 1e-5
+
+
+def barlow(
+    za: Tensor, zb: Tensor, *, off_diagonal: float, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, d = check(za, zb, ranks.world)
+    form = gram if n < d else tiled
+    dtype = torch.float64 if n == 2 else torch.float32
+    loss, *grads = form(work(za), work(zb), n, off_diagonal, ranks, dtype)
+    return loss.to(torch.float32), *(g.to(z.dtype) for g, z in zip(grads, (za, zb), strict=True))
+
+
+def gram(za, zb, n, off_diagonal, ranks, dtype):
+    """Across ranks each takes its share of the columns, and the N x N matrices are added."""
+    d = za.shape[1]
+    views = [ranks.to_columns(z) for z in (za, zb)]
+    width = views[0].shape[1]
+
+    grads = [torch.empty_like(z, dtype=dtype) for z in views]  # first a, b, then their gradients
+    v = views[0].new_empty(2, width, dtype=dtype)
+    low = views[0].new_empty(width, dtype=dtype)  # d - 1
+    k = views[0].new_zeros(2, n, n, dtype=dtype)
+    for cols in blocks(n, width):
+        pair = [centred(z[:, cols], dtype) for z in views]
+        for i, x in enumerate(pair):
+            v[i, cols] = x.square().sum(0).div_(n).add_(EPS)
+            x /= v[i, cols].sqrt()
+            add_gram(k[i], x)
+            grads[i][:, cols] = x
+        low[cols] = (pair[0] - pair[1]).square_().sum(0)
+    low = (low / n + (EPS / v).sum(0)) / -2
+    for i in range(2):
+        mirror(k[i])
+    ranks.sum_(k)
+
+    sums = torch.stack([(1 + low).double().square().sum(), low.double().square().sum()])
+    diagonal, invariance = ranks.sum_(sums)
+    total = dot(k[0], k[1]) / n**2
+    if dtype != torch.float64 and total - diagonal < LEFT * total:
+        del grads, k, pair, x
+        return gram(za, zb, n, off_diagonal, ranks, torch.float64)
+
+    w = (low - off_diagonal * (1 + low)) * (2 / n)
+    scale = v.rsqrt_()
+    for cols in blocks(n, width):
+        pair = [g[:, cols].clone() for g in grads]
+        for i, x in enumerate(pair):
+            g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=2 * off_diagonal / n**2)
+            mean = (g * x).sum(0).div_(-n)
+            torch.mul(g.addcmul_(x, mean), scale[i, cols], out=grads[i][:, cols])
+    loss = invariance + off_diagonal * (total - diagonal)
+    return loss, *(ranks.to_rows(g.to(za.dtype), d) for g in grads)
+
+
+def tiled(za, zb, n, off_diagonal, ranks, dtype):
+    """Across ranks each keeps its rows, and the tiles are added as they are made."""
+    d = za.shape[1]
+    (a, va), (b, vb) = (centred_rows(z, dtype, n, ranks) for z in (za, zb))
+    for v in (va, vb):
+        v.div_(n).add_(EPS)
+    ra, rb = va.rsqrt(), vb.rsqrt()
+    low = torch.empty_like(va)  # d - 1
+    for cols in blocks(len(a), d):
+        pair = a[:, cols].mul_(ra[cols]), b[:, cols].mul_(rb[cols])
+        low[cols] = (pair[0] - pair[1]).square_().sum(0)
+    low = (ranks.sum_(low) / n + EPS / va + EPS / vb) / -2
+
+    loss = low.double().square().sum()
+    ga, gb = torch.empty_like(a), torch.empty_like(b)
+    ma = low * (1 + low) * 2  # the sums over the rows of C * M, and over its columns
+    mb = ma.clone()
+    for s in range(0, d, TILE):
+        e = min(s + TILE, d)
+        tile = ranks.sum_(a.T @ b[:, s:e]).div_(n)
+        diagonal = tile[s:e].diagonal()
+        diagonal.zero_()  # no sum from which it would have to be subtracted again
+        squares = tile.square()
+        loss += off_diagonal * squares.sum(dtype=torch.float64)
+        ma.add_(squares.sum(1), alpha=2 * off_diagonal)
+        mb[s:e].add_(squares.sum(0), alpha=2 * off_diagonal)
+        tile *= 2 * off_diagonal
+        diagonal.copy_(2 * low[s:e])
+        ga.addmm_(b[:, s:e], tile.T, beta=0 if s == 0 else 1)
+        torch.mm(a, tile, out=gb[:, s:e])
+    for g, x, m, r in ((ga, a, ma, ra), (gb, b, mb, rb)):
+        for cols in blocks(len(x), d):
+            g[:, cols].addcmul_(x[:, cols], m[cols], value=-1).mul_(r[cols] / n)
+    return loss, ga, gb

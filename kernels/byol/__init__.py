@@ -1,0 +1,21 @@
+"""BYOL: predict the teacher's projection of one view from the other view.
+
+    L = mean_i (2 - 2 cos(pa_i, tb_i)) + mean_i (2 - 2 cos(pb_i, ta_i))
+
+pa, pb: (N, D) float, the student's predictions of both views; ta, tb: (N, D) float, the EMA
+teacher's projections, constants. The squared distance of the unit vectors, in both directions.
+
+Grill et al. 2020, arXiv:2006.07733, equation 2 and the symmetric loss after it.
+"""
+
+from sslus.kernels.byol import cpu, reference
+from sslus.kernels.op import Op
+
+byol_loss = Op(
+    "byol",
+    reference=reference.byol,
+    cpu=cpu.byol,
+    cases=tuple(
+        {"tensors": [(n, d)] * 4, "scalars": {}} for n, d in [(1, 1), (2, 7), (33, 129), (130, 65)]
+    ),
+)

@@ -1,0 +1,95 @@
+"""Products of (N, D) matrices that BarlowTwins and VICReg share on the CPU.
+
+Both losses are sums of squares of a D x D matrix, and neither needs that matrix: its squared
+norm is that of an N x N one (Garrido et al. 2022, arXiv:2206.02574, theorem 3.3), and its tiles
+can be used up as they are made.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sslus.kernels.ranks import Ranks
+
+TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
+BLOCK = 1 << 17  # entries: what is made of a block of columns is used while a cache holds it
+
+# The Gram form takes a sum without its diagonal as all minus diagonal. When less than this part
+# is left, rounding of float32 would show, and the same is done again in float64.
+LEFT = 1 / 16
+
+
+def work(z: Tensor) -> Tensor:
+    """Half precision is computed in float32; float32 and float64 as they are."""
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def blocks(n: int, d: int) -> Iterator[slice]:
+    """Slices of the D columns, N x width about BLOCK.
+
+    BLAS wants 256 columns at least. Not more than 1024: it adds up a row in float32 from one end
+    to the other, which is less exact than adding up blocks.
+    """
+    width = min(max(256, BLOCK // n), 1024)
+    return (slice(s, min(s + width, d)) for s in range(0, d, width))
+
+
+def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z minus its column means. The first row goes first: exact where a column is collapsed."""
+    z = z.to(dtype)
+    z = z - z[:1]
+    return z.sub_(z.mean(0))
+
+
+def centred_rows(z: Tensor, dtype: torch.dtype, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """As `centred`, over the n rows of all ranks. Also returns the columns' sums of squares."""
+    d = z.shape[1]
+    shift = ranks.sum_(z[:1].to(dtype, copy=True)).div_(ranks.world)
+    x, mean = z.new_empty(z.shape, dtype=dtype), z.new_empty(d, dtype=dtype)
+    for cols in blocks(len(z), d):
+        mean[cols] = (z[:, cols] - shift[:, cols]).sum(0)
+    ranks.sum_(mean).div_(n)
+    squares = torch.empty_like(mean)
+    for cols in blocks(len(z), d):
+        block = (z[:, cols] - shift[:, cols]).sub_(mean[cols])
+        squares[cols] = block.square().sum(0)
+        x[:, cols] = block
+    return x, ranks.sum_(squares)
+
+
+def add_gram(k: Tensor, x: Tensor) -> None:
+    """k += x x^T in blocks on and below the diagonal; `mirror` fills the rest at the end."""
+    for s, e in _bands(len(k)):
+        k[s:e, :e].addmm_(x[s:e], x[:e].T)
+
+
+def mirror(k: Tensor) -> None:
+    for s, e in _bands(len(k)):
+        k[:s, s:e] = k[s:e, :s].T
+
+
+def _bands(n: int) -> list[tuple[int, int]]:
+    """Four bands of rows leave 5/8 of the square to compute; thinner ones would slow BLAS."""
+    step = max(64, -(-n // 4))
+    return [(s, min(s + step, n)) for s in range(0, n, step)]
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """sum_ij x_ij y_ij, float64, shape ()."""
+    rows = max(1, BLOCK // x.shape[1])
+    total = torch.zeros((), dtype=torch.float64)
+    for s in range(0, len(x), rows):
+        total += (x[s : s + rows] * y[s : s + rows]).sum(dtype=torch.float64)
+    return total
+
+
+def unit(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, and their lengths (N, 1), as F.normalize: none shorter than 1e-12."""
+    length = z.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+    return z / length, length
+
+
+def unit_gradient(g: Tensor, u: Tensor, length: Tensor) -> Tensor:
+    """dL/dz of u = z / |z| from g = dL/du: the part of g across u."""
+    return torch.addcmul(g, u, (g * u).sum(1, keepdim=True), value=-1).div_(length)

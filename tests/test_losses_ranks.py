@@ -1,0 +1,138 @@
+"""Losses across ranks: on every rank the joint batch's loss, and its gradient at the own rows.
+
+Three processes over gloo on 127.0.0.1: as three ranks, and two of them as a group. An
+implementation that adds statistics over the ranks outside the gradient, as several public ones
+do, has its gradient too small by the number of ranks, and fails here.
+"""
+
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sslus.kernels.op import OPS, Op, load_all
+
+ROWS = 4  # on each rank
+SCALARS = {
+    "vicreg": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},
+    "barlow": {"off_diagonal": 0.0051},
+    "ntxent": {"temperature": 0.1},
+    "infonce_queue": {"temperature": 0.1},
+    "byol": {},
+}
+# Widths on both sides of the number of rows, and not divisible by the number of ranks.
+CASES = [
+    *[(name, [(ROWS, d)] * 2, 1) for name in ("vicreg", "barlow") for d in (3, 7, 40)],
+    *[(name, [(ROWS, 40)] * 2, 1000) for name in ("vicreg", "barlow")],  # computed in float64
+    *[("vicreg", [(ROWS, d), (ROWS, d), (ROWS,)], 1) for d in (3, 40)],
+    ("ntxent", [(ROWS, 5)] * 2, 1),
+    ("infonce_queue", [(ROWS, 5), (ROWS, 5), (11, 5)], 1),
+    ("byol", [(ROWS, 5)] * 4, 1),
+]
+
+
+def joined(name, shapes, dominant, world):
+    """The whole batch; a queue is not part of it."""
+    g = torch.Generator().manual_seed(0)
+    out = []
+    for i, (rows, *rest) in enumerate(shapes):
+        batched = OPS[name].num_batched is None or i < OPS[name].num_batched
+        x = torch.randn(rows * world if batched else rows, *rest, generator=g) + 0.3
+        if rest:
+            x[:, 0] *= dominant
+        out.append((x, batched))
+    return out
+
+
+def gradients(name, which, tensors, group=None):
+    op = OPS[name]
+    leaves = [t.clone().requires_grad_(i < op.num_gradients) for i, t in enumerate(tensors)]
+    loss = op.run(which, *leaves, group=group, **SCALARS[name])
+    (3 * loss).backward()
+    return loss.detach(), [t.grad for t in leaves[: op.num_gradients]]
+
+
+def check(rank, world, group, alone):
+    for i, (name, shapes, dominant) in enumerate(CASES):
+        batch = joined(name, shapes, dominant, world)
+        rows = slice(rank * ROWS, (rank + 1) * ROWS)
+        own = [x[rows] if batched else x for x, batched in batch]
+        for which in ("cpu", "reference"):
+            loss, grads = gradients(name, which, own, group)
+            want, want_grads = alone[world, i]
+            assert abs(loss - want) <= 1e-5 * abs(want), (name, which, loss, want)
+            for g, w in zip(grads, want_grads, strict=True):
+                error = (g - w[rows]).abs().max() / w.abs().max()
+                assert error <= 1e-5, (name, which, shapes, world, error)
+
+
+def uneven(rank):
+    for name in SCALARS:
+        z = [torch.ones(3 + (rank == 1), 4)] * (2 + 2 * (name == "byol") + (name[0] == "i"))
+        for which in ("cpu", "reference"):
+            with pytest.raises(ValueError, match=r"same \(N, D\) on every rank, got .*\(4, 4\)"):
+                gradients(name, which, z)
+
+
+def compiled(rank, alone):
+    from sslus.kernels.vicreg import vicreg_loss
+
+    batch = joined(*CASES[0], 3)
+    leaves = [x[rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for x, _ in batch]
+    step = torch.compile(
+        lambda a, b: 3 * vicreg_loss(a, b, **SCALARS["vicreg"]), fullgraph=True, backend="eager"
+    )
+    step(*leaves).backward()
+    want = alone[3, 0][1][0]
+    assert (leaves[0].grad - want[rank * ROWS :][:ROWS]).abs().max() <= 1e-5 * want.abs().max()
+
+
+def terms(rank, alone):
+    from sslus.kernels.vicreg import vicreg_terms
+
+    batch = [x for x, _ in joined(*CASES[1], 3)]
+    loss = alone[3, 1][0]
+    weights = SCALARS["vicreg"]
+    own = [x[rank * ROWS : (rank + 1) * ROWS] for x in batch]
+    got = vicreg_terms(*own, loss, **weights)
+    a, b = batch
+    assert torch.isclose(got["invariance"], (a - b).square().mean())
+    assert torch.isclose(sum(weights[k] * v for k, v in got.items()), loss)
+
+
+def work(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    load_all()
+    try:
+        alone = {
+            (world, i): gradients(case[0], "reference", [x for x, _ in joined(*case, world)])
+            for world in (2, 3)
+            for i, case in enumerate(CASES)
+        }
+        store = dist.FileStore(str(folder / "store"), 3)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+        check(rank, 3, None, alone)
+        uneven(rank)
+        compiled(rank, alone)
+        terms(rank, alone)
+        pair = dist.new_group([0, 1])
+        if rank < 2:
+            check(rank, 2, pair, alone)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        os._exit(1)  # the others would wait for this one
+
+
+def test_two_and_three_ranks_are_one_batch(tmp_path):
+    load_all()
+    assert set(SCALARS) == {op.name for op in OPS.values() if isinstance(op, Op)}
+    try:
+        mp.spawn(work, (tmp_path,), nprocs=3)
+    except mp.ProcessExitedException:
+        pytest.fail("\n".join(p.read_text() for p in sorted(tmp_path.glob("error-*"))))

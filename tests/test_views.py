@@ -1,0 +1,197 @@
+"""Views: what the presets draw, batches that depend on nothing but the seed, nearby pairs."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sslus.engine.errors import InputError
+from sslus.engine.plan import nearby
+from sslus.engine.shard import Settings, shard
+from sslus.engine.store import FrameStore
+from sslus.kernels.augment import COLUMNS, check_params
+from sslus.ssl import loader as loaders
+from sslus.ssl.loader import Batch, Loader
+from sslus.ssl.views import PRESETS, ViewConfig, draw, parse, philox, whole
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(clips, tmp_path_factory) -> FrameStore:
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    shard([clips], out, Settings(size=64, stride=2), device="cpu", jobs=1)
+    return FrameStore.open(out)
+
+
+def test_philox_known_answers():
+    """From the Random123 distribution's kat_vectors."""
+    for counter, key, want in [
+        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ]:
+        assert philox(np.array([counter], np.uint32), key)[0].tolist() == want
+
+
+EVERYTHING = ViewConfig(
+    min_area=0.2, p_jitter=0.7, gamma=0.3, p_blur=0.4, p_solarize=0.3, p_gain=0.6, gain=0.3,
+    p_speckle=0.5, speckle=0.2,
+)  # fmt: skip
+
+
+def test_draws_have_their_ranges_and_probabilities():
+    c, frames = EVERYTHING, np.arange(20_000)
+    table = draw(c, frames, 0, 0, 7, store=256, size=224)
+    column = dict(zip(COLUMNS, table.T, strict=True))
+    for start, length in (("top", "height"), ("left", "width")):
+        # Every place is as likely: the middle of the crops is the middle of the frame.
+        assert (column[start] + column[length] / 2).mean() == pytest.approx(128, abs=1)
+    area = column["height"] * column["width"] / 256**2
+    assert area.min() >= c.min_area * 0.95 and area.max() <= 1
+    assert area.mean() == pytest.approx(0.58, abs=0.05)
+    for name, neutral, probability in [
+        ("flip", 0, c.p_flip), ("sigma", 0, c.p_blur), ("gamma", 1, c.p_jitter),
+        ("brightness", 1, c.p_jitter), ("solarize", 2, c.p_solarize), ("gain_far", 1, c.p_gain),
+        ("speckle", 0, c.p_speckle),
+    ]:  # fmt: skip
+        changed = column[name] != neutral
+        assert changed.mean() == pytest.approx(probability, abs=0.02), name
+    for name, low, high in [
+        ("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("gain_near", 0.7, 1.3),
+        ("gamma", np.exp(-0.3), np.exp(0.3)),
+    ]:  # fmt: skip
+        assert low <= column[name].min() < low + 0.01, name
+        assert high - 0.01 < column[name].max() <= high + 1e-6, name
+    blurred = column["sigma"][column["sigma"] > 0]
+    assert 0.1 <= blurred.min() < 0.11 and 1.99 < blurred.max() <= 2
+    assert len(np.unique(column["seed"])) > 0.99 * len(frames)
+    # Independent columns, the box aside: else two of them would share a random number.
+    correlation = np.corrcoef(table.T) - np.eye(len(COLUMNS))
+    assert COLUMNS[:4] == ("top", "left", "height", "width")
+    assert np.abs(correlation[4:]).max() < 0.05
+    for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8)):  # view, epoch, seed
+        again = draw(c, frames, *other, store=256, size=224)
+        assert (again[:, 0] != table[:, 0]).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("size", [32, 224, 512])
+def test_every_preset_draws_what_the_op_takes(name, size):
+    for view, config in enumerate(PRESETS[name]):
+        table = draw(config, np.arange(3000), view, 3, 1, store=256, size=size)
+        check_params(
+            torch.zeros(3000, dtype=torch.int64), torch.from_numpy(table), num_frames=1, store=256
+        )
+
+
+def test_presets_are_changed_by_name():
+    first, second = parse("barlowtwins, p_blur=0.25 ,min_area=0.5")
+    assert first.p_blur == second.p_blur == 0.25 and first.min_area == 0.5
+    assert (first.p_solarize, second.p_solarize) == (0.0, 0.2)
+    for text, words in [
+        ("nothing", "ultrasound, simclr"),
+        ("simclr,p_hue=1", "no field 'p_hue'"),
+        ("simclr,p_blur=often", "wants a number"),
+        ("simclr,p_blur=1.5", "p_blur in 0..1"),
+        ("simclr,p_blur=nan", "p_blur in 0..1"),
+        ("simclr,min_area=0.9,max_area=0.5", "min_area <= max_area"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            parse(text)
+
+
+def batches_of(store, order, size, epoch=2):
+    return [Batch(epoch, o, o) for o in np.array_split(order, len(order) // size)]
+
+
+def make(store, batches, threads=1, tier=None, monkeypatch=None):
+    if tier:
+        monkeypatch.setattr(loaders, "tier", lambda *_: (tier, "for the test"))
+    with Loader(
+        store, iter(batches), parse("ultrasound"), size=24, seed=5, device=CPU, threads=threads
+    ) as loader:
+        return [torch.stack(pair[:2]) for pair in loader]
+
+
+def test_a_view_does_not_depend_on_batch_threads_or_tier(store, monkeypatch):
+    order = np.random.default_rng(0).permutation(len(store))[:48]
+    together = torch.cat(make(store, batches_of(store, order, 48)), dim=1)
+    apart = torch.cat(make(store, batches_of(store, order, 6), 3, "disk", monkeypatch), dim=1)
+    assert torch.equal(together, apart)
+    reverse = torch.cat(make(store, batches_of(store, order[::-1], 8), 2), dim=1)
+    assert torch.equal(together, reverse.flip(1))
+    assert not torch.equal(together[0], together[1])
+    assert together.mean().abs() < 0.5 and 0.5 < together.std() < 1.5  # normalised
+
+
+def test_whole_is_the_frame_resized(store):
+    import torchvision.transforms.v2.functional as F
+
+    frames = store.frames[:4]
+    same = whole(frames, 64, 0.0, 1 / 255)
+    assert torch.equal(same[:, 0], torch.from_numpy(np.array(frames)).float())
+    half = whole(frames, 32, 0.0, 1.0)
+    want = F.resize(torch.from_numpy(np.array(frames))[:, None] / 255, [32, 32], antialias=True)
+    torch.testing.assert_close(half, want, atol=1 / 255, rtol=0)
+
+
+def test_nearby_frames_are_of_the_same_video_and_in_reach():
+    rng = np.random.default_rng(0)
+    lengths = [1, 2, 3, 7, 40, 200]  # clips of one frame work
+    video = np.repeat(np.arange(len(lengths)), lengths)
+    time = np.concatenate([np.sort(rng.uniform(0, n / 10, n)) for n in lengths]).astype(np.float32)
+    every = np.arange(len(video))
+    seen = [set() for _ in every]
+    for epoch in range(60):
+        partners, weights = nearby(video, time, every, 0.5, 3, epoch)
+        assert (video[partners] == video).all()
+        alone = partners == every
+        assert (np.abs(time[partners] - time)[~alone] <= 0.5 + 1e-6).all()
+        assert ((weights > 0) & (weights <= 1)).all() and (weights[alone] == 1).all()
+        for i, j in enumerate(partners):
+            seen[i].add(int(j))
+        few = rng.permutation(len(every))[:50]
+        assert np.array_equal(nearby(video, time, few, 0.5, 3, epoch)[0], partners[few])
+    reach = [
+        {int(j) for j in every if video[j] == video[i] and j != i and abs(time[j] - time[i]) <= 0.5}
+        for i in every
+    ]
+    assert not reach[0]
+    for i, (mine, want) in enumerate(zip(seen, reach, strict=True)):
+        assert mine <= (want or {i}) and (len(want) > 4 or mine == (want or {i}))
+
+
+def test_weights_of_nearby_pairs_by_hand():
+    video, time = np.zeros(5, np.int32), np.arange(5, dtype=np.float32)
+    for epoch in range(20):
+        partners, weights = nearby(video, time, np.array([0]), 4.0, 0, epoch)
+        assert weights[0] == pytest.approx((4 - partners[0] + 1) / 5)
+
+
+def test_a_picture_of_views(store, tmp_path):
+    from PIL import Image
+
+    command = [
+        sys.executable,
+        "-m",
+        "sslus.tools",
+        "views",
+        str(store.frames.filename.parent.parent),
+    ]
+    options = ["--frames", "3", "--image-size", "48", "--pairs", "nearby"]
+    result = subprocess.run(
+        [*command, *options, "-o", str(tmp_path / "v.png")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "sslus train" in result.stdout
+    picture = np.asarray(Image.open(tmp_path / "v.png"))
+    assert picture.shape == (3 * 50 - 2, 3 * 50 - 2) and picture.std() > 20
+    wrong = subprocess.run([*command, "--preset", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("Error: --views 'x'")

@@ -1,0 +1,49 @@
+"""`sslus views`: a picture of what the network sees."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("views", short_help="Draw pairs of views of some frames.")
+@click.argument("shards", type=click.Path(path_type=Path), default=Path("shards"))
+@click.option(
+    "--preset", default="ultrasound", show_default=True, metavar="PRESET[,FIELD=VALUE...]",
+    help="ultrasound, simclr, barlowtwins, autoencoder or inpainting, and fields to change.",
+)  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("views.png"),
+              show_default=True, help="PNG file to write.")  # fmt: skip
+@click.option("--frames", default=6, show_default=True, help="How many frames, one a column.")
+@click.option("--image-size", default=224, show_default=True, help="Side of a view, pixels.")
+@click.option("--seed", default=0, show_default=True, help="Which frames and which views.")
+@click.option(
+    "--pairs", type=click.Choice(["same", "nearby"]), default="same", show_default=True,
+    help="nearby: the second view comes from another frame of the same video.",
+)  # fmt: skip
+@click.option("--max-seconds", default=1.5, show_default=True, help="How far away nearby is.")
+def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
+    """Draw the stored frames of SHARDS (default: shards/) above two views of each.
+
+    A column is a frame: as it is stored, its first view, its second view, drawn as training
+    draws them. Look at it before a long run: what the views destroy cannot be learnt.
+
+    \b
+    sslus views
+    sslus views shards --preset simclr,min_area=0.2 -o simclr.png
+    """
+    from sslus.engine.errors import InputError
+    from sslus.engine.store import FrameStore
+    from sslus.ssl.views import PRESETS, picture
+    from sslus.tools.screen import progress, summary
+
+    if frames < 1 or image_size < 1:
+        raise InputError("--frames and --image-size: want at least 1")
+    with progress("frame store", "frames") as report:
+        store = FrameStore.open(shards, report=report)
+    within = max_seconds if pairs == "nearby" else None
+    picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
+    others = ", ".join(name for name in PRESETS if name != preset.partition(",")[0])
+    summary(
+        {"picture": str(out), "preset": preset, "others": others},
+        next_command=f"sslus train {shards} --method vicreg --views {preset}",
+    )
