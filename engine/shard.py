@@ -152,9 +152,11 @@ def shard(
         with worker_pool(min(jobs, len(sources)), _start_worker, (backends,), kept) as workers:
             _decode_all(workers, records, sources, ids, settings, work, report)
             ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
+            _write_ledger(local, ledger)
             _refuse_failure(ledger, strict)
             manifest = _write_all(workers, out, work, sources, ids, records, marks, settings)
-        _write_ledger(local, ledger, request, wanted, marks)
+        with atomic_file(local / "request.json", "w") as f:
+            json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
         manifest.write(out)
         shutil.rmtree(work)
     return ShardReport(
@@ -302,11 +304,9 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
     return manifest, [json.loads(line) for line in lines]
 
 
-def _write_ledger(local: Path, ledger: list[dict], request: dict, wanted: dict, marks) -> None:
+def _write_ledger(local: Path, ledger: list[dict]) -> None:
     with atomic_file(local / "ledger.jsonl", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in ledger)
-    with atomic_file(local / "request.json", "w") as f:
-        json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
 
 
 def _work_folder(local: Path, request: dict, fresh: bool) -> Path:
@@ -531,8 +531,11 @@ def _write_all(workers, out, work, sources, ids, records, marks, settings) -> Ma
     video = np.repeat(np.arange(len(kept), dtype=np.int32), [len(t) for t in tables])
     table = np.concatenate(tables)
     # Sorted by the hash of its key, a frame's place depends on nothing but itself and the others.
-    keys = [_frame_key(ids[kept[v].name], int(f)) for v, f in zip(video, table[:, 0], strict=True)]
-    rank = np.array([_hash64(k) for k in keys], np.uint64)
+    hashes = (
+        _hash64(_frame_key(ids[kept[v].name], int(frame)))
+        for v, frame in zip(video, table[:, 0], strict=True)
+    )
+    rank = np.fromiter(hashes, np.uint64, len(table))
     order = np.lexsort((table[:, 0], video, rank))
     facts = []
     for s in kept:
@@ -544,19 +547,24 @@ def _write_all(workers, out, work, sources, ids, records, marks, settings) -> Ma
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     names = [f"shard-{i:06d}.tar" for i in range(num_shards)]
-    tasks = []
-    for name, part in zip(names, np.array_split(order, num_shards), strict=True):
-        rows = [
-            (int(v), int(frame), at, int(offset), int(size))
-            for v, (frame, at, offset, size) in zip(video[part], table[part].tolist(), strict=True)
-        ]
-        used = {v: facts[v] for v in {r[0] for r in rows}}
-        tasks.append((new / name, work, used, rows))
+    parts = np.array_split(order, num_shards)
+
+    def tasks() -> Iterator[tuple]:
+        for name, part in zip(names, parts, strict=True):
+            rows = [
+                (int(v), int(frame), at, int(offset), int(size))
+                for v, (frame, at, offset, size) in zip(
+                    video[part], table[part].tolist(), strict=True
+                )
+            ]
+            used = {v: facts[v] for v in {r[0] for r in rows}}
+            yield new / name, work, used, rows
+
     entries = [None] * num_shards
-    for number, result in workers.map(_write_shard, tasks):
+    for number, result in workers.map(_write_shard, tasks()):
         if isinstance(result, BrokenProcessPool):
             raise InputError("a worker was killed while writing; run it again") from result
-        entries[number] = {"name": names[number], "num_frames": len(tasks[number][3]), **result}
+        entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
     _swap(out, new)
     pixels = len(order) * settings.size**2
     total = sum(records[s.name]["sum"] for s in kept)

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
@@ -32,7 +32,7 @@ class Workers:
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self.context, _start, (self.start, self.arguments))
 
-    def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, object]]:
+    def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
         """Yield (task number, result) as they come; a crash's result is a BrokenProcessPool."""
         todo = iter(enumerate(tasks))
         running: dict[Future, tuple[int, int]] = {}

@@ -13,7 +13,9 @@ from torch import Tensor
 from sslus.kernels.ranks import Ranks
 
 TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
-BLOCK = 1 << 17  # entries: what is made of a block of columns is used while a cache holds it
+# Entries: what is made of a block of columns is used while a cache holds it. Smaller blocks fit
+# nearer caches, but their many short parallel loops wait for each other on a busy machine.
+BLOCK = 1 << 19
 
 # The Gram form takes a sum without its diagonal as all minus diagonal. When less than this part
 # is left, rounding of float32 would show, and the same is done again in float64.
@@ -28,10 +30,10 @@ def work(z: Tensor) -> Tensor:
 def blocks(n: int, d: int) -> Iterator[slice]:
     """Slices of the D columns, N x width about BLOCK.
 
-    BLAS wants 256 columns at least. Not more than 1024: it adds up a row in float32 from one end
+    BLAS wants 256 columns at least. Not more than 2048: it adds up a row in float32 from one end
     to the other, which is less exact than adding up blocks.
     """
-    width = min(max(256, BLOCK // n), 1024)
+    width = min(max(256, BLOCK // n), 2048)
     return (slice(s, min(s + width, d)) for s in range(0, d, width))
 
 

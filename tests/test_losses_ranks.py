@@ -82,9 +82,9 @@ def compiled(rank, alone):
 
     batch = joined(*CASES[0], 3)
     leaves = [x[rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for x, _ in batch]
-    step = torch.compile(
-        lambda a, b: 3 * vicreg_loss(a, b, **SCALARS["vicreg"]), fullgraph=True, backend="eager"
-    )
+    step = lambda a, b: 3 * vicreg_loss(a, b, **SCALARS["vicreg"])  # noqa: E731
+    if rank == 0:  # one is enough
+        step = torch.compile(step, fullgraph=True, backend="eager")
     step(*leaves).backward()
     want = alone[3, 0][1][0]
     assert (leaves[0].grad - want[rank * ROWS :][:ROWS]).abs().max() <= 1e-5 * want.abs().max()

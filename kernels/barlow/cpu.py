@@ -8,6 +8,7 @@ With a, b the standardised views, sa, sb what divided them, d_j = C_jj, l = off_
 
 A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 3 N D^2. The
 Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients.
+Where the Gram form's difference cancels, it is made again in float64.
 
 Gradient: dL/da = b M^T / N and dL/db = a M / N, where M = dL/dC has 2 l C_ij off its diagonal and
 2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, m_j the mean over the rows of a_ij dL/da_ij.

@@ -8,8 +8,8 @@ za, zb: (N, D) float; variance and covariance over the N rows of all ranks, unbi
 A third tensor, if given, holds a weight (N,) for each pair's distance: 0 lets a pair count in
 the statistics without being pulled together, as for frames far apart in time.
 
-Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3 N^2 D multiplications) and
-tiled (N >= D, 3 N D^2), where autograd of the definition takes 6 N D^2: see cpu.py.
+Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3.25 N^2 D multiplications)
+and tiled (N >= D, 3.25 N D^2), where autograd of the definition takes 6 N D^2: see cpu.py.
 
 Bardes, Ponce, LeCun 2022, arXiv:2105.04906, equations 1 to 6, with the halved variance term
 of the authors' code: the weights 25, 25, 1 belong to that form.

@@ -3,11 +3,13 @@
 With x the centred z, v_j = |x_j|^2 / (N - 1), s_j = sqrt(v_j + 1e-4), both forms are exact:
 
     form   when     covariance term, times D                     products      extra floats
-    Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3 N^2 D       2 N^2 + 2 N D
-    tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3 N D^2       3 N D + 512 D
+    Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3.25 N^2 D    2 N^2 + 2 N D
+    tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3.25 N D^2    4 N D + 512 D
 
 A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 6 N D^2. Only
-one half of a symmetric matrix is computed. The extra floats hold the two gradients.
+5/8 of a symmetric matrix are computed. The extra floats hold the two gradients. Where the Gram
+form's difference cancels, it is made again in float64, at twice the memory and three times the
+time: few dimensions with nearly all of the variance.
 
 Gradient: dL/dz = 2 / (N - 1) x M, where M = dL/dcov has 2 covariance / D cov_ij off its diagonal
 and -[s_j < 1] variance / (4 D s_j) on it, plus the invariance term's. x M has zero mean because
