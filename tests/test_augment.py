@@ -7,6 +7,7 @@ where such pixels are left out, and gamma below 0.6 at black, which is not asked
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +19,13 @@ from hypothesis import strategies as st
 from sslus.kernels.augment import COLUMNS, PARAMS, identity, reference, views
 from sslus.kernels.op import MAPS
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = [
     pytest.param(
         which,
         marks=pytest.mark.skipif(
-            which == "gpu" and not (torch.cuda.is_available() or INTERPRET),
-            reason="no CUDA device and TRITON_INTERPRET is not 1",
+            which == "gpu" and not torch.cuda.is_available(),
+            # In Triton's interpreter these sizes take minutes: test_augment_gpu.py has smaller.
+            reason="no CUDA device",
         ),
     )
     for which in ("cpu", "gpu")
@@ -211,6 +212,13 @@ def test_bfloat16_is_the_rounded_float32(make):
     full = make(frames, index, params, **kwargs)
     half = make(frames, index, params, dtype=torch.bfloat16, **kwargs)
     assert half.dtype == torch.bfloat16 and torch.equal(half, full.bfloat16())
+    # 128.5, 129.5, ... lie half-way between two bfloat16 numbers: to the even one.
+    kwargs = {"size": 80, "mean": -0.5 / 255, "std": 1 / 255}
+    full = make(frames, index, identity(2, 80), **kwargs)
+    assert (full == 200.5).any()
+    assert torch.equal(
+        make(frames, index, identity(2, 80), dtype=torch.bfloat16, **kwargs), full.bfloat16()
+    )
 
 
 @FULL
@@ -245,16 +253,16 @@ def test_flip_twice_is_nothing_and_a_view_is_on_its_own(which, seed, size):
     rng = np.random.default_rng(seed)
     store = int(rng.integers(32, 200))
     frames, index = frames_of(store), torch.tensor([3, 1, 2])
-    rows = [draw(rng, store, speckle=0) for _ in index]
+    rows = [draw(rng, store, speckle=0, solarize=2) for _ in index]
     params, flipped = (
         table(store, [row | {"flip": int(row["flip"]) ^ other} for row in rows]) for other in (0, 1)
     )
     got = run(which, frames, index, params, size)
     torch.testing.assert_close(
-        run(which, frames, index, flipped, size).flip(-1), got, atol=0.1, rtol=0
+        run(which, frames, index, flipped, size).flip(-1), got, atol=0.3, rtol=0
     )
     assert torch.equal(run(which, frames, index[1:2], params[1:2], size), got[1:2])
-    assert_near(got, frames, index, params, size)
+    assert_near(got, frames, index, params, size, mean=1.2)
 
 
 @FULL
@@ -323,7 +331,9 @@ def test_a_forked_child_has_threads_of_its_own(batch, monkeypatch):
         try:
             again = torch.empty(24, 1, 112, 112)
             MAPS["views"].cpu(*batch, again, mean=0.0, std=1.0, threads=3)
-            os._exit(0 if (again.numpy() == out.numpy()).all() else 1)
+            tasks = Path("/proc/self/task")
+            alone = tasks.exists() and len(list(tasks.iterdir())) < 3
+            os._exit(0 if (again.numpy() == out.numpy()).all() and not alone else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0

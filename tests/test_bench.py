@@ -101,10 +101,12 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
         by_stage.setdefault(row["stage"], []).append(row)
     assert set(by_stage) == {path.stem for path in (BENCH / "stages").glob("*.py")}
     peers = {"decode": "PyAV, no conversion", "shard": "PyAV decode + simplejpeg encode",
-             "store": "simplejpeg", "train": "ceiling: ready views"}  # fmt: skip
+             "store": "simplejpeg", "train": "ceiling: ready views", "losses": "definition",
+             "augment": "torchvision v2"}  # fmt: skip
     for stage, rows in by_stage.items():
         names = {row["implementation"] for row in rows}
-        assert {"sslus", peers[stage]} <= names
+        assert any(name.startswith("sslus") for name in names)
+        assert any(name.startswith(peers[stage]) for name in names)
         assert any(name.startswith("floor: ") for name in names)
         assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
         assert all(row["threads"] >= 1 and row["versions"]["av"] for row in rows)
@@ -112,16 +114,20 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
     ratio = next(r for r in content["ratios"] if r["text"] == "sslus / PyAV, no conversion")
     assert ratio["value"] == pytest.approx(sslus["median"] / bare["median"])
     wanted = {r["text"]: r["want"] for r in content["ratios"] if r["want"]}
-    assert wanted == {
-        "sslus / PyAV, no conversion": ">= 0.80",
-        "jobs 1: sslus / bare": "<= 1.35",
-        "jobs 2: sslus / bare": "<= 1.35",
-        "sslus: 1 job / 2 jobs": ">= 1.80",
-        "peak memory: 4n videos / n videos": "<= 1.10",
-        **{
-            f"threads {n}: sslus / simplejpeg": ">= 0.80" for n in {1, len(os.sched_getaffinity(0))}
-        },
-    }
+    assert (
+        wanted.items()
+        >= {
+            "sslus / PyAV, no conversion": ">= 0.80",
+            "jobs 1: sslus / bare": "<= 1.35",
+            "jobs 2: sslus / bare": "<= 1.35",
+            "sslus: 1 job / 2 jobs": ">= 1.80",
+            "peak memory: 4n videos / n videos": "<= 1.10",
+            **{
+                f"threads {n}: sslus / simplejpeg": ">= 0.80"
+                for n in {1, len(os.sched_getaffinity(0))}
+            },
+        }.items()
+    )
 
 
 def test_the_gpu_check_knows_every_stage():

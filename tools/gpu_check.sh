@@ -99,7 +99,7 @@ step shard 40 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$de
 step train 80 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
   --device "$device" --run "$work/run"
 [ ! -f "$metrics" ] || cp "$metrics" "$out/metrics.jsonl"
-for stage in decode:70 train:90 shard:110 store:30; do
+for stage in decode:60 train:80 augment:50 losses:50 shard:80 store:30; do
   # With the clips just made; without them (synth failed) bench/run.py makes its own.
   data=()
   { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")

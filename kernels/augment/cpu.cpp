@@ -54,7 +54,8 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
   Job job{frames.data(), index.data(), params.data(), static_cast<char*>(out.data()), store,
           static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
           static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half, false};
-  job.past_caches = out.nbytes() > (size_t{0} << 20);
+  // A batch that the caches hold until it is read goes through them.
+  job.past_caches = out.nbytes() > (size_t{4} << 20) && can_pass_caches();
 
   nb::gil_scoped_release release;
   for (int64_t v = 0; v < num_views; ++v)

@@ -28,12 +28,13 @@
 // One wheel runs everywhere: the loader picks the widest version that the processor has.
 // noinline, because an inlined function is inlined in its default version. The small templates
 // under them must be inlined, to be compiled for the same processor as their caller.
-#if defined(__x86_64__) && defined(__GLIBC__) && \
-    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#if !defined(__x86_64__) || !defined(__GLIBC__) || defined(SSLUS_NO_CLONES)
+#define SSLUS_CLONES
+#elif (defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12)
 #define SSLUS_CLONES \
   __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SSLUS_CLONES
+#else  // older compilers know single extensions only
+#define SSLUS_CLONES __attribute__((noinline, target_clones("avx2", "default")))
 #endif
 #if defined(__GNUC__)
 #define SSLUS_INLINE inline __attribute__((always_inline))
@@ -192,6 +193,13 @@ SSLUS_CLONES void blur(const int16_t* in, int64_t step, const int16_t* weights, 
   for (; k <= radius; ++k) blur_of<1, true>(in, step, weights, k, n, out);
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SSLUS_SHUFFLES
+#endif
+#endif
+
+#if defined(SSLUS_SHUFFLES)
 // Vectors of 8 and 16 pixels in the compilers' own notation, at any address.
 typedef int16_t Eight __attribute__((vector_size(16), aligned(2), may_alias));
 typedef int16_t Sixteen __attribute__((vector_size(32), aligned(2), may_alias));
@@ -241,6 +249,18 @@ SSLUS_CLONES void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int6
   }
 }
 
+#else  // the same without the vectors that older compilers lack, at a quarter of the speed
+void to_columns(const int16_t* rows, int64_t stride, int64_t n, int16_t* columns) {
+  for (int64_t x = 0; x < n; ++x)
+    for (int64_t y = 0; y < kLanes; ++y) columns[x * kLanes + y] = rows[y * stride + x];
+}
+
+void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
+  for (int64_t y = 0; y < kLanes; ++y)
+    for (int64_t x = 0; x < n; ++x) rows[y * stride + x] = columns[x * kLanes + y];
+}
+#endif
+
 // kFine steps to kStep steps times a factor in 2^-14 steps, not above white.
 SSLUS_CLONES void brighten(const int16_t* __restrict in, uint16_t factor, int64_t n,
                            int16_t* __restrict out) {
@@ -278,16 +298,18 @@ SSLUS_CLONES void stretch(int16_t* row, uint16_t factor, int add, int64_t n) {
   }
 }
 
-// white * (x / white)^gamma, as 2^(gamma log2 x): off by less than 0.01 grey levels.
+// white * (x / white)^gamma, as 2^(gamma log2 x): off by less than 0.03 grey levels.
 SSLUS_CLONES void power(int16_t* row, float gamma, int64_t n, float lowest) {
   for (int64_t i = 0; i < n; ++i) {
-    // x = 2^whole * m with m in sqrt(1/2)..sqrt(2); log2 m is a series in (m - 1) / (m + 1).
+    // x = 2^whole * m with m in sqrt(1/2)..sqrt(2); log2 m / (m - 1) is a polynomial.
     const auto bits = bit_cast<int32_t>(static_cast<float>(row[i]) * (1.0f / kWhite));
     const int32_t whole = (bits - 0x3f3504f3) >> 23;
     const auto m = bit_cast<float>(bits - whole * (1 << 23));
-    const float s = (m - 1) / (m + 1), q = s * s;
+    const float s = m - 1;
     const float log2 =
-        static_cast<float>(whole) + s * (2.8853901f + q * (0.96179669f + q * 0.57707802f));
+        static_cast<float>(whole) +
+        s * (1.4426476f +
+             s * (-0.72054121f + s * (0.48521406f + s * (-0.39112317f + s * 0.25566687f))));
     // 2^t = 2^near * 2^rest with rest in -1/2..1/2, where the exponential series is short.
     // `lowest`, -100, is an argument because compilers make a branch of the constant.
     // Black has whole = -127: 2^t rounds to black again for every gamma of the table.
@@ -305,12 +327,20 @@ SSLUS_CLONES void invert_from(int16_t* row, int16_t threshold, int64_t n) {
     row[i] = static_cast<int16_t>(row[i] >= threshold ? kWhite - row[i] : row[i]);
 }
 
-// Rows of noise as in reference.py: one call of Philox4x32-10 for four pixels.
-SSLUS_CLONES void speckle(int16_t* __restrict row, uint32_t seed, uint32_t y, float strength,
-                          int64_t n, float* __restrict noise) {
-  const int64_t groups = (n + 3) / 4;
-  for (int64_t x = 0; x < groups; ++x) {
+// The sum of the word's four bytes less its mean.
+SSLUS_INLINE float noise_of(uint32_t word) {
+  const uint32_t pairs = (word & 0xff00ff) + ((word >> 8) & 0xff00ff);
+  return static_cast<float>(static_cast<int32_t>((pairs & 0xffff) + (pairs >> 16)) - 510);
+}
+
+// Row y of the noise of reference.py: one call of Philox4x32-10 for four pixels.
+SSLUS_CLONES void make_noise(uint32_t seed, uint32_t y, int64_t num_calls,
+                             float* __restrict noise) {
+  for (int64_t x = 0; x < num_calls; ++x) {
     uint32_t a = static_cast<uint32_t>(x), b = y, c = 0, d = 0, k0 = seed, k1 = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 10  // or the loop over x, which has loops inside, is not vectorised
+#endif
     for (int round = 0; round < 10; ++round) {
       const uint64_t p = uint64_t{a} * 0xD2511F53u, q = uint64_t{c} * 0xCD9E8D57u;
       a = static_cast<uint32_t>(q >> 32) ^ b ^ k0;
@@ -320,15 +350,19 @@ SSLUS_CLONES void speckle(int16_t* __restrict row, uint32_t seed, uint32_t y, fl
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    const uint32_t words[4] = {a, b, c, d};
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pairs = (words[i] & 0xff00ff) + ((words[i] >> 8) & 0xff00ff);
-      noise[4 * x + i] = static_cast<float>(static_cast<int>((pairs & 0xffff) + (pairs >> 16)) - 510);
-    }
+    noise[4 * x] = noise_of(a);
+    noise[4 * x + 1] = noise_of(b);
+    noise[4 * x + 2] = noise_of(c);
+    noise[4 * x + 3] = noise_of(d);
   }
+}
+
+SSLUS_CLONES void speckle(int16_t* __restrict row, const float* __restrict noise, float strength,
+                          float white, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const float y2 = static_cast<float>(row[i]) * (1.0f + strength * noise[i]);
-    row[i] = static_cast<int16_t>(std::min(std::max(y2, 0.0f), float{kWhite}) + 0.5f);
+    const float x = static_cast<float>(row[i]) * (1 + strength * noise[i]);
+    const float least = x > 0 ? x : 0;
+    row[i] = static_cast<int16_t>((least < white ? least : white) + 0.5f);
   }
 }
 
@@ -348,8 +382,9 @@ SSLUS_CLONES void halve(const float* __restrict in, int64_t n, uint16_t* __restr
 // The same, past the caches, which the next frames need more than what has just been written.
 // `out` at a multiple of 32 bytes, n a multiple of 16.
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("arch=x86-64-v3"))) void normalise_past_caches(
-    const int16_t* row, float scale, float shift, int64_t n, float* out) {
+__attribute__((target("avx2,fma"))) void normalise_past_caches(const int16_t* row, float scale,
+                                                               float shift, int64_t n,
+                                                               float* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
   for (int64_t i = 0; i < n; i += 8) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
@@ -358,10 +393,14 @@ __attribute__((target("arch=x86-64-v3"))) void normalise_past_caches(
   }
 }
 
-bool can_pass_caches() {
+[[maybe_unused]] bool can_pass_caches() {
   static const bool can = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return can;
 }
+#else
+const auto normalise_past_caches = normalise;
+
+[[maybe_unused]] bool can_pass_caches() { return false; }
 #endif
 
 // --------------------------------------------------------------------------------- one view
@@ -490,7 +529,7 @@ struct Job {
   int64_t store, height, width;
   float scale, shift;  // result = step * scale + shift
   bool half;           // bfloat16, else float32
-  bool past_caches;
+  bool past_caches;    // float32 only, where can_pass_caches()
 };
 
 // The first half: crop, resize, flip and brightness, to blocks of kLanes rows, each as width
@@ -541,8 +580,10 @@ void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* row
     }
     if (p[kSpeckle] > 0) {
       constexpr float deviation = 147.80054f;  // sqrt(21845): of the sum of four bytes
-      speckle(row, static_cast<uint32_t>(p[kSeed]), static_cast<uint32_t>(y + i),
-              p[kSpeckle] / deviation, width, scratch.noise.at_least(round_up(width, 4)));
+      const int64_t num_calls = (width + 3) / 4;
+      float* noise = scratch.noise.at_least(4 * num_calls);
+      make_noise(static_cast<uint32_t>(p[kSeed]), static_cast<uint32_t>(y + i), num_calls, noise);
+      speckle(row, noise, p[kSpeckle] / deviation, kWhite, width);
     }
   }
   // Rows without gaps are one long row, made in pieces that stay in the fastest cache.

@@ -1,0 +1,301 @@
+"""256^2 grey frames -> two normalised 224^2 float views a sample, on one thread
+
+Crop .2-1, flip, brightness and contrast .6-1.4 with p .8, Gaussian blur sigma .1-2 with p .5,
+from decoded frames and from JPEG. Against torchvision v2, DALI on the CPU and AlbumentationsX, each
+with the fastest settings found that do the same; a library that is not installed is left out.
+Floor: the writing of as many bytes.
+"""
+
+import functools
+import importlib.util
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from harness import QUALITY, SIZE, Bench, Work
+
+VIEW = 224
+MEAN, STD = 0.2, 0.2
+AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
+FACTOR, JITTER = (0.6, 1.4), 0.8
+SIGMA, BLUR = (0.1, 2.0), 0.5
+
+
+def measure(bench: Bench) -> None:
+    folder = bench.scratch / "augment"
+    folder.mkdir(exist_ok=True)
+    num = 32 if bench.quick else 256
+    save(bench, num, folder)
+    for source in ("frames", "JPEG"):
+        case = f"{num} samples from {source}, {bench.kind} videos"
+        jpeg = source == "JPEG"
+        run = partial(ours, folder, jpeg)
+        works = {
+            "sslus": Work(partial(run, 1), fresh=False),
+            "sslus|two": Work(partial(run, 2), threads=2, fresh=False),
+            "floor: write the views": Work(partial(write, num), fresh=False),
+        }
+        if jpeg:
+            works["floor: decode alone"] = Work(partial(decode_all, folder), fresh=False)
+        for taps in (13, 23):
+            key = f"torchvision v2, {taps} taps"
+            works[key] = Work(partial(by_torchvision, folder, jpeg, taps), fresh=False)
+        if importlib.util.find_spec("nvidia.dali"):
+            works["DALI CPU, automatic window"] = Work(partial(by_dali, folder, jpeg), fresh=False)
+        if importlib.util.find_spec("albumentations"):
+            for taps, name in ((0, "automatic window"), (13, "13 taps")):
+                key = f"AlbumentationsX, {name}"
+                works[key] = Work(partial(by_albumentations, folder, jpeg, taps), fresh=False)
+        else:
+            print("left out, not installed: pip install albumentationsx[headless]")
+        rows = bench.compare("two views", case, "samples/s", works)
+        judge(bench, rows, source)
+    extras(bench, folder, num)
+
+
+def judge(bench: Bench, rows: dict, source: str) -> None:
+    import torch
+
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    mine = rows["sslus"]
+    want = {"torchvision v2, 13 taps": (80, 13), "DALI CPU, automatic window": (25, 6)}
+    for key, row in rows.items():
+        if key in want:
+            bench.ratio(f"from {source}: sslus / {key}", mine, row,
+                        at_least=want[key][source == "JPEG"])  # fmt: skip
+    peers = [row for key, row in rows.items() if key.startswith("AlbumentationsX")]
+    if peers:
+        fastest = max(peers, key=lambda row: row.median)
+        least = (18 if wide else 13) if source == "frames" else (4.5 if wide else 4)
+        bench.ratio(f"from {source}: sslus / {fastest.implementation}", mine, fastest,
+                    at_least=least)  # fmt: skip
+    bench.ratio(f"from {source}: two threads / one", rows["sslus|two"], mine, at_least=1.9)
+
+
+def extras(bench: Bench, folder: Path, num: int) -> None:
+    """What single steps cost, and other sizes; ours only."""
+    works = {
+        "sslus, bfloat16|half": Work(partial(ours, folder, False, 1, half=True), fresh=False),
+        "sslus, no blur|noblur": Work(partial(ours, folder, False, 1, blur=0.0), fresh=False),
+        "sslus, with gamma|gamma": Work(partial(ours, folder, False, 1, gamma=True), fresh=False),
+        "sslus, speckle|speckle": Work(partial(ours, folder, False, 1, speckle=0.2), fresh=False),
+        "sslus, all 96^2|96": Work(partial(ours, folder, False, 1, view=96), fresh=False),
+    }  # fmt: skip
+    bench.compare(
+        "two views", f"{num} samples from frames, {bench.kind} videos", "samples/s", works
+    )
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def save(bench: Bench, num: int, folder: Path) -> None:
+    """`num` frames of the shards, raw and as JPEG."""
+    import simplejpeg
+
+    from sslus.engine.store import FrameStore
+
+    store = FrameStore.open(bench.shards)
+    frames = np.asarray(store.frames[np.arange(num) * len(store) // num])
+    np.save(folder / "frames.npy", frames)
+    jpegs = [simplejpeg.encode_jpeg(f[..., None], QUALITY, "GRAY") for f in frames]
+    np.save(folder / "jpegs.npy", np.array(jpegs, dtype=object), allow_pickle=True)
+
+
+@functools.cache
+def frames_of(folder: Path) -> np.ndarray:
+    return np.load(folder / "frames.npy")
+
+
+@functools.cache
+def jpegs_of(folder: Path) -> list[bytes]:
+    return list(np.load(folder / "jpegs.npy", allow_pickle=True))
+
+
+def decode(jpeg: bytes) -> np.ndarray:
+    import simplejpeg
+
+    return simplejpeg.decode_jpeg(jpeg, "GRAY")
+
+
+def decode_into(frames: np.ndarray, jpegs: list[bytes], share: np.ndarray) -> None:
+    for i in share:
+        frames[i] = decode(jpegs[i])[..., 0]
+
+
+def samples(folder: Path, jpeg: bool):
+    """(256, 256, 1) uint8 frames, one by one, as a data set gives them."""
+    if jpeg:
+        yield from map(decode, jpegs_of(folder))
+    else:
+        yield from frames_of(folder)[..., None]
+
+
+@functools.cache
+def views_of(num: int, view: int = VIEW, half: bool = False):
+    """Where the views go: written before, so that no one pays for the pages."""
+    import torch
+
+    dtype = torch.bfloat16 if half else torch.float32
+    return torch.zeros(2 * num, 1, view, view, dtype=dtype)
+
+
+# ---------------------------------------------------------------- works
+
+
+def table(rng: np.random.Generator, num_views: int, blur: float, gamma: bool, speckle: float):
+    import torch
+
+    from sslus.kernels.augment import COLUMNS, identity
+
+    params = identity(num_views, SIZE).numpy()
+    column = {name: params[:, i] for i, name in enumerate(COLUMNS)}
+    area = rng.uniform(*AREA, num_views) * SIZE**2
+    aspect = np.exp(rng.uniform(*map(math.log, ASPECT), num_views))
+    height = np.minimum(np.rint(np.sqrt(area / aspect)), SIZE)
+    width = np.minimum(np.rint(np.sqrt(area * aspect)), SIZE)
+    column["height"][:], column["width"][:] = height, width
+    column["top"][:] = np.floor(rng.random(num_views) * (SIZE - height + 1))
+    column["left"][:] = np.floor(rng.random(num_views) * (SIZE - width + 1))
+    column["flip"][:] = rng.random(num_views) < 0.5
+    jitter = rng.random(num_views) < JITTER
+    for name in ("brightness", "contrast"):
+        column[name][jitter] = rng.uniform(*FACTOR, num_views)[jitter]
+    if gamma:
+        column["gamma"][jitter] = np.exp(rng.uniform(-0.3, 0.3, num_views))[jitter]
+    blurred = rng.random(num_views) < blur
+    column["sigma"][blurred] = rng.uniform(*SIGMA, num_views)[blurred]
+    column["speckle"][:] = speckle
+    return torch.from_numpy(params)
+
+
+def ours(
+    folder: Path, jpeg: bool, threads: int, *, blur=BLUR, gamma=False, speckle=0.0, half=False,
+    view=VIEW,
+) -> int:  # fmt: skip
+    import torch
+
+    from sslus.kernels.augment import views
+
+    frames = frames_of(folder)
+    if jpeg:
+        frames = np.empty_like(frames)
+        with ThreadPoolExecutor(threads) as pool:  # a share for each: no hand-over an image
+            shares = np.array_split(np.arange(len(frames)), threads)
+            list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
+    num = len(frames)
+    views(
+        torch.from_numpy(frames), torch.arange(num).repeat(2),
+        table(np.random.default_rng(0), 2 * num, blur, gamma, speckle), size=view,
+        mean=MEAN, std=STD, dtype=torch.bfloat16 if half else torch.float32,
+        out=views_of(num, view, half), threads=threads,
+    )  # fmt: skip
+    return num
+
+
+def by_torchvision(folder: Path, jpeg: bool, taps: int) -> int:
+    import torch
+    from torchvision.transforms import v2
+
+    torch.set_num_threads(1)
+    pipe = v2.Compose([  # bytes until the end: the fastest that it offers
+        v2.RandomResizedCrop(VIEW, scale=AREA, ratio=ASPECT, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(brightness=FACTOR, contrast=FACTOR)], JITTER),
+        v2.RandomApply([v2.GaussianBlur(taps, SIGMA)], BLUR),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([MEAN], [STD]),
+    ])  # fmt: skip
+    num = len(jpegs_of(folder))
+    out = views_of(num)
+    for i, frame in enumerate(samples(folder, jpeg)):
+        x = torch.from_numpy(frame[..., 0])[None]
+        out[i], out[num + i] = pipe(x), pipe(x)
+    return num
+
+
+def by_albumentations(folder: Path, jpeg: bool, taps: int) -> int:
+    pipe, num = albumentations_pipe(taps), len(jpegs_of(folder))
+    out = views_of(num).numpy()
+    for i, frame in enumerate(samples(folder, jpeg)):
+        for v in (i, num + i):
+            out[v, 0] = pipe(image=frame)["image"][..., 0]
+    return num
+
+
+@functools.cache
+def albumentations_pipe(taps: int):
+    import os
+
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for one on the network
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(1)
+    change = (FACTOR[0] - 1, FACTOR[1] - 1)
+    return A.Compose([
+        A.RandomResizedCrop((VIEW, VIEW), scale=AREA, ratio=ASPECT),
+        A.HorizontalFlip(p=0.5),
+        A.RandomBrightnessContrast(brightness_range=change, contrast_range=change, p=JITTER),
+        A.GaussianBlur(blur_range=(taps, taps), sigma_range=SIGMA, p=BLUR),
+        A.Normalize(mean=(MEAN,), std=(STD,)),
+    ])  # fmt: skip
+
+
+def by_dali(folder: Path, jpeg: bool) -> int:
+    va, _ = dali_pipe(folder, jpeg).run()
+    return len(va)
+
+
+@functools.cache
+def dali_pipe(folder: Path, jpeg: bool):
+    from nvidia.dali import fn, pipeline_def, types
+
+    data = (
+        [np.frombuffer(x, np.uint8) for x in jpegs_of(folder)]
+        if jpeg
+        else list(samples(folder, False))
+    )
+
+    @pipeline_def(
+        batch_size=len(data), num_threads=1, device_id=None, enable_conditionals=True,
+        prefetch_queue_depth=1, exec_async=False, exec_pipelined=False,
+    )  # fmt: skip
+    def pipe():
+        frames = fn.external_source(lambda: data, layout=None if jpeg else "HWC")
+        if jpeg:
+            frames = fn.decoders.image(frames, output_type=types.GRAY)
+        out = []
+        for _ in range(2):
+            x = fn.random_resized_crop(
+                frames, size=(VIEW, VIEW), random_area=AREA, random_aspect_ratio=ASPECT
+            )
+            if fn.random.coin_flip(probability=JITTER, dtype=types.BOOL):
+                x = fn.brightness_contrast(
+                    x, brightness=fn.random.uniform(range=FACTOR),
+                    contrast=fn.random.uniform(range=FACTOR),
+                )  # fmt: skip
+            if fn.random.coin_flip(probability=BLUR, dtype=types.BOOL):
+                x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=SIGMA))
+            out.append(fn.crop_mirror_normalize(
+                x, mirror=fn.random.coin_flip(), mean=255 * MEAN, std=255 * STD,
+                dtype=types.FLOAT, output_layout="CHW",
+            ))  # fmt: skip
+        return tuple(out)
+
+    built = pipe()
+    built.build()
+    return built
+
+
+def decode_all(folder: Path) -> int:
+    for jpeg in jpegs_of(folder):
+        decode(jpeg)
+    return len(jpegs_of(folder))
+
+
+def write(num: int) -> int:
+    views_of(num).fill_(0.5)
+    return num

@@ -1,0 +1,129 @@
+// Makes views of random frames by random tables: `fuzz FILE [RUNS]`, built by tools/sanitize.sh.
+//
+// Frames and views lie in memory of exactly their size, so that a sanitizer sees a byte too many.
+// The first run for a FILE writes its views there; every later one, which may be built for
+// another processor, compares its own with them.
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <random>
+
+#include "augment/pool.h"
+#include "augment/views.h"
+
+using namespace sslus::augment;
+
+namespace {
+
+std::mt19937 generator(1);
+
+double uniform(double low, double high) {  // not std::uniform_...: it differs between libraries
+  return low + (high - low) * (generator() / 4294967296.0);
+}
+
+int64_t whole(int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(uniform(0, static_cast<double>(high - low + 1)));
+}
+
+bool chance(double p) { return uniform(0, 1) < p; }
+
+// Half of all values neutral, a sixth each lowest, highest and anything between.
+float pick(double neutral, double low, double high) {
+  if (chance(0.5)) return static_cast<float>(neutral);
+  return static_cast<float>(chance(0.33) ? low : chance(0.5) ? high : uniform(low, high));
+}
+
+void fill(float* p, double side) {
+  for (int axis = 0; axis < 2; ++axis) {
+    double length = std::max(1.0, chance(0.3) ? side : chance(0.2) ? 1 : uniform(1, side));
+    double start = chance(0.2) ? 0 : chance(0.2) ? side - length : uniform(0, side - length);
+    if (chance(0.5)) length = std::floor(length), start = std::floor(start);
+    p[kTop + axis] = static_cast<float>(start);
+    p[kHeight + axis] = static_cast<float>(length);
+  }
+  p[kFlip] = chance(0.5);
+  p[kBrightness] = pick(1, 0, 3);
+  p[kContrast] = pick(1, 0, 3);
+  p[kGamma] = pick(1, 0.2, 5);
+  p[kSigma] = pick(0, 0, 16);
+  p[kSolarize] = pick(2, 0, 1);
+  p[kGainNear] = pick(1, 0, 3);
+  p[kGainFar] = pick(1, 0, 3);
+  p[kSpeckle] = pick(0, 0, 1);
+  p[kSeed] = static_cast<float>(whole(0, (1 << 24) - 1));
+}
+
+struct Views {
+  Job job;
+  std::unique_ptr<uint8_t[]> frames;
+  std::unique_ptr<int64_t[]> index;
+  std::unique_ptr<float[]> params;
+  std::unique_ptr<char[]> out;
+  int64_t num_views, num_bytes;
+};
+
+Views make(int64_t run) {
+  const int64_t store = chance(0.1) ? whole(300, 1100) : whole(1, 130), num_frames = whole(1, 3);
+  const int64_t height = whole(1, chance(0.2) ? 300 : 60), width = whole(1, chance(0.2) ? 300 : 60);
+  Views v;
+  v.num_views = whole(1, 5);
+  v.frames.reset(new uint8_t[num_frames * store * store]);
+  v.index.reset(new int64_t[v.num_views]);
+  v.params.reset(new float[v.num_views * kColumns]);
+  const int kind = static_cast<int>(whole(0, 2));  // noise, white with black, flat
+  for (int64_t i = 0; i < num_frames * store * store; ++i) {
+    const auto word = generator();
+    v.frames[i] = static_cast<uint8_t>(kind == 0 ? word : kind == 1 ? (word & 64 ? 255 : 0) : run);
+  }
+  for (int64_t i = 0; i < v.num_views; ++i) {
+    v.index[i] = whole(0, num_frames - 1);
+    fill(&v.params[i * kColumns], static_cast<double>(store));
+  }
+  const bool half = chance(0.2);
+  v.num_bytes = v.num_views * height * width * (half ? 2 : 4);
+  v.out.reset(new char[v.num_bytes]);
+  v.job = Job{v.frames.get(), v.index.get(), v.params.get(), v.out.get(), store, height, width,
+              1.0f / kStep, 0, half, chance(0.5) && can_pass_caches()};
+  return v;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return std::fputs("usage: fuzz FILE [RUNS]\n", stderr), 2;
+  const int64_t runs = argc > 2 ? std::atoll(argv[2]) : 300;
+  std::ifstream known(argv[1], std::ios::binary);
+  std::ofstream written;
+  if (!known) written.open(argv[1], std::ios::binary);
+  int64_t num_pixels = 0, num_off = 0;
+  for (int64_t run = 0; run < runs; ++run) {
+    Views v = make(run);
+    sslus::Pool::run(
+        v.num_views, 1 + run % 3,
+        [](void* context, int64_t i) {
+          thread_local Scratch scratch;
+          make_view(*static_cast<const Job*>(context), i, scratch);
+        },
+        &v.job);
+    if (v.job.half) continue;  // for the sanitizers: its rounding would hide or make differences
+    const auto* pixels = reinterpret_cast<const float*>(v.out.get());
+    std::unique_ptr<float[]> before(new float[v.num_bytes / 4]);
+    if (written.is_open()) {
+      written.write(v.out.get(), v.num_bytes);
+      std::copy_n(pixels, v.num_bytes / 4, before.get());
+    } else {
+      known.read(reinterpret_cast<char*>(before.get()), v.num_bytes);
+    }
+    for (int64_t i = 0; i < v.num_bytes / 4; ++i, ++num_pixels) {
+      if (!(pixels[i] >= 0 && pixels[i] <= 256))
+        return std::fprintf(stderr, "run %lld: a pixel of %g\n", static_cast<long long>(run),
+                            static_cast<double>(pixels[i])), 1;
+      num_off += std::fabs(pixels[i] - before[i]) > 0.25f;
+    }
+  }
+  // Solarize turns the last bit of a float into black or white where it meets its threshold.
+  std::printf("%lld pixels, %lld of them off by more than 0.25 grey levels\n",
+              static_cast<long long>(num_pixels), static_cast<long long>(num_off));
+  return num_off * 1000 > num_pixels;
+}

@@ -1,0 +1,192 @@
+"""The Triton views: against the float64 reference, and what they compile to on machines not here.
+
+The kernel runs on a GPU or in Triton's interpreter, slowly; it compiles without a GPU, but not
+where the interpreter is on, so in a process of its own (this file run as a script).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from sslus.kernels.augment import gpu
+from sslus.kernels.augment.reference import COLUMNS, identity, noise, views
+
+runs = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="no CUDA device and TRITON_INTERPRET is not 1",
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# log2(0) is on purpose, and the interpreter has numpy say so.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+
+
+def frames_of(store, num=3):
+    """White noise; a black frame with a bright noisy block; a ramp."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (num, store, store))
+    frames[1, : store // 2] = 0
+    frames[2] = np.arange(store)[:, None] * 255 // store
+    return torch.from_numpy(frames.astype(np.uint8))
+
+
+def table(store, rows):
+    params = identity(len(rows), store)
+    for v, row in enumerate(rows):
+        for name, value in row.items():
+            params[v, COLUMNS.index(name)] = value
+    return params
+
+
+def make(frames, index, params, size, *, mean=0.0, std=1 / 255, dtype=torch.float32):
+    """Views in grey levels, unless told otherwise."""
+    out = torch.empty((len(index), 1, *size), dtype=dtype, device=DEVICE)
+    gpu.augment_gpu(*(t.to(DEVICE) for t in (frames, index, params)), out, mean=mean, std=std)
+    return out.cpu()
+
+
+BOX = {"top": 3.3, "left": 6.7, "height": 20.2, "width": 18.4}
+ROWS = [
+    {},
+    {"flip": 1},
+    BOX,
+    BOX | {"flip": 1},
+    {"height": 1, "width": 1, "top": 30, "left": 31},
+    {"brightness": 1.8, "contrast": 1.6},  # the mean lies behind the clamp
+    {"contrast": 0.2},
+    {"gamma": 0.6},
+    {"gamma": 3},
+    {"sigma": 0.4},
+    {"sigma": 2, "gamma": 0.8, "contrast": 1.5},
+    {"sigma": 16},
+    {"gain_near": 0.4, "gain_far": 1.9},
+    {"speckle": 0.4, "seed": 2**24 - 1},
+    {"sigma": 1, "solarize": 0.5, "brightness": 1.2},
+]
+
+
+@runs
+@pytest.mark.parametrize("store, size", [(32, (32, 32)), (96, (80, 70)), (50, (130, 17))])
+def test_each_step_is_the_reference(store, size, monkeypatch):
+    # What is left in memory by others, and by the view before, must not show.
+    monkeypatch.setattr(torch, "empty", lambda shape, **kw: torch.full(shape, torch.nan, **kw))
+    frames, params = frames_of(store), table(store, ROWS)
+    index = torch.arange(len(ROWS)) % 3
+    got = make(frames, index, params, size).double()
+    want = views(frames, index, params.double(), size=size, std=1 / 255, dtype=torch.float64)
+    sure = torch.ones_like(want, dtype=torch.bool)
+    plain = table(store, [ROWS[-1] | {"solarize": 2}]).double()
+    before = views(frames, index[-1:], plain, size=size, std=1 / 255, dtype=torch.float64)
+    sure[-1:] = (before - 127.5).abs() > 0.3  # further from where solarize jumps
+    error = torch.where(sure, got - want, 0).abs()
+    for row, worst, mean in zip(ROWS, error.amax((1, 2, 3)), error.mean((1, 2, 3)), strict=True):
+        assert worst < 0.3 and mean < 0.05, f"{row}: off by {worst:.3f}, {mean:.4f} on average"
+    if store == size[0]:
+        assert torch.equal(got[0, 0], frames[0].double())
+        assert torch.equal(got[1, 0], frames[1].flip(-1).double())
+
+
+@runs
+def test_noise_has_the_reference_bits():
+    """At 4.2 grey levels a step of the noise, no other sum of bytes would pass."""
+    frame = torch.full((1, 32, 32), 128, dtype=torch.uint8)
+    seeds = [0, 1, 2**24 - 1]
+    params = table(32, [{"speckle": 0.25, "seed": seed} for seed in seeds])
+    got = make(frame, torch.zeros(3, dtype=torch.int64), params, (31, 53))
+    found = (got.double() / 128 - 1) / 0.25
+    want = noise(torch.tensor(seeds, dtype=torch.float64), (31, 53))
+    assert (found - want).abs().max() < 1e-3 / 21845**0.5
+
+
+@runs
+def test_bfloat16_and_normalisation():
+    frames, index, params = frames_of(40), torch.arange(3), table(40, [BOX, {}, {"sigma": 1.5}])
+    full = make(frames, index, params, (33, 48), mean=0.3, std=0.2)
+    grey = make(frames, index, params, (33, 48))
+    torch.testing.assert_close(full, (grey / 255 - 0.3) / 0.2, atol=1e-5, rtol=0)
+    half = make(frames, index, params, (33, 48), mean=0.3, std=0.2, dtype=torch.bfloat16)
+    # Triton's interpreter cuts the last bits off, which hardware rounds.
+    cut = (full.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+    assert torch.equal(half, full.bfloat16()) or torch.equal(half, cut)
+
+
+@runs
+def test_what_is_not_there_becomes_nan_and_leaves_its_neighbours():
+    frames, store, size = frames_of(32), 32, (20, 24)
+    rows = [{"sigma": 1}, {"top": 20}, {"height": np.nan}, {}, {}, {"seed": np.inf}, {"flip": 1}]
+    index = torch.tensor([0, 1, 2, 3, -1, 0, 1])
+    got = make(frames, index, table(store, rows), size)
+    assert got[1:6].isnan().all()
+    kept = [0, 6]
+    alone = make(frames, index[kept], table(store, [rows[i] for i in kept]), size)
+    assert torch.equal(got[kept], alone) and alone.isfinite().all()
+
+
+LIMITS = {  # of a program: shared memory in bytes, and how a tensor-core product begins in PTX
+    80: (163 << 10, "mma.sync"),
+    90: (227 << 10, "wgmma.mma_async"),
+    100: (227 << 10, "tcgen05.mma"),
+}
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_compiles_without_spills(capability):
+    """256 -> 224: nothing spills, and every product is one of tensor cores."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    shared, product = LIMITS[capability]
+    assert found["STACK"] == 0 and found["LOCAL"] == 0, found
+    assert found["shared"] * gpu.PROGRAMS <= shared, found
+    assert found[product] >= 4, found  # one for each of the steps that are products
+    if capability >= 90:  # or a multiprocessor would not hold PROGRAMS of them
+        assert found["REG"] * 32 * gpu.NUM_WARPS * gpu.PROGRAMS <= 65536, found
+
+
+def compiled(capability, store=256, size=(224, 224)):
+    """Resources of the kernel on a device of this compute capability."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {"frames": "*u8", "index": "*i64", "params": "*fp32", "out": "*bf16"}
+    scalars = {"num_frames": "i32", "num_views": "i32", "white": "fp32", "black": "fp32"}
+    meta = gpu.plan(store, size) | {"DEVICE": True}
+    signature = pointers | {"scratch": "*fp16"} | scalars | dict.fromkeys(meta, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    source = ASTSource(gpu.augment_kernel, signature, meta, aligned)
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": gpu.NUM_WARPS, "enable_fp_fusion": True},
+    )
+    ptx = kernel.asm["ptx"]
+    found = {product: ptx.count(product) for _, product in LIMITS.values()}
+    return found | {"shared": kernel.metadata.shared} | usage(kernel.asm["cubin"])
+
+
+def usage(cubin):
+    """What ptxas gave the kernel: {"REG": 128, "STACK": 0, ...}."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    line = next(line for line in report.stdout.splitlines() if "REG:" in line)
+    fields = (field.split(":") for field in line.split() if "[" not in field)
+    return {name: int(value) for name, value in fields}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled(*map(int, sys.argv[1:2]))))
