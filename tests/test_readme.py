@@ -23,7 +23,7 @@ ELSEWHERE = {
     "bash tools/demo.sh": "test_demo",
     "pip install .": "what is tested is installed",
 }
-ORDER = ["sslus synth", "sslus shard", "sslus train --method", "sslus train --run",
+ORDER = ["sslus synth", "sslus shard", "sslus views", "sslus train --method", "sslus train --run",
          "sslus evaluate", "python bench"]  # fmt: skip
 
 

@@ -440,3 +440,45 @@ def test_the_real_videos_are_accounted_for(real_data, tmp_path):
     assert "11,208 decoded of 11,208 expected" in result.stdout
     assert "sslus train" in result.stdout.splitlines()[-1]
     assert io.StringIO((tmp_path / "out" / "manifest.json").read_text()).read(1) == "{"
+
+
+@pytest.fixture
+def two_kinds(clip, pattern, tmp_path) -> Path:
+    """A grey VP9 clip, which DALI decodes without a GPU, and an MPEG-4 clip, which it does not."""
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    luma = pattern(20, 64, 96)
+    clip(folder / "a.webm", luma, codec="libvpx-vp9", options={"crf": "10", "b:v": "0"})
+    clip(folder / "b.mp4", luma)
+    return folder
+
+
+def test_a_named_decoder_does_it_or_says_why(two_kinds, tmp_path):
+    arguments = ["--size", 64, "--all", "--jobs", 1, "--device", "cpu", "--decoder", "dali"]
+    result = command("shard", two_kinds, "-o", tmp_path / "out", *arguments)
+    assert result.returncode == 3, result.stderr
+    assert "1 of 2 (1 with dali)" in result.stdout and "mpeg4" in result.stderr
+    same = shard([two_kinds / "a.webm"], tmp_path / "pyav", Settings(64, 1), device="cpu", jobs=1)
+    mine = read_manifest(tmp_path / "out")
+    assert mine.num_frames == same.manifest.num_frames == 20
+    assert mine.mean == pytest.approx(same.manifest.mean, abs=0.5 / 255)
+
+
+def test_each_file_goes_where_it_can_be_decoded(two_kinds, tmp_path, monkeypatch):
+    """What `auto` does on a GPU machine, with DALI's CPU decoder in the GPU's place."""
+    from sslus.engine import shard as module
+
+    order = [("dali", "cpu"), ("pyav", "cpu")]
+    monkeypatch.setattr(module, "choose_backends", lambda device, decoder: order)
+    report = shard([two_kinds], tmp_path / "out", Settings(64, 1), jobs=1)
+    assert report.manifest.decoders == {"dali": 1, "pyav": 1} and not report.problems
+
+
+def test_cuda_without_a_gpu_is_an_error(two_kinds, tmp_path):
+    from sslus.engine.dali import why_not
+
+    if why_not("cuda") is None:
+        pytest.skip("this machine has a GPU that decodes")
+    out = tmp_path / "out"
+    one_line(command("shard", two_kinds, "-o", out, "--device", "cuda"), 1, "--device cpu")
+    assert not out.exists()
