@@ -3,13 +3,13 @@
 # Run it again and it goes on where it was, or shows the result again.
 #   DEMO_DIR     where everything goes (default: demo in the checkout)
 #   DEMO_VIDEOS  clips to make (default 40)     DEMO_SECONDS  their length (default "2 4")
-#   DEMO_STEPS   training steps (default 300)
+#   DEMO_STEPS   training steps (default 150)
 set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 demo=${DEMO_DIR:-$root/demo}
 videos=${DEMO_VIDEOS:-40}
-steps=${DEMO_STEPS:-300}
+steps=${DEMO_STEPS:-150}
 read -r shortest longest <<<"${DEMO_SECONDS:-2 4}"
 mkdir -p "$demo"
 cd "$demo"
@@ -25,7 +25,9 @@ step shard videos --stride 2
 if [ -e run/config.json ]; then
   step train --run run --resume
 else
-  step train --method vicreg --max-steps "$steps" --run run
+  # Small enough for two cores; on a GPU leave these out.
+  step train --method vicreg --max-steps "$steps" --run run \
+    --image-size 64 --projector 512-512-512 --lr 1e-3
 fi
 step evaluate run --labels videos/labels.csv -o report
 
