@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,15 @@ def clips(tmp_path_factory) -> Path:
         rows.append(f"{name}.mp4,{'left' if i % 2 else 'right'},p{i // 2}")
     (folder / "labels.csv").write_text("path,label,patient\n" + "\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty file system of 4 MB, to be filled; a test may remount it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
