@@ -9,7 +9,7 @@ MJPEG, VP8 and VP9 only, and PyAV (engine/video.py) is faster there.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -19,7 +19,7 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
-from sslus.engine.video import Prepared, VideoError, VideoInfo
+from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo
 
 # Frames decoded at a time, which bounds the memory: 100 MB for 1920 x 1080, and twice that
 # because the next ones are decoded meanwhile. After the last frame DALI begins with the file
@@ -120,7 +120,7 @@ class DaliBackend:
         self,
         path: Path,
         info: VideoInfo,
-        keep: Callable[[int, float], bool],
+        keep: Keep,
         size: int,
         quality: int,
     ) -> Iterator[Prepared]:

@@ -91,7 +91,7 @@ class Backend(Protocol):
         self,
         path: Path,
         info: VideoInfo,
-        keep: Callable[[int, float], bool],
+        keep: Keep,
         size: int,
         quality: int,
     ) -> Iterator[Prepared]:
@@ -346,7 +346,7 @@ class PyavBackend:
         self,
         path: Path,
         info: VideoInfo,
-        keep: Callable[[int, float], bool],
+        keep: Keep,
         size: int,
         quality: int,
     ) -> Iterator[Prepared]:
