@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +21,36 @@ def save(path: Path, state: dict) -> None:
     torch.save({"format": FORMAT, **state}, buffer)
     with atomic_file(path) as f:
         f.write(buffer.getbuffer())
+
+
+def keep(path: Path, step: int, num: int, score: float | None) -> None:
+    """Keep the checkpoint `path` of `step` as one of the last `num`, and as the best if it is.
+
+    In the folder checkpoints/ beside it: step-<step>.pt, best.pt, and best.json with the best's
+    score (higher is better; None: unknown). Links, so a checkpoint kept twice is stored once.
+    """
+    folder = path.parent / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    if num:
+        _link(path, folder / f"step-{step:08d}.pt")
+    for old in sorted(folder.glob("step-*.pt"))[: -num or None]:
+        old.unlink()
+    best = folder / "best.json"
+    before = json.loads(best.read_text())["score"] if best.exists() else None
+    if score is not None and (before is None or score > before):
+        _link(path, folder / "best.pt")
+        with atomic_file(best, "w") as f:
+            json.dump({"step": step, "score": score}, f)
+
+
+def _link(path: Path, to: Path) -> None:
+    new = to.with_suffix(".tmp")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, new)
+    new.replace(to)
 
 
 def load(path: Path) -> dict:

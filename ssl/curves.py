@@ -13,10 +13,11 @@ def draw(metrics: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # 0.5 s, and not needed before the first picture
 
     known = {
-        "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std",
-        "samples_per_second", "data_wait",
+        "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "uniformity",
+        "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
     }  # fmt: skip
     terms = [k for k in (metrics[0] if metrics else {}) if k not in known]
+    online = [k for k in ("knn_macro_f1", "probe_macro_f1") if any(k in m for m in metrics)]
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, rate), (alive, speed) = figure.subplots(2, 2)
 
@@ -48,6 +49,8 @@ def draw(metrics: list[dict], path: Path) -> None:
     two(
         speed, ("samples_per_second", "samples/s"), ("data_wait", "share waiting for data"), "Speed"
     )
+    for key in online:  # both are shares, as is the axis of the std
+        line(alive.twinx(), key, key)
     for axes in (loss, rate, alive, speed):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

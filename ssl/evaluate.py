@@ -24,7 +24,8 @@ from sslus.engine.errors import InputError
 from sslus.engine.labels import read_labels
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, views
-from sslus.ssl.train import pick_device, versions
+from sslus.ssl.versions import versions
+from sslus.ssl.world import pick_device
 
 PROTOCOLS = ("linear",)
 NUM_FOLDS = 5  # fewer where a class has fewer patients

@@ -1,6 +1,9 @@
 """Is the representation alive? Numbers that fall when features collapse."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A collapsed backbone gives every frame the same feature, so that one direction is left. The
@@ -28,6 +31,39 @@ def feature_std(h: Tensor) -> tuple[float, float]:
     """The mean over dimensions of the std over rows, and the same relative to h's RMS."""
     std = h.float().std(dim=0).mean()
     return std.item(), (std / h.float().square().mean().sqrt().clamp_min(1e-12)).item()
+
+
+@torch.no_grad()
+def alignment(ha: Tensor, hb: Tensor) -> float:
+    """The mean squared distance of the two views' unit features, 0 to 4.
+
+    Wang and Isola 2020, arXiv:2005.10242, section 4.1.
+    """
+    a, b = (F.normalize(h.float(), dim=1) for h in (ha, hb))
+    return (a - b).square().sum(1).mean().item()
+
+
+@torch.no_grad()
+def uniformity(h: Tensor) -> float:
+    """log mean exp(-2 |u_i - u_j|^2) over pairs of unit features: -4 spread out, 0 collapsed.
+
+    Wang and Isola 2020, section 4.2.
+    """
+    u = F.normalize(h.float(), dim=1)
+    # A pair's distance from its cosine; the diagonal, no pair, is taken out.
+    close = torch.exp(4 * (u @ u.T) - 4)
+    n = len(u)
+    return math.log((close.sum().item() - close.diagonal().sum().item()) / (n * (n - 1)))
+
+
+def look(features: Tensor) -> tuple[dict[str, float], str | None]:
+    """All of it for (V, B, F) features of one or two views, and a line of warning or None."""
+    ha = features[0]
+    std, spread = feature_std(ha)
+    found = {"rankme": rankme(ha), "feature_std": std, "uniformity": uniformity(ha)}
+    if len(features) > 1:
+        found["alignment"] = alignment(ha, features[1])
+    return found, collapse(found["rankme"], spread)
 
 
 def collapse(rank: float, spread: float) -> str | None:

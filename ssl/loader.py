@@ -1,21 +1,35 @@
 """Batches of views, made while the step before them runs."""
 
-import collections
+import math
+import shutil
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
+from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
-from sslus.kernels.augment import views
+from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
+from sslus.kernels.augment import COLUMNS, views
 from sslus.ssl.views import ViewConfig, draw
 
 # Share of the memory that is free which the whole store may take: the rest is the model's.
 GPU_SHARE = 0.5
+DISK_SHARE = 0.9  # of the free disk that a new frame store may take
+DRAWN = 512  # views are drawn for so many frames at a time: fewer take as long
+TIERS = ("auto", "gpu", "ram", "disk", "stream")
+
+Store = FrameStore | StreamStore
 
 
 @dataclass(frozen=True)
@@ -29,36 +43,119 @@ class Batch:
     weights: np.ndarray | None = None
 
 
-def tier(store: FrameStore, device: torch.device) -> tuple[str, str]:
-    """Where the frames are kept during training, and why: ("gpu" | "ram" | "disk", reason).
+class Views(NamedTuple):
+    """Two views of the frames of one step, on the training device."""
+
+    va: Tensor  # (B, 1, h, w) float32, normalised by the store's mean and std
+    vb: Tensor  # the same
+    weights: Tensor | None  # (B,) float32, of the pairs
+    ids: Tensor  # (B,) int64, `sample_ids`
+    labels: Tensor  # (B,) int64, of the frame of the first view; -1 without one
+
+
+def sample_ids(epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """epoch * 2^40 + frame, (B,) int64: with the run's seed as key, a counter for random numbers.
+
+    What is drawn for a sample from it (a mask, say) is the same in every batch size, on every
+    rank and after a resume, as the views are. 2^40 frames of 256 x 256 would be 72 PB.
+    """
+    return epoch * 2**40 + frames.astype(np.int64)
+
+
+def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **options) -> Store:
+    """The frames of a folder or URL of shards: decoded once, or streamed where that cannot be.
+
+    tier: "stream" or another that is forced; "auto" streams a URL and what the disk has no room
+    for. options: of FrameStore.open. Raises InputError where a forced tier or `pairs` "nearby"
+    cannot be, and what FrameStore.open does.
+    """
+    if tier not in TIERS:
+        raise InputError(f"--tier {tier!r}: want one of {', '.join(TIERS)}")
+    why = None
+    if is_url(shards):
+        why = "the shards are at a URL"
+    elif tier == "stream":
+        why = "as asked"
+    elif options.get("rebuild") or not _store_folder(shards, options).exists():
+        manifest = read_manifest(Path(shards))
+        size = manifest.num_frames * manifest.settings["size"] ** 2
+        free = shutil.disk_usage(shards).free
+        if size > DISK_SHARE * free:
+            why = f"{_gb(size)} of frames do not fit on the disk, {_gb(free)} are free"
+    if why is None:
+        return FrameStore.open(Path(shards), **options)
+    if tier not in ("auto", "stream"):
+        raise InputError(f"--tier {tier}: {why}; use --tier stream, or bring the shards to a disk"
+                         " with room")  # fmt: skip
+    if pairs == "nearby":
+        raise InputError(
+            f"--pairs nearby: frames are streamed ({why}), and a video's are spread over all"
+            " shards; use --pairs same, or bring the shards to a disk with room for them"
+        )
+    return StreamStore.open(shards, why)
+
+
+def _store_folder(shards: str | Path, options: dict) -> Path:
+    return Path(options.get("folder") or Path(shards) / "store")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def plan_of(store: Store, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Plan:
+    """The order of the frames that the store's tier is fast at."""
+    if isinstance(store, StreamStore):
+        return store.plan(batch_size, seed, rank, world)
+    return Plan(len(store), batch_size, seed, rank, world)
+
+
+def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str, str]:
+    """Where the frames are kept during training, and why: ("gpu" | "ram" | "disk" | "stream", ...).
 
     gpu: all of them in the GPU's memory, only indices and parameters cross the bus. ram: memory-
-    mapped and read ahead at the start. disk: memory-mapped, each batch read ahead.
+    mapped and read ahead at the start. disk: memory-mapped, each batch read ahead. stream:
+    nowhere, each is decoded anew. Raises InputError where the `wanted` one cannot be.
     """
+    if wanted not in TIERS:
+        raise InputError(f"--tier {wanted!r}: want one of {', '.join(TIERS)}")
+    if isinstance(store, StreamStore):
+        if wanted not in ("auto", "stream"):
+            raise InputError(f"--tier {wanted}: the frames are streamed: {store.why}")
+        return "stream", store.why
     size = store.frames.nbytes
-    gb = f"{size / 1e9:.1f} GB of frames"
+    on_gpu, in_ram = False, store.fits_in_memory()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if size <= GPU_SHARE * free:
-            return "gpu", f"{gb} fit into {free / 1e9:.0f} GB of free GPU memory"
-    if store.fits_in_memory():
-        return "ram", f"{gb} fit into memory"
-    return "disk", f"{gb} do not fit into memory"
+        on_gpu = size <= GPU_SHARE * free
+    if wanted == "gpu" and not on_gpu:
+        why = f"{_gb(size)} of frames do not fit" if device.type == "cuda" else "there is none"
+        raise InputError(f"--tier gpu: {why} on the {device.type}; use --tier auto")
+    if wanted == "ram" and not in_ram:
+        raise InputError(f"--tier ram: {_gb(size)} of frames do not fit into memory; use auto")
+    if wanted == "stream":
+        raise ValueError("tier: a frame store is not streamed; open_store(shards, 'stream')")
+    if wanted != "auto":
+        return wanted, f"as asked, {_gb(size)} of frames"
+    if on_gpu:
+        return "gpu", f"{_gb(size)} of frames fit into {_gb(free)} of free GPU memory"
+    if in_ram:
+        return "ram", f"{_gb(size)} of frames fit into memory"
+    return "disk", f"{_gb(size)} of frames do not fit into memory"
 
 
 class Loader:
-    """Iterating yields (va, vb, weights): two views of every frame of every batch.
+    """Iterating yields `Views`: two views of every frame of every batch, on `device`.
 
-    va, vb: (B, 1, size, size) float32, normalised by the store's mean and std, on `device`;
-    weights: (B,) float32 or None. A background thread makes them AHEAD batches before they are
-    asked for; order and values do not depend on `threads` or on the tier.
+    A background thread makes them `ahead` batches before they are asked for (one to hand over,
+    one in the making); what it raises, the next batch asked for raises. Order and values do not
+    depend on `threads`, `ahead` or the tier. Leaving the loop or the `with` ends the thread's
+    work. A batch's memory is used again when nothing refers to it.
     """
-
-    AHEAD = 2  # one to hand over, one in the making
 
     def __init__(
         self,
-        store: FrameStore,
+        store: Store,
         batches: Iterator[Batch],
         presets: tuple[ViewConfig, ViewConfig],
         *,
@@ -66,16 +163,27 @@ class Loader:
         seed: int,
         device: torch.device,
         threads: int = 1,
+        ahead: int = 2,
+        wanted_tier: str = "auto",
     ):
+        if ahead < 1:
+            raise ValueError(f"loader: want ahead >= 1, got {ahead}")
         self.store, self.batches, self.presets = store, batches, presets
         self.size, self.seed, self.device, self.threads = size, seed, device, threads
-        self.tier, self.why = tier(store, device)
-        with warnings.catch_warnings():  # the map is read-only, which PyTorch cannot express
-            warnings.simplefilter("ignore", UserWarning)
-            self.frames = torch.from_numpy(store.frames)
+        self.ahead = ahead
+        self.tier, self.why = tier(store, device, wanted_tier)
+        self.memory = _Memory()
+        self.reader = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+        if self.tier == "stream":
+            self.reader = Reader(store, threads, device.type)
+        else:
+            with warnings.catch_warnings():  # the map is read-only, which PyTorch cannot express
+                warnings.simplefilter("ignore", UserWarning)
+                self.frames = torch.from_numpy(store.frames)
         if self.tier == "gpu":
             self.frames = self.frames.to(device)
-            self.stream = torch.cuda.Stream(device)
         elif self.tier == "ram":
             store.read_ahead()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="views")
@@ -85,57 +193,141 @@ class Loader:
 
     def __exit__(self, *exc) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.reader:
+            self.reader.close()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        waiting: collections.deque[Future] = collections.deque()
+    def __iter__(self) -> Iterator[Views]:
+        made = self._make_all()
+        jobs = deque(self.pool.submit(next, made, None) for _ in range(self.ahead))
+        try:
+            while True:
+                for job in jobs:
+                    if job.done():
+                        job.result()  # what a later batch raised, at once
+                batch = jobs.popleft().result()
+                if batch is None:
+                    return
+                jobs.append(self.pool.submit(next, made, None))
+                yield self._hand_over(*batch)
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    def at_once(self, batch: Batch) -> Views:
+        """The views of one batch, made now: for a trial."""
+        ((index, table, ids),) = self._prepare([batch])
+        job = self.pool.submit(self._make, batch, index, table, ids)
+        return self._hand_over(*job.result())
+
+    # ------------------------------------------------------------ in the background thread
+
+    def _make_all(self) -> Iterator[tuple]:
+        for group in self._groups():
+            for batch, prepared in zip(group, self._prepare(group), strict=True):
+                yield self._make(batch, *prepared)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Batches of DRAWN frames or more together, told in advance to what reads ahead."""
+        horizon = {"disk": DRAWN, "stream": BUFFER}.get(self.tier, 0)  # frames
+        waiting: deque[list[Batch]] = deque()
+        num_waiting, group, num = 0, [], 0
         for batch in self.batches:
             if self.tier == "disk":
-                self.store.read_ahead(np.concatenate([batch.first, batch.second]))
-            waiting.append(self.pool.submit(self._make, batch))
-            if len(waiting) > self.AHEAD:
-                yield self._hand_over(waiting.popleft().result())
-        while waiting:
-            yield self._hand_over(waiting.popleft().result())
+                same = batch.second is batch.first
+                frames = batch.first if same else np.concatenate([batch.first, batch.second])
+                self.store.read_ahead(frames)
+            elif self.tier == "stream":
+                self.reader.read_ahead(batch.first)
+            group.append(batch)
+            num += len(batch.first)
+            if num < DRAWN:
+                continue
+            waiting.append(group)
+            num_waiting += num
+            group, num = [], 0
+            while num_waiting > horizon:
+                num_waiting -= sum(len(b.first) for b in waiting[0])
+                yield waiting.popleft()
+        yield from waiting
+        if group:
+            yield group
+
+    def _prepare(self, group: list[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch, first views before second ones: frames (2B,), table, ids (2B,)."""
+        lengths = [2 * len(batch.first) for batch in group]
+        index = np.concatenate([x for b in group for x in (b.first, b.second)]).astype(np.int64)
+        view = np.repeat([0, 1] * len(group), np.repeat(lengths, 2) // 2)
+        epoch = np.repeat([batch.epoch for batch in group], lengths)
+        table = np.empty((len(index), len(COLUMNS)), np.float32)
+        for number, config in enumerate(self.presets):
+            rows = view == number
+            table[rows] = draw(
+                config, index[rows], number, epoch[rows], self.seed, self.store.size, self.size
+            )
+        arrays = (index, table, sample_ids(epoch, index))
+        return zip(*(torch.from_numpy(x).split(lengths) for x in arrays), strict=True)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make(self, batch: Batch) -> tuple:
-        table = np.concatenate(
-            [
-                draw(config, frames, view, batch.epoch, self.seed, self.store.size, self.size)
-                for view, (config, frames) in enumerate(
-                    zip(self.presets, (batch.first, batch.second), strict=True)
-                )
-            ]
-        )
-        index = torch.from_numpy(np.concatenate([batch.first, batch.second]).astype(np.int64))
-        params = torch.from_numpy(table)
-        grey = {"mean": self.store.mean, "std": self.store.std}
+    def _make(self, batch: Batch, index: Tensor, params: Tensor, ids: Tensor) -> tuple:
+        num = len(batch.first)
+        on_gpu = self.device.type == "cuda"
+        if self.tier == "stream":
+            if batch.second is not batch.first and (batch.second != batch.first).any():
+                raise ValueError("loader: in the stream tier both views are of the same frame")
+            frames, labels = self.reader.read(batch.first)
+            frames = self._on_gpu(frames) if on_gpu else torch.from_numpy(frames)
+            index = torch.arange(num).repeat(2)
+        else:
+            frames, labels = self.frames, self.store.label[batch.first]
         weights = None if batch.weights is None else torch.from_numpy(batch.weights)
-        if self.device.type == "cpu":
-            out = views(self.frames, index, params, size=self.size, threads=self.threads, **grey)
-            return out, weights, None
-        if self.tier != "gpu":
-            # Pinned memory lets the copy to the GPU run beside its work.
+        rest = (weights, ids[:num], torch.from_numpy(labels.astype(np.int64)))
+        options = {"size": self.size, "mean": self.store.mean, "std": self.store.std}
+        if not frames.is_cuda:
             shape = (len(index), 1, self.size, self.size)
-            out = torch.empty(shape, pin_memory=True)
-            views(self.frames, index, params, size=self.size, threads=self.threads, out=out, **grey)
-            return out, weights, None
+            # Pinned memory lets the copy to the GPU run beside its work.
+            out = torch.empty(shape, pin_memory=True) if on_gpu else self.memory.tensor(shape)
+            views(frames, index, params, out=out, threads=self.threads, **options)
+            return out, rest, None
         with torch.cuda.stream(self.stream):  # beside the step that runs on the main stream
             index, params = (x.pin_memory().to(self.device, non_blocking=True)
                              for x in (index, params))  # fmt: skip
-            out = views(self.frames, index, params, size=self.size, **grey)
+            out = views(frames, index, params, **options)
             ready = self.stream.record_event()
-        return out, weights, ready
+        return out, rest, ready
 
-    def _hand_over(self, made: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, weights, ready = made
+    def _on_gpu(self, frames) -> Tensor:
+        """A copy of what DALI has decoded, whose memory it will use again."""
+        with torch.cuda.stream(self.stream):
+            frames = torch.from_dlpack(frames)[..., 0].clone()
+        self.stream.synchronize()
+        return frames
+
+    # ------------------------------------------------------------ in the caller's thread
+
+    def _hand_over(self, out: Tensor, rest: tuple, ready) -> Views:
         if ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(ready)
             out.record_stream(current)  # its memory is not given away before the step is done
-        out = out.to(self.device, non_blocking=True)
-        if weights is not None:
-            weights = weights.to(self.device, non_blocking=True)
-        va, vb = out.contiguous(memory_format=torch.channels_last).chunk(2)
-        return va, vb, weights
+        if self.device.type == "cuda":
+            out = out.to(self.device, non_blocking=True)
+            rest = [x if x is None else x.to(self.device) for x in rest]
+        return Views(*out.contiguous(memory_format=torch.channels_last).chunk(2), *rest)
+
+
+class _Memory:
+    """Memory for batches. The pages of a new block cost up to four times what the views do."""
+
+    def __init__(self):
+        self.free: deque[np.ndarray] = deque()
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """Float32, uninitialised; its memory comes back when no tensor refers to it."""
+        length = math.prod(shape)
+        block = self.free.pop() if self.free else np.empty(0, np.float32)
+        if len(block) < length:
+            block = torch.empty(length).numpy()
+        lent = block[:length]  # an object of its own, which the tensor keeps
+        weakref.finalize(lent, self.free.append, block).atexit = False
+        return torch.from_numpy(lent).view(shape)

@@ -1,14 +1,13 @@
 """Optimisers and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from sslus.engine.errors import InputError
 
-OPTIMIZERS = ("adamw", "lars")
+OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 class LARS(torch.optim.Optimizer):
@@ -44,6 +43,7 @@ class LARS(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
+            lr = group["lr"]
             momenta = [self.state[p]["momentum"] for p in params]
             decay = group["weight_decay"]
             updates = torch._foreach_add([p.grad for p in params], params, alpha=decay)
@@ -55,36 +55,55 @@ class LARS(torch.optim.Optimizer):
                     rates.append(torch.where((w > 0) & (g > 0), rate, torch.ones_like(rate)))
                 torch._foreach_mul_(updates, rates)
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, updates, alpha=group["lr"])
+            torch._foreach_mul_(updates, lr)  # a tensor on a GPU: captured steps read it anew
+            torch._foreach_add_(momenta, updates)
             torch._foreach_sub_(params, momenta)
 
 
-def make(
-    name: str, modules: Iterable[nn.Module], lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW or LARS over all weights; biases and norms get neither decay nor adaptation."""
-    params: list[Tensor] = [p for m in modules for p in m.parameters() if p.requires_grad]
+def make(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """An optimiser of OPTIMIZERS over all weights of `module` that are trained.
+
+    Biases and norms get neither decay nor adaptation. On a GPU the rate is a tensor there.
+    """
+    params: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    cuda = params[0].is_cuda
+    rate = torch.tensor(lr, device=params[0].device) if cuda else lr
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=cuda)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=True)
     if name == "lars":
         groups[1]["adapt"] = False
-        return LARS(groups, lr=lr)
+        return LARS(groups, lr=rate)
     raise InputError(f"optimizer {name!r}: want one of {', '.join(OPTIMIZERS)}")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def default_weight_decay(name: str) -> float:
+    """Where none is given. SGD: MoCo's, arXiv:1911.05722."""
+    return {"adamw": 0.05, "lars": 1e-6, "sgd": 1e-4}[name]
 
 
 def default_lr(name: str, batch_size: int) -> float:
     """The peak learning rate where none is given.
 
-    LARS: 0.2 B/256, VICReg's. AdamW: 1e-3 sqrt(B/256), because Adam's noise grows with the
-    root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+    LARS: 0.2 B/256, VICReg's. SGD: 0.03 B/256, MoCo's. AdamW: 1e-3 sqrt(B/256), because Adam's
+    noise grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
     """
-    if name == "lars":
-        return 0.2 * batch_size / 256
-    return 1e-3 * math.sqrt(batch_size / 256)
+    if name == "adamw":
+        return 1e-3 * math.sqrt(batch_size / 256)
+    return {"lars": 0.2, "sgd": 0.03}[name] * batch_size / 256
 
 
 def learning_rate(step: int, num_steps: int, warmup: int, peak: float, floor: float) -> float:

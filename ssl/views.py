@@ -131,12 +131,18 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
 
 
 def draw(
-    config: ViewConfig, frames: np.ndarray, view: int, epoch: int, seed: int, store: int, size: int
+    config: ViewConfig,
+    frames: np.ndarray,
+    view: int,
+    epoch: int | np.ndarray,
+    seed: int,
+    store: int,
+    size: int,
 ) -> np.ndarray:
     """The table of one view of each frame: (B, len(COLUMNS)) float32.
 
-    frames: (B,) indices into the frame store. view: 0 or 1. store, size: side of a stored
-    frame and of a view, in pixels.
+    frames: (B,) indices into the frame store. view: 0 or 1. epoch: one, or (B,), that of each.
+    store, size: side of a stored frame and of a view, in pixels.
     """
     counter = np.empty((BLOCKS, len(frames), 4), np.uint32)
     counter[..., 0] = frames
@@ -144,10 +150,12 @@ def draw(
     counter[..., 2] = epoch
     counter[..., 3] = np.arange(BLOCKS)[:, None]
     words = philox(counter.reshape(-1, 4), seed).reshape(BLOCKS, len(frames), 4)
-    words = words.transpose(0, 2, 1).reshape(4 * BLOCKS, len(frames))
+    words = words.transpose(0, 2, 1).reshape(4 * BLOCKS, len(frames)) >> 8
     # 24 bits fill a float32's mantissa: uniform in [0, 1) and never rounded up to 1.
-    u = iter((words >> 8) * 2.0**-24)
+    u = iter(words * 2.0**-24)
     c = config
+    table = np.empty((len(frames), len(COLUMNS)), np.float32)
+    column = dict(zip(COLUMNS, table.T, strict=True))
 
     def either(p: float) -> np.ndarray:
         return next(u) < p
@@ -155,30 +163,29 @@ def draw(
     def about_one(reach: float) -> np.ndarray:
         return 1 + reach * (2 * next(u) - 1)
 
+    def side(length: np.ndarray) -> np.ndarray:  # np.clip takes three times as long
+        return np.minimum(np.maximum(np.rint(length * store), 1), store)
+
     area = c.min_area + (c.max_area - c.min_area) * next(u)
     aspect = np.exp(math.log(c.max_aspect) * (2 * next(u) - 1))
-    height = np.clip(np.rint(np.sqrt(area / aspect) * store), 1, store)
-    width = np.clip(np.rint(np.sqrt(area * aspect) * store), 1, store)
-    drawn = {
-        "height": height,
-        "width": width,
-        "top": np.floor(next(u) * (store - height + 1)),
-        "left": np.floor(next(u) * (store - width + 1)),
-        "flip": either(c.p_flip),
-    }
+    height = column["height"][:] = side(np.sqrt(area / aspect))
+    width = column["width"][:] = side(np.sqrt(area * aspect))
+    column["top"][:] = np.floor(next(u) * (store - height + 1))
+    column["left"][:] = np.floor(next(u) * (store - width + 1))
+    column["flip"][:] = either(c.p_flip)
     jitter = either(c.p_jitter)
-    drawn["brightness"] = np.where(jitter, about_one(c.brightness), 1)
-    drawn["contrast"] = np.where(jitter, about_one(c.contrast), 1)
-    drawn["gamma"] = np.where(jitter, np.exp(c.gamma * (2 * next(u) - 1)), 1)
+    column["brightness"][:] = np.where(jitter, about_one(c.brightness), 1)
+    column["contrast"][:] = np.where(jitter, about_one(c.contrast), 1)
+    column["gamma"][:] = np.where(jitter, np.exp(c.gamma * (2 * next(u) - 1)), 1)
     sigma = c.max_sigma * size * (0.05 + 0.95 * next(u))
-    drawn["sigma"] = np.where(either(c.p_blur), sigma, 0)
-    drawn["solarize"] = np.where(either(c.p_solarize), c.solarize, 2)
+    column["sigma"][:] = np.where(either(c.p_blur), sigma, 0)
+    column["solarize"][:] = np.where(either(c.p_solarize), c.solarize, 2)
     ramp = either(c.p_gain)
-    drawn["gain_near"] = np.where(ramp, about_one(c.gain), 1)
-    drawn["gain_far"] = np.where(ramp, about_one(c.gain), 1)
-    drawn["speckle"] = np.where(either(c.p_speckle), c.speckle * next(u), 0)
-    drawn["seed"] = words[-1] >> 8  # a word that nothing else has used
-    return np.stack([drawn[name] for name in COLUMNS], axis=1).astype(np.float32)
+    column["gain_near"][:] = np.where(ramp, about_one(c.gain), 1)
+    column["gain_far"][:] = np.where(ramp, about_one(c.gain), 1)
+    column["speckle"][:] = np.where(either(c.p_speckle), c.speckle * next(u), 0)
+    column["seed"][:] = words[-1]  # which nothing else has used
+    return table
 
 
 def picture(store, text: str, out, *, num: int, size: int, seed: int, max_seconds=None) -> None:

@@ -14,7 +14,7 @@ from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, evaluate
 from sslus.ssl.methods import vicreg
-from sslus.ssl.train import Settings, train
+from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
 
 CLASSES = ("dark", "bright", "striped")
@@ -52,7 +52,7 @@ def run(shards, tmp_path_factory):
     settings = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
     train(
         shards, settings, vicreg.Config(projector="32-32"), folder,
-        device="cpu", threads=1, log_every=3,
+        device="cpu", threads=1, options=Options(log_every=3),
     )  # fmt: skip
     return folder
 

@@ -1,9 +1,11 @@
 """The `sslus` command: one file a command, imported when it is named."""
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -49,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     def fail(message: str, code: int) -> int:
         if os.environ.get("SSLUS_DEBUG") == "1":
             raise
+        # One of several processes speaks, and `sslus train --gpus`, which has started them,
+        # learns the code: to torchrun any failure is a process to be started again.
+        file = os.environ.get("SSLUS_EXIT_CODE_FILE")
+        if file and code != 70:
+            with contextlib.suppress(FileExistsError), Path(file).open("x") as f:
+                click.echo(f"Error: {message}", err=True)
+                f.write(str(code))
+            return 0
         click.echo(f"Error: {message}", err=True)
         return code
 

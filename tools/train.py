@@ -3,6 +3,7 @@
 import click
 
 METHOD = "vicreg"  # the default; its file is not imported before a command line is read
+ALL = "all"
 
 
 class TrainCommand(click.Command):
@@ -13,11 +14,14 @@ class TrainCommand(click.Command):
 
         from sslus.ssl import methods
 
-        module = methods.load(_named(args))
-        own = [_option(f) for f in dataclasses.fields(module.Config)]
-        ctx.meta["method_options"] = [p.name for p in own]
-        self.params = self.params[: self.num_common] + own
-        self.epilog = "\n\n".join("\b\n" + part for part in module.__doc__.strip().split("\n\n"))
+        self.params = self.params[: self.num_common]
+        if (name := _named(args)) != ALL:
+            module = methods.load(name)
+            _, config = methods.recipe(name, "default")
+            fields = dataclasses.fields(config)
+            self.params = self.params + [_option(f, getattr(config, f.name)) for f in fields]
+            text = module.__doc__.strip().split("\n\n")
+            self.epilog = "\n\n".join("\b\n" + part for part in text)
         return super().parse_args(ctx, args)
 
     def __init__(self, *args, **kwargs):
@@ -34,11 +38,11 @@ def _named(args: list[str]) -> str:
     return METHOD
 
 
-def _option(f) -> click.Option:
+def _option(f, default) -> click.Option:
     return click.Option(
         ["--" + f.name.replace("_", "-")],
         type=f.type,
-        default=f.default,
+        default=default,
         show_default=True,
         help=f.metadata["help"] + " (method)",
     )
@@ -46,37 +50,94 @@ def _option(f) -> click.Option:
 
 @click.command("train", cls=TrainCommand)
 @click.argument("shards", type=click.Path(), default="shards")
-@click.option("--method", default=METHOD, show_default=True, help="How to learn without labels.")
+@click.option(
+    "--method",
+    default=METHOD,
+    show_default=True,
+    help="How to learn without labels; `all`: one after the other, by an equal number of steps.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["default", "paper", "study"]),
+    default="default",
+    show_default=True,
+    help="Values of options that are not given: for ultrasound, of the original paper, or of the"
+    " study arXiv:2407.21738.",
+)
 @click.option(
     "--backbone", help="Any timm model.  [default: resnet18 on the CPU, resnet50 on CUDA]"
 )
 @click.option("--init", default="random", show_default=True, help="random, imagenet or a FILE.")
 @click.option("--image-size", type=int, help="Side of a view, pixels.  [default: 96 CPU, 224 CUDA]")
-@click.option("--batch-size", type=int, help="Frames, two views each.  [default: 64 CPU, 256 CUDA]")
 @click.option(
-    "--views", default="ultrasound", show_default=True, metavar="PRESET[,FIELD=VALUE...]",
+    "--batch-size",
+    type=int,
+    help="Frames, on all GPUs together, two views each.  [default: 64 CPU, 256 CUDA]",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Batches a step: their gradients are averaged. A loss compares the samples of one batch.",
+)
+@click.option(
+    "--views",
+    metavar="PRESET[,FIELD=VALUE...]",
     help="How views differ: ultrasound, simclr, barlowtwins, autoencoder or inpainting; look at"
-    " them with `sslus views`.",
-)  # fmt: skip
+    " them with `sslus views`.  [default: the method's]",
+)
 @click.option(
-    "--pairs", type=click.Choice(["same", "nearby"]), default="same", show_default=True,
+    "--pairs",
+    type=click.Choice(["same", "nearby"]),
+    default="same",
+    show_default=True,
     help="nearby: the second view comes from another frame of the same video.",
-)  # fmt: skip
+)
 @click.option(
     "--max-seconds", type=float, default=1.5, show_default=True, help="How far away nearby is."
 )
 @click.option("--pair-weights", is_flag=True, help="Nearby pairs count less the further apart.")
+@click.option(
+    "--dual-task",
+    type=float,
+    default=0.0,
+    metavar="WEIGHT",
+    help="Also learn the labels in the shards: the weight of that cross-entropy.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="[default: 100 without --max-steps]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Ends the run if epochs do not.")
-@click.option("--optimizer", default="adamw", show_default=True, help="adamw or lars.")
+@click.option("--optimizer", help="adamw, lars or sgd.  [default: adamw]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: from the batch size]")
-@click.option("--weight-decay", type=float, help="[default: adamw 0.05, lars 1e-6]")
+@click.option("--base-lr", type=float, help="The same for 256 frames a step: scales with them.")
+@click.option("--weight-decay", type=float, help="[default: adamw 0.05, lars 1e-6, sgd 1e-4]")
 @click.option("--warmup-steps", type=int, help="[default: a tenth of the steps, <= 10 epochs]")
+@click.option("--warmup-epochs", type=float, help="The same in epochs.")
+@click.option("--clip-norm", type=float, help="Scale gradients down to this norm.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")
+@click.option(
+    "--step",
+    type=click.Choice(["auto", "eager", "compile", "graph"]),
+    default="auto",
+    show_default=True,
+    help="How an update runs: torch.compile, a CUDA graph; auto tries them on one GPU.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides every random choice.")
 @click.option("--run", type=click.Path(), help="Folder of the run.  [default: runs/METHOD]")
 @click.option("--resume", is_flag=True, help="Continue the run, exactly; settings are the run's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Start so many processes, a GPU each, by torchrun (with --device cpu: without GPUs).",
+)
+@click.option(
+    "--batch-norm",
+    type=click.Choice(["sync", "per-rank"]),
+    default="sync",
+    show_default=True,
+    help="Several GPUs: statistics over all of them, or of each.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option(
     "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps."
@@ -84,28 +145,54 @@ def _option(f) -> click.Option:
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=1), default=200, show_default=True, help="Steps."
 )
+@click.option(
+    "--keep",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Checkpoints to keep, beside the newest and the best.",
+)
+@click.option(
+    "--online-every",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="EPOCHS",
+    help="kNN and linear probe on the labels in the shards, by patient.  [default: never]",
+)
+@click.option(
+    "--time-limit", type=float, metavar="SECONDS", help="Save and stop after it; --resume goes on."
+)
 @click.option("--rebuild-store", is_flag=True, help="Decode the shards into frames anew.")
 @click.pass_context
-def command(
-    ctx,
-    shards,
-    method,
-    run,
-    resume,
-    device,
-    threads,
-    log_every,
-    checkpoint_every,
-    rebuild_store,
-    **rest,
-):
+def command(ctx, shards, run, gpus, rebuild_store, **given):
     """Pretrain a backbone on the frames of SHARDS (default: shards/), without labels.
 
     \b
     sslus train --method vicreg                         a run with the defaults
     sslus train --max-steps 300 --run runs/quick        a short one
     sslus train --resume --run runs/quick               go on after an interruption
+    sslus train --gpus 4 --batch-size 1024              four GPUs, one batch
+    torchrun --nproc-per-node 4 -m sslus.tools train    the same; more machines: see torchrun
     """
+    from pathlib import Path
+
+    if gpus is not None:
+        ctx.exit(_torchrun(gpus))
+    run = Path(run or f"runs/{given['method']}")
+    given["ctx"], given["rebuild_store"] = ctx, rebuild_store
+    if given["method"] == ALL:
+        _train_all(shards, run, given)
+    else:
+        _show(_train(shards, run, given))
+
+
+# Options that change what is told and kept, not the result.
+OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
+
+
+def _train(shards: str, run, given: dict):
+    """One run; returns its TrainResult."""
+    import contextlib
     import dataclasses
     from pathlib import Path
 
@@ -114,33 +201,41 @@ def command(
     from sslus.engine.store import FrameStore
     from sslus.ssl import methods
     from sslus.ssl import train as loop
-    from sslus.tools.screen import progress, summary
+    from sslus.ssl.loop import Options
+    from sslus.tools.screen import progress
 
-    run = Path(run or f"runs/{method}")
-    own = {name: rest.pop(name) for name in ctx.meta["method_options"]}
+    given = dict(given)
+    ctx = given.pop("ctx")
+    rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
+    resume, device, threads = (given.pop(name) for name in ("resume", "device", "threads"))
+    options = Options(**{name: given.pop(name) for name in OPTIONS})
+    named = {
+        name: value
+        for name, value in given.items()
+        if name == "method" or ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
     config = loop.open_run(run, resume)
     if config is None:
-        settings = loop.Settings(method=method, **rest)
-        method_config = methods.load(method).Config(**own)
+        values, method_config = methods.recipe(given["method"], recipe)
+        settings = loop.Settings(**{**_settings(given), **values})
     else:  # the run's settings, but for what this command line names: the loop compares them
-        named = {
-            name: value
-            for name, value in {"method": method, **rest, **own}.items()
-            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        }
         settings, method_config = loop.settings_from(config)
-        method_config = dataclasses.replace(
-            method_config, **{k: v for k, v in named.items() if k in own}
-        )
-        settings = dataclasses.replace(settings, **{k: v for k, v in named.items() if k not in own})
+        if ctx.get_parameter_source("method") is not ParameterSource.COMMANDLINE:
+            named.pop("method")
         if ctx.get_parameter_source("shards") is not ParameterSource.COMMANDLINE:
             shards = config["shards"]["path"]
+    own = {f.name for f in dataclasses.fields(method_config)}
+    method_config = dataclasses.replace(
+        method_config, **{k: v for k, v in named.items() if k in own}
+    )
+    settings = dataclasses.replace(settings, **_settings(named))
 
-    if rebuild_store or not (Path(shards) / "store").exists():
+    if _is_main() and (rebuild_store or not (Path(shards) / "store").exists()):
         with progress("frame store", "frames") as report:
             FrameStore.open(Path(shards), rebuild=rebuild_store, threads=threads, report=report)
-    with progress("train", "samples") as report:
-        result = loop.train(
+    # One log: the other processes are silent.
+    with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
+        return loop.train(
             Path(shards),
             settings,
             method_config,
@@ -148,29 +243,133 @@ def command(
             resume=resume,
             device=device,
             threads=threads,
-            log_every=log_every,
-            checkpoint_every=checkpoint_every,
+            options=options,
             report=report,
             say=lambda line: click.echo(line, err=True),
         )
-    summary(_rows(result), warnings=result.warnings, next_command=_next(result))
+
+
+def _settings(values: dict) -> dict:
+    """The values that are fields of the loop's Settings."""
+    import dataclasses
+
+    from sslus.ssl.train import Settings
+
+    known = {f.name for f in dataclasses.fields(Settings)}
+    return {k: v for k, v in values.items() if k in known}
+
+
+def _train_all(shards: str, folder, given: dict) -> None:
+    """The methods one after the other, each in its own folder; a finished one is not touched."""
+    from sslus.ssl import methods
+    from sslus.tools.screen import summary
+
+    rows, warnings = {}, []
+    for name in methods.names():
+        run = folder / name
+        mine = given | {
+            "method": name,
+            "resume": given["resume"] and (run / "config.json").exists(),
+        }
+        click.echo(f"{name} -> {run}", err=True)
+        result = _train(shards, run, mine)
+        warnings += [f"{name}: {line}" for line in result.warnings]
+        first, last = _lines(result)
+        rows[name] = (
+            f"{result.step:,} steps, {_speed(result):,.1f} samples/s, loss {first['loss']:.3f} ->"
+            f" {last['loss']:.3f}, RankMe {last['rankme']:.1f}"
+        )
+        if result.stopped:
+            break
+    if _is_main():
+        going = f"sslus train --method all --resume --run {folder}"
+        summary(
+            rows,
+            warnings=warnings,
+            next_command=going if result.stopped
+            else f"sslus evaluate {folder / 'vicreg'} --labels labels.csv",
+        )  # fmt: skip
+
+
+def _torchrun(num: int) -> int:
+    """This command line again, in `num` processes on this machine; returns the exit code."""
+    import contextlib
+    import os
+    import signal
+    import subprocess
+    import sys
+    import tempfile
+    import time
+    from pathlib import Path
+
+    args = [a for a in sys.argv[1:] if not a.startswith("--gpus=")]
+    if "--gpus" in args:
+        at = args.index("--gpus")
+        args[at : at + 2] = []
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
+        "--max-restarts", "3", "-m", "--", "sslus.tools", *args,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "code"
+        env = os.environ | {"SSLUS_EXIT_CODE_FILE": str(code)}
+        process = subprocess.Popen(torchrun, env=env)
+        # A terminal's Ctrl-C reaches the processes by itself; they save, and this one waits.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        while process.poll() is None:
+            time.sleep(0.2)
+            if code.exists():  # one has given up: the others may wait for it for long
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
+                process.terminate()
+        return int(code.read_text()) if code.exists() else process.returncode
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show(result) -> None:
+    from sslus.tools.screen import summary
+
+    if _is_main():
+        summary(_rows(result), warnings=result.warnings, next_command=_next(result))
 
 
 def _next(result) -> str:
+    if result.stopped:
+        return f"sslus train --resume --run {result.run}"
     return f"sslus evaluate {result.run} --labels labels.csv"
 
 
+def _lines(result) -> tuple[dict, dict]:
+    """The first and the last line of metrics, with what was last known of the features."""
+    lines = [m for m in result.metrics if "loss" in m]
+    healthy = [m for m in lines if "rankme" in m] or [{"rankme": 0.0, "feature_std": 0.0}]
+    return lines[0], healthy[-1] | lines[-1]
+
+
+def _speed(result) -> float:
+    speeds = sorted(m["samples_per_second"] for m in result.metrics if "loss" in m)
+    return speeds[len(speeds) // 2]
+
+
 def _rows(result) -> dict[str, str]:
-    first, last = result.metrics[0], result.metrics[-1]
-    speeds = sorted(m["samples_per_second"] for m in result.metrics)
-    waits = sorted(m["data_wait"] for m in result.metrics)
+    first, last = _lines(result)
+    waits = sorted(m["data_wait"] for m in result.metrics if "loss" in m)
     rows = {"run": str(result.run)}
     if result.was_finished:
         rows["state"] = f"was finished already ({result.step} steps); nothing was done"
+    if result.stopped:
+        rows["state"] = f"the time was up at step {result.step}; everything is saved"
     rows |= {
         "trained": f"{result.step:,} steps, {result.epoch:.1f} epochs",
         "time": f"{result.seconds:,.0f} s",
-        "speed": f"{speeds[len(speeds) // 2]:,.1f} samples/s (two views each),"
+        "speed": f"{_speed(result):,.1f} samples/s (two views each),"
         f" {100 * waits[len(waits) // 2]:.0f} % of the time waiting for data",
         "loss": f"{first['loss']:.3f} (steps 1-{first['step']}) -> {last['loss']:.3f}"
         f" (to step {last['step']})",

@@ -1,11 +1,15 @@
-"""frame store -> training steps, two views a sample
+"""frame store -> training steps of every method, two views a sample
 
-Against the same step on one batch of ready views that stays on the device (what no loader can
-beat), and the same step fed by torchvision transforms in a PyTorch DataLoader.
+Against the ceiling: the same model, loss and optimiser on one batch of ready views that stays on
+the device, which no loader can beat. And against the usual loops: torchvision transforms in a
+PyTorch DataLoader, with lightly's heads and losses (where lightly can be imported) and with this
+project's definitions in plain PyTorch, which are the losses of solo-learn and the authors' codes.
 Floor: the step's multiplications at the rate of a bare matrix product.
 """
 
+import importlib.util
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -14,10 +18,13 @@ from pathlib import Path
 
 from harness import Bench, Timed, Work
 
+AT_LEAST = 0.97  # of the ceiling
+USUAL = ("vicreg", "barlowtwins", "simclr")  # whose usual loops are measured too: they are slow
+
 
 @dataclass
 class Setting:
-    """One training run's settings, and what a bare step of it is made of."""
+    """One training run's settings, and what a bare step of it is made of. Can be pickled."""
 
     shards: Path
     run: Path
@@ -31,12 +38,13 @@ class Setting:
     def sslus(self) -> Timed:
         """`sslus.ssl.train`, timed by its own log. The first line holds the start, so it is left
         out; the last holds nothing but steps either, as the checkpoint follows it."""
-        from sslus.ssl.train import train
+        from sslus.ssl.train import Options, train
 
         shutil.rmtree(self.run, ignore_errors=True)
         train(
             self.shards, self.settings, self.method_config, self.run, device=self.device,
-            threads=self.threads, log_every=self.log_every, checkpoint_every=self.steps + 1,
+            threads=self.threads,
+            options=Options(log_every=self.log_every, checkpoint_every=self.steps + 1, keep=0),
         )  # fmt: skip
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").open()][1:]
         batch = self.settings.batch_size
@@ -48,47 +56,63 @@ class Setting:
         return (self.steps - self.log_every) * self.settings.batch_size
 
     @cached_property
-    def step(self):
-        """One update of a model of its own: step(va, vb)."""
+    def state(self):
         import torch
 
-        from sslus.ssl import backbones, methods, optimizers
+        from sslus.engine.store import FrameStore
+        from sslus.ssl.state import State
+        from sslus.ssl.world import World
 
-        s = self.settings
-        backbone = backbones.build(s.backbone, s.image_size, s.seed)
-        method = methods.load(s.method).Method(backbone.num_features, self.method_config)
-        backbone.to(self.device, memory_format=torch.channels_last).train()
-        method.to(self.device).train()
-        optimizer = optimizers.make(s.optimizer, (backbone, method), s.lr, s.weight_decay)
-        bf16 = s.precision == "bf16"
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        labels = FrameStore.open(self.shards).label_names
+        world = World(torch.device(self.device))
+        return State.build(self.settings, self.method_config, world, len(labels))
 
-        def step(va, vb) -> None:
-            with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
-                loss, _ = method(backbone(va), backbone(vb))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def step(self, views) -> None:
+        """One update, nothing else."""
+        import torch
 
-        return step
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            loss = self.state.method(views).loss
+        self.update(loss)
+
+    def update(self, loss) -> None:
+        loss.backward()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.method.after_step(1, self.steps)
 
     @cached_property
     def ready(self):
+        """Views of the first frames, as the loader makes them."""
+        import numpy as np
         import torch
 
+        from sslus.engine.store import FrameStore
+        from sslus.ssl.loader import Batch, Loader
+        from sslus.ssl.views import parse
+
         s = self.settings
-        generator = torch.Generator().manual_seed(0)
-        views = torch.randn(2, s.batch_size, 1, s.image_size, s.image_size, generator=generator)
-        return [v.to(self.device).contiguous(memory_format=torch.channels_last) for v in views]
+        with Loader(
+            FrameStore.open(self.shards), iter(()), parse(s.views), size=s.image_size,
+            seed=s.seed, device=torch.device(self.device),
+        ) as loader:  # fmt: skip
+            frames = np.arange(s.batch_size)
+            return loader.at_once(Batch(0, frames, frames))
 
     def ceiling(self) -> Timed:
-        return self._steps(self.ready for _ in range(self.steps))
+        ready = self.ready
+        return self._steps((ready for _ in range(self.steps)), self.step)
 
-    def dataloader(self, workers: int) -> Timed:
+    def usual(self, whose: str, workers: int) -> Timed:
         """The usual loop: a Dataset that transforms one frame, worker processes."""
         import torch
         from torch.utils.data import DataLoader, RandomSampler
 
         from sslus.engine.store import FrameStore
+        from sslus.ssl.loader import Views
 
         s = self.settings
         frames = Frames(FrameStore.open(self.shards), s.image_size)
@@ -97,22 +121,67 @@ class Setting:
             frames, s.batch_size, sampler=sampler, num_workers=workers,
             pin_memory=self.device == "cuda",
         )  # fmt: skip
-        return self._steps(
-            [v.to(self.device, non_blocking=True, memory_format=torch.channels_last) for v in batch]
-            for batch in loader
-        )
+        step = self.step if whose == "definition" else self.lightly
 
-    def _steps(self, batches) -> Timed:
+        def views():
+            for batch in loader:
+                va, vb = (
+                    v.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                    for v in batch
+                )
+                yield Views(va, vb, None, None, None)
+
+        before = os.environ.get("SSLUS_KERNELS", "auto")
+        os.environ["SSLUS_KERNELS"] = "reference" if whose == "definition" else before
+        try:
+            return self._steps(views(), step)
+        finally:
+            os.environ["SSLUS_KERNELS"] = before
+
+    @cached_property
+    def lightly_parts(self):
+        """lightly's projection head, as wide as ours, and its loss."""
+        from lightly import loss
+        from lightly.models.modules import heads
+
+        from sslus.ssl.heads import widths
+
+        first, *_, last = widths(self.method_config.projector)
+        num = self.state.backbone.num_features
+        head, criterion = {
+            "vicreg": (heads.VICRegProjectionHead, loss.VICRegLoss),
+            "barlowtwins": (heads.BarlowTwinsProjectionHead, loss.BarlowTwinsLoss),
+            "simclr": (partial(heads.SimCLRProjectionHead, num_layers=3), loss.NTXentLoss),
+        }[self.settings.method]
+        head = head(num, first, last).to(self.device).train()
+        self.state.method.projector = head  # in place of ours, so that the optimiser has it
+        from sslus.ssl import optimizers
+
+        s = self.settings
+        self.state.optimizer = optimizers.make(s.optimizer, self.state.method, s.lr, s.weight_decay)
+        return head, criterion()
+
+    def lightly(self, views) -> None:
+        import torch
+
+        head, criterion = self.lightly_parts
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            za, zb = (head(self.state.backbone(v)) for v in views[:2])
+            loss = criterion(za, zb)
+        self.update(loss)
+
+    def _steps(self, batches, step) -> Timed:
         """Steps on all batches; the time of the first `log_every` is left out, as above."""
         import torch
 
         wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         start = None
-        for i, (va, vb) in enumerate(batches):
+        for i, views in enumerate(batches):
             if i == self.log_every:
                 wait()
                 start = time.perf_counter()
-            self.step(va, vb)
+            step(views)
         wait()
         return Timed(self.amount, time.perf_counter() - start)
 
@@ -120,7 +189,7 @@ class Setting:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            self.step(*self.ready)
+            self.step(self.ready)
         return counter.get_total_flops() / self.settings.batch_size
 
     def products(self, flops_per_sample: float) -> Timed:
@@ -139,6 +208,9 @@ class Setting:
         wait()
         rate = count * 2 * side**3 / (time.perf_counter() - start)
         return Timed(self.amount, self.amount * flops_per_sample / rate)
+
+    def __getstate__(self):  # the models are made anew where a process starts from this
+        return {k: v for k, v in vars(self).items() if k in self.__dataclass_fields__}
 
 
 class Frames:
@@ -171,6 +243,13 @@ class Frames:
 
 
 def measure(bench: Bench) -> None:
+    from sslus.ssl import methods
+
+    for name in methods.names():
+        measure_method(bench, name)
+
+
+def measure_method(bench: Bench, name: str) -> None:
     import torch
 
     from sslus.engine.store import FrameStore
@@ -183,37 +262,49 @@ def measure(bench: Bench) -> None:
     threads = 1 if bench.quick else None
     if threads:
         torch.set_num_threads(threads)
-    wanted = Settings(max_steps=steps)
-    method_config = methods.load(wanted.method).Config()
+    values, method_config = methods.recipe(name, "default")
+    wanted = Settings(method=name, max_steps=steps, **values)
     if bench.quick:
         wanted = replace(wanted, backbone="resnet10t", image_size=32, batch_size=4)
-        method_config = replace(method_config, projector="64-64-64")
+        if hasattr(method_config, "projector"):
+            method_config = replace(method_config, projector="64-64-64")
     settings = wanted.resolved(torch.device(bench.device), num)
     one = Setting(
         bench.shards, bench.scratch / "run", bench.device, steps, log_every, threads, settings,
         method_config,
     )  # fmt: skip
-    workers = 1 if bench.quick else min(bench.cores, 16)
-    flops = one.flops_per_sample()
     case = (
         f"{settings.method}, {settings.backbone}, {settings.image_size} px, batch"
         f" {settings.batch_size}, {settings.precision}"
     )
-    work = partial(Work, threads=torch.get_num_threads(), device=bench.device, fresh=False)
-    rows = bench.compare(
-        "steps", case, "samples/s",
-        {
-            "sslus": work(one.sslus, peak_mib=gpu_peak_mib(one)),
-            "ceiling: ready views": work(one.ceiling),
-            "torchvision + DataLoader": work(partial(one.dataloader, workers)),
-            "floor: bare matrix products": work(partial(one.products, flops)),
-        },
-        repeats=3,
+    workers = 1 if bench.quick else min(bench.cores, 16)
+    peers = name in USUAL and (not bench.quick or name == USUAL[0])
+    work = partial(
+        Work, threads=torch.get_num_threads(), device=bench.device,
+        fresh=peers and bench.device == "cpu" and not bench.quick,
     )  # fmt: skip
-    bench.ratio("sslus / ceiling", rows["sslus"], rows["ceiling: ready views"])
-    bench.ratio("sslus / DataLoader", rows["sslus"], rows["torchvision + DataLoader"])
-    floor = rows["floor: bare matrix products"]
-    bench.ratio("ceiling / floor", rows["ceiling: ready views"], floor)
+    works = {
+        "sslus": work(one.sslus, peak_mib=gpu_peak_mib(one)),
+        "ceiling: ready views": work(one.ceiling),
+    }
+    if peers:
+        flops = one.flops_per_sample()
+        works["floor: bare matrix products"] = replace(
+            work(partial(one.products, flops)), fresh=False
+        )
+        works["definition + DataLoader"] = work(partial(one.usual, "definition", workers))
+        if importlib.util.find_spec("lightly"):
+            fresh = replace(one)  # a model of its own, with lightly's head
+            works["lightly + DataLoader"] = work(partial(fresh.usual, "lightly", workers))
+    rows = bench.compare("steps", case, "samples/s", works, repeats=3)
+    ceiling = rows["ceiling: ready views"]
+    bench.ratio(f"{name}: sslus / ceiling", rows["sslus"], ceiling, at_least=AT_LEAST)
+    for peer in ("definition + DataLoader", "lightly + DataLoader"):
+        if peer in rows:
+            bench.ratio(f"{name}: sslus / {peer}", rows["sslus"], rows[peer])
+    if peers:
+        floor = rows["floor: bare matrix products"]
+        bench.ratio(f"{name}: ceiling / floor", ceiling, floor)
 
 
 def gpu_peak_mib(one: Setting) -> float | None:

@@ -1,22 +1,45 @@
 """One file a method. The file's name is the method's name on the command line.
 
-A method file holds a docstring (what it computes, from which paper), a frozen dataclass
-`Config`, whose fields become command-line options (type, default, metadata help), and
+A method file holds a docstring (what it computes, from which paper) and
 
-    class Method(nn.Module):
-        __init__(features: int, config: Config)         features: F, the backbone's width
-        forward(ha, hb) -> (loss, terms)                ha, hb: (B, F) features of two views;
-                                                        loss: (); terms: detached, for the log
-        after_step(step: int, num_steps: int) -> None   state across steps: teacher, queue
+    class Config                        a frozen dataclass; its fields become command-line options
+                                        (type, default, metadata help)
 
-Nothing else in the project names the method.
+    RECIPES: dict[str, dict]            values for fields of `Config` and of train.Settings:
+                                        "default" for ultrasound, "paper" and "study"
+
+    class Method(nn.Module):            everything that is trained or kept from step to step
+        __init__(backbone, config: Config, image_size: int)
+                                        backbone: a timm model, (B, 1, H, W) -> (B, F), F its
+                                        `num_features`, kept as `self.backbone`
+        forward(views: Views) -> Output one call a step; every rank calls it with its rows
+        after_step(step: int, num_steps: int) -> None
+                                        after each update, step = 1 .. num_steps: a teacher
+
+The loss is that of the batch joined over all ranks, and its gradient at this rank's rows is
+complete (see sslus.kernels.ranks). Nothing else in the project names the method.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
 
 from sslus.engine.errors import InputError
+
+RECIPES = ("default", "paper", "study")
+
+
+class Output(NamedTuple):
+    """What a method computes from one batch of views."""
+
+    loss: Tensor  # () float32
+    terms: dict[str, Tensor]  # its parts, (), detached: for the log
+    features: Tensor  # (B, F), the backbone's, of the first view, with their gradient
+    others: Tensor | None = None  # (B, F), of the second view, where the backbone sees it
 
 
 def names() -> list[str]:
@@ -27,3 +50,18 @@ def load(name: str) -> ModuleType:
     if name not in names():
         raise InputError(f"no method {name!r}; there are: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def recipe(name: str, which: str) -> tuple[dict, object]:
+    """A method's values under a recipe: (those of train.Settings, its Config).
+
+    "default" trains well on ultrasound with few GPUs or none; "paper" has the original paper's
+    values; "study" the script defaults of arXiv:2407.21738, on 575 fetal heart videos.
+    """
+    if which not in RECIPES:
+        raise InputError(f"recipe {which!r}: want one of {', '.join(RECIPES)}")
+    module = load(name)
+    own = {f.name for f in dataclasses.fields(module.Config)}
+    values = module.RECIPES[which]
+    config = module.Config(**{k: v for k, v in values.items() if k in own})
+    return {k: v for k, v in values.items() if k not in own}, config

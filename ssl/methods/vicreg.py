@@ -10,10 +10,12 @@ Bardes, Ponce, LeCun 2022, arXiv:2105.04906. The formula in full: sslus.kernels.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sslus.kernels.vicreg import vicreg_loss, vicreg_terms
 from sslus.ssl.heads import mlp, widths
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
 
 
 @dataclass(frozen=True)
@@ -34,30 +36,44 @@ class Config:
     )
 
 
+RECIPES = {
+    "default": {"views": "ultrasound"},
+    # Section 4 and appendix C of the paper, and its authors' code.
+    "paper": {
+        "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
+        "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1e-6, "warmup_epochs": 10,
+        "views": "barlowtwins", "projector": "8192-8192-8192",
+    },
+    "study": {
+        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.2,
+        "weight_decay": 1e-6, "warmup_epochs": 10, "views": "barlowtwins",
+        "projector": "8192-8192-8192",
+    },
+}  # fmt: skip
+
+
 class Method(nn.Module):
-    def __init__(self, features: int, config: Config):
+    def __init__(self, backbone: nn.Module, config: Config, image_size: int):
         super().__init__()
-        self.projector = mlp(features, *widths(config.projector))
+        self.backbone = backbone
+        self.projector = mlp(backbone.num_features, *widths(config.projector))
         self.weights = {
             "invariance": config.invariance,
             "variance": config.variance,
             "covariance": config.covariance,
         }
 
-    def forward(
-        self, ha: Tensor, hb: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """ha, hb: (B, F) features of two views; weights: (B,) of the pairs' distances.
-
-        Returns the loss, (), and its three terms.
-        """
-        pairs = () if weights is None else (weights,)
+    def forward(self, views: Views) -> Output:
+        # One view after the other: each has its own BatchNorm statistics, as in the paper.
+        ha, hb = self.backbone(views.va), self.backbone(views.vb)
         za, zb = self.projector(ha), self.projector(hb)
+        pairs = () if views.weights is None else (views.weights,)
         # Sums of squares over B x D entries: bfloat16 would keep two digits of them.
         with torch.autocast(za.device.type, enabled=False):
             za, zb = za.float(), zb.float()
             loss = vicreg_loss(za, zb, *pairs, **self.weights)
-            return loss, vicreg_terms(za, zb, loss, *pairs, **self.weights)
+            terms = vicreg_terms(za, zb, loss, *pairs, **self.weights)
+        return Output(loss, terms, ha, hb)
 
     def after_step(self, step: int, num_steps: int) -> None:
         """VICReg keeps nothing from one step to the next."""

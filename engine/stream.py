@@ -1,0 +1,375 @@
+"""Frames straight from the shards, for data that outgrows the disk: no frame store is built.
+
+Shards are read whole, one after the other, from a folder or a URL; what is decoded is thrown away.
+Not with webdataset's own pipeline: there the order of an epoch is known only by reading it, so a
+resume would read and decode what it skips, and a URL may be a shell command, a member a pickle.
+Here the order is arithmetic on the manifest's frame counts, and only .jpg and .json are looked at.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine import manifest as manifests
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.plan import Plan
+from sslus.engine.tar import BLOCK, NAME_BYTES
+
+BUFFER = 8192  # frames that an epoch's order mixes: 160 MB as JPEG at 256 px
+LANES = 8  # runs of shards that are read side by side, so that up to 8 ranks read their own only
+FETCHES = 8  # shards on their way at a time
+WAITS_SECONDS = (1, 5)  # before a URL is tried again
+# Each is a plain transfer of bytes. Not: pipes, chains ("::"), archives, other machines' shells.
+PROTOCOLS = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
+
+
+@dataclass(frozen=True)
+class StreamPlan(Plan):
+    """A plan whose batches come from few shards at a time.
+
+    The shards of an epoch, in an order drawn anew, are one long row of frames; it is cut into
+    LANES runs of equal length, and every batch takes as many frames from each. Within a lane,
+    frames are shuffled in blocks: BUFFER frames in all. As in every plan a batch is the global
+    one and (seed, epoch) decide it, whatever the number of ranks; with 2, 4 or 8 of them each
+    reads a part of the shards (where the batch is a multiple of 8), with others some twice.
+    """
+
+    shards: tuple[int, ...] = ()  # frames in each
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(steps_per_epoch * batch_size,) int64: the frames of one epoch in their order."""
+        return np.concatenate(list(replace(self, rank=0, world=1).epoch(epoch)))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """This rank's index arrays, (batch_size / world,) int64 each, from batch `start` on."""
+
+        def words(counter: int, num: int) -> np.ndarray:
+            generator = np.random.Philox(key=[self.seed, epoch], counter=[0, counter, 0, 0])
+            return generator.random_raw(num)  # raw: see Plan.order
+
+        counts = np.array(self.shards, np.int64)
+        starts = np.cumsum(counts) - counts  # of each shard, in the manifest's order
+        drawn = np.argsort(words(0, len(counts)), kind="stable")
+        ends = np.cumsum(counts[drawn])  # in the drawn order
+        lanes = math.gcd(self.batch_size, LANES)
+        width, share = self.batch_size // lanes, self.batch_size // self.world
+        lane_starts = np.arange(lanes)[:, None] * (self.steps_per_epoch * width)
+        block = max(1, BUFFER // self.batch_size)  # steps
+        for number in range(start // block, -(-self.steps_per_epoch // block)):
+            first = number * block
+            steps = min(block, self.steps_per_epoch - first)
+            shuffled = words(1 + number, lanes * steps * width).reshape(lanes, steps * width)
+            place = lane_starts + first * width + np.argsort(shuffled, axis=1, kind="stable")
+            at = np.searchsorted(ends, place, "right")
+            frames = starts[drawn[at]] + place - (ends - counts[drawn])[at]
+            batches = frames.reshape(lanes, steps, width).transpose(1, 0, 2).reshape(steps, -1)
+            for batch in batches[max(0, start - first) :]:
+                yield batch[self.rank * share : (self.rank + 1) * share]
+
+
+@dataclass(frozen=True)
+class StreamStore:
+    """What a folder or URL of shards holds; `Reader` gives its frames.
+
+    A frame's number is its place in the shards, in the manifest's order.
+    """
+
+    where: str
+    manifest: Manifest
+    why: str = "as asked"  # it is streamed
+
+    @staticmethod
+    def open(where: str | Path, why: str = "as asked") -> "StreamStore":
+        """Raises InputError where there are no finished shards, or none that can be read."""
+        where = str(where)
+        if not is_url(where):
+            return StreamStore(where, read_manifest(Path(where)), why)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / manifests.NAME).write_bytes(_fetch(where, manifests.NAME))
+            try:
+                manifest = read_manifest(Path(folder))
+            except InputError as e:
+                raise InputError(str(e).replace(folder, where.rstrip("/"))) from e
+        return StreamStore(where, manifest, why)
+
+    def __len__(self) -> int:
+        return self.manifest.num_frames
+
+    @property
+    def size(self) -> int:
+        """S: side of a frame in pixels."""
+        return self.manifest.settings["size"]
+
+    @property
+    def mean(self) -> float:
+        return self.manifest.mean
+
+    @property
+    def std(self) -> float:
+        return self.manifest.std
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.manifest.labels
+
+    @property
+    def num_videos(self) -> int:
+        return self.manifest.num_videos
+
+    def plan(self, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> StreamPlan:
+        shards = tuple(entry["num_frames"] for entry in self.manifest.shards)
+        return StreamPlan(len(self), batch_size, seed, rank, world, shards)
+
+
+class Reader:
+    """Reads frames of a StreamStore by their numbers, in any order; a plan's is the fast one.
+
+    A shard is fetched when `read_ahead` first names one of its frames, and dropped when all that
+    were named are read. Frames and labels do not depend on `threads`, which decode. `device`:
+    "cpu" for simplejpeg; "cuda" for nvJPEG, whose values may be a grey level off. For one thread.
+    """
+
+    def __init__(self, store: StreamStore, threads: int = 1, device: str = "cpu"):
+        self.store, self.threads = store, threads
+        self.entries = store.manifest.shards
+        counts = [entry["num_frames"] for entry in self.entries]
+        self.ends = np.cumsum(counts)
+        self.label = {name: i for i, name in enumerate(store.label_names)} | {None: -1}
+        self.shards: dict[int, Future[_Shard]] = {}
+        self.wanted: Counter[int] = Counter()
+        self.checked: set[int] = set()
+        self.frames = np.empty((0, store.size, store.size), np.uint8)
+        self.gpu = _GpuDecoder(threads) if device == "cuda" else None
+        self.fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="shards")
+        self.decoding = ThreadPoolExecutor(threads, thread_name_prefix="jpeg")
+
+    def close(self) -> None:
+        """Waits for what is on its way."""
+        for pool in (self.fetching, self.decoding):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, indices: np.ndarray) -> None:
+        """Start to fetch the shards of these frames; every one of them is to be read once."""
+        self.wanted.update(self._shard_of(indices).tolist())
+        for number in self.wanted:
+            if number not in self.shards:
+                self.shards[number] = self.fetching.submit(self._open, number)
+
+    def read(self, indices: np.ndarray):
+        """Frames (B, S, S) uint8 and labels (B,) int64, -1 without one.
+
+        The frames' memory, or the GPU's, is used again by the next call.
+        """
+        numbers = self._shard_of(indices).tolist()
+        if any(number not in self.shards for number in numbers):
+            self.read_ahead(indices)
+        shards = [self.shards[number].result() for number in numbers]
+        places = indices - self.ends[numbers]  # from the end, below 0
+        samples = [shard.samples[place] for shard, place in zip(shards, places, strict=True)]
+        labels = np.full(len(indices), -1, np.int64)
+        if self.store.label_names:
+            labels[:] = [self._label(*x) for x in zip(shards, samples, strict=True)]
+        frames = self._decode(shards, samples)
+        self.wanted.subtract(numbers)
+        for number in set(numbers):
+            if self.wanted[number] <= 0:
+                del self.wanted[number], self.shards[number]
+        return frames, labels
+
+    def _shard_of(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.ends, indices, "right")
+
+    def _open(self, number: int) -> "_Shard":
+        entry, where = self.entries[number], self.store.where
+        name = f"{where.rstrip('/')}/{entry['name']}"
+        data = _fetch(where, entry["name"])
+        if len(data) != entry["bytes"]:
+            raise InputError(
+                f"{name}: has {len(data)} bytes, the manifest says {entry['bytes']}; it was cut"
+                " off or replaced. Copy it again, or make the shards again: sslus shard --force"
+            )
+        if number not in self.checked:  # once: it costs a twentieth of the decoding
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise InputError(f"{name}: its digest is wrong; copy or make the shards again")
+            self.checked.add(number)
+        return _Shard(name, data, entry["num_frames"])
+
+    def _label(self, shard: "_Shard", sample: "_Sample") -> int:
+        try:
+            return self.label[json.loads(bytes(shard.part(sample.json)))["label"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(
+                f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e});"
+                " make the shards again"
+            ) from e
+
+    def _decode(self, shards: list, samples: list):
+        num = len(samples)
+        if self.gpu:
+            try:
+                return self.gpu([s.part(x.jpg) for s, x in zip(shards, samples, strict=True)])
+            except RuntimeError as e:
+                failure = e  # DALI does not say which: the CPU finds it
+        if len(self.frames) < num:
+            self.frames = np.empty((num, *self.frames.shape[1:]), np.uint8)
+        frames = self.frames[:num]
+
+        def some(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                frames[i] = _image(shards[i], samples[i], self.store.size)
+
+        if self.threads == 1:
+            some(0, num)
+        else:
+            edges = np.linspace(0, num, self.threads + 1).astype(int).tolist()
+            list(self.decoding.map(some, edges[:-1], edges[1:]))
+        if self.gpu:
+            raise InputError(f"nvJPEG: {str(failure).splitlines()[0]}; take --device cpu")
+        return frames
+
+
+def is_url(where: str | Path) -> bool:
+    """Whether it is a URL of a kind that is read; a folder is not. Refuses what could be a shell's.
+
+    Raises InputError for `pipe:`, for chains of protocols and for any protocol not in PROTOCOLS.
+    """
+    where = str(where)
+    protocol, separator, path = where.partition("://")
+    if where.startswith("pipe:") or (separator and "|" in where):
+        raise InputError(f"{where}: shell commands are never run; give a folder or a URL of shards")
+    if not separator:
+        return False
+    if protocol not in PROTOCOLS or "::" in path:
+        raise InputError(f"{where}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
+    return True
+
+
+def _fetch(where: str, name: str):
+    """The bytes of a file of the folder or URL `where`: bytes, or a memory map."""
+    full = f"{where.rstrip('/')}/{name}"
+    if not is_url(where):
+        try:
+            with Path(full).open("rb") as f:
+                return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e:  # ValueError: it is empty
+            why = getattr(e, "strerror", None) or e
+            raise InputError(f"{full}: {why}; copy or make the shards again") from e
+    import fsspec
+
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            files, path = fsspec.core.url_to_fs(full)
+            return files.cat_file(path)
+        except ImportError as e:
+            raise InputError(f"{full}: {e}; pip install it, or copy the shards here") from e
+        except FileNotFoundError as e:
+            raise InputError(f"{full}: there is no such file; is it a URL of shards?") from e
+        except Exception as e:  # what is raised is the protocol's own: botocore's, aiohttp's, ...
+            if wait is None:
+                why = next(iter(str(e).splitlines()), "") or "no reason given"
+                raise InputError(
+                    f"{full}: cannot be read ({type(e).__name__}: {why}); is the network there,"
+                    " and are you allowed to?"
+                ) from e
+            time.sleep(wait)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    jpg: tuple[int, int]  # offset, length
+    json: tuple[int, int]
+
+
+class _Shard:
+    """A tar in memory or mapped, and where its samples lie."""
+
+    def __init__(self, name: str, data, num_frames: int):
+        self.name, self.data, self.samples = name, memoryview(data), []
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        offset = 0
+        while offset + BLOCK <= len(data) and data[offset]:
+            raw, _, _ = bytes(data[offset : offset + NAME_BYTES]).partition(b"\0")
+            member = raw.decode("ascii", "replace")
+            try:
+                length = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
+            except ValueError as e:
+                raise InputError(f"{name}: no tar header where {member!r} begins") from e
+            offset += BLOCK
+            if not 0 <= length <= len(data) - offset:
+                raise InputError(f"{name}: ends inside {member}")
+            key, _, extension = member.partition(".")
+            if extension in ("jpg", "json"):  # nothing else is looked at, or ever unpickled
+                found.setdefault(key, {})[extension] = (offset, length)
+            offset += -(-length // BLOCK) * BLOCK
+        for key, parts in found.items():
+            if len(parts) < 2:
+                raise InputError(f"{name}: {key} has no {'json' if 'jpg' in parts else 'jpg'}")
+            self.samples.append(_Sample(key, parts["jpg"], parts["json"]))
+        if len(self.samples) != num_frames:
+            raise InputError(
+                f"{name}: holds {len(self.samples)} frames, the manifest says {num_frames}"
+            )
+
+    def part(self, place: tuple[int, int]) -> memoryview:
+        return self.data[place[0] : sum(place)]
+
+
+def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
+    import simplejpeg
+
+    try:
+        jpeg = shard.part(sample.jpg)
+        shape = simplejpeg.decode_jpeg_header(jpeg)[:2]  # before memory is taken for it
+        if shape != (size, size):
+            raise ValueError(f"its size is {shape}")
+        return simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0]
+    except ValueError as e:
+        raise InputError(
+            f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again"
+        ) from e
+
+
+class _GpuDecoder:
+    """DALI with nvJPEG: a list of JPEGs in, (B, S, S, 1) uint8 on the GPU out, for from_dlpack.
+
+    DALI's own reader of shards has an order of its own, which cannot start in the middle; so
+    `Reader` reads, and DALI decodes.
+    """
+
+    def __init__(self, threads: int, device: str = "mixed"):
+        self.threads, self.device, self.pipes = threads, device, {}
+
+    def __call__(self, jpegs: list[memoryview]):
+        pipe = self.pipes.get(len(jpegs)) or self._build(len(jpegs))
+        return pipe.run(jpegs=[np.frombuffer(x, np.uint8) for x in jpegs])[0].as_tensor()
+
+    def _build(self, num: int):
+        from nvidia.dali import fn, pipeline_def, types
+
+        @pipeline_def(
+            batch_size=num, num_threads=self.threads, prefetch_queue_depth=1,
+            device_id=0 if self.device == "mixed" else None,
+        )  # fmt: skip
+        def pipeline():
+            jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+            return fn.decoders.image(jpegs, device=self.device, output_type=types.GRAY)
+
+        self.pipes[num] = pipe = pipeline()
+        pipe.build()
+        return pipe

@@ -1,0 +1,49 @@
+"""The dual task: learn from the labelled frames in the same loop.
+
+    L = L_method + weight * mean over labelled frames of cross-entropy(W h + b, label)
+
+h: the backbone's features of the first view. Frames without a label take no part in the second
+term. Migliorelli et al. 2024, Comput Biol Med 174:108430, on SimCLR; here on any method.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from sslus.engine.errors import InputError
+from sslus.kernels.ranks import Ranks, group_name
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
+
+
+class DualTask(nn.Module):
+    """A method with a classifier beside it; used like the method."""
+
+    def __init__(self, method: nn.Module, num_classes: int, weight: float):
+        super().__init__()
+        if num_classes < 2:
+            raise InputError(
+                f"--dual-task: the shards know {num_classes} labels, it wants two at least;"
+                " make them with `sslus shard ... --labels labels.csv`"
+            )
+        self.method, self.weight = method, weight
+        self.classifier = nn.Linear(method.backbone.num_features, num_classes)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.method.backbone
+
+    def forward(self, views: Views) -> Output:
+        loss, terms, features, others = self.method(views)
+        logits = self.classifier(features).float()
+        total = F.cross_entropy(logits, views.labels, ignore_index=-1, reduction="sum")
+        ranks = Ranks.named(group_name(None))
+        labelled = ranks.sum_((views.labels >= 0).sum())
+        mean = total / labelled.clamp(min=1)
+        # The joint mean on every rank, with the gradient of this rank's part.
+        own = mean.detach()
+        joint = mean + (ranks.sum_(own.clone()) - own)
+        terms = terms | {"cross_entropy": joint.detach()}
+        return Output(loss + self.weight * joint, terms, features, others)
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        self.method.after_step(step, num_steps)

@@ -1,0 +1,362 @@
+"""The loop: batches in, updates, and everything that is told and kept on the way."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.plan import Plan, nearby
+from sslus.engine.store import FrameStore
+from sslus.ssl import backbones, board, checkpoints, curves, health, optimizers, step
+from sslus.ssl.loader import Batch, Loader, Views
+from sslus.ssl.online import Online
+from sslus.ssl.state import State
+from sslus.ssl.views import parse as parse_views
+from sslus.ssl.world import Agreement
+
+CURVES_EVERY_SECONDS = 120.0  # drawing takes about a second
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is logged and kept of a run; its result does not depend on them. Counts in steps."""
+
+    log_every: int = 10
+    health_every: int = 50  # a multiple of log_every, or it happens at the next line
+    checkpoint_every: int = 200
+    keep: int = 2  # how many checkpoints stay in checkpoints/, beside the best one
+    online_every: int = 0  # epochs from one kNN and linear probe to the next; 0: never
+    time_limit: float | None = None  # seconds, after which the run saves and stops
+
+
+class Loop:
+    def __init__(
+        self,
+        run: Path,
+        store: FrameStore,
+        plan: Plan,
+        settings,
+        state: State,
+        options: Options,
+        report: Callable[[int, int, str], None] | None,
+        say: Callable[[str], None],
+    ):
+        self.run, self.store, self.plan, self.settings = run, store, plan, settings
+        self.state, self.options, self.report, self.say = state, options, report, say
+        self.world, self.device = state.world, state.world.device
+        self.per_epoch = plan.steps_per_epoch / settings.accumulate
+        self.warnings: list[str] = []
+        self.note = ""
+        self.online: Online | None = None
+        if options.online_every and self.world.is_main:
+            self.online = Online(store, settings.image_size, settings.seed, self.device)
+            if why := self.online.why_not:
+                raise InputError(f"--online-every: {why}")
+
+    def run_to_end(self) -> None:
+        s, state = self.settings, self.state
+        num_frames = s.batch_size * s.accumulate
+        self.drawn = self.started = time.monotonic()
+        agreed = Agreement(self.world)
+        with (
+            _Signals() as signals,
+            Loader(
+                self.store,
+                self.batches(state.step),
+                parse_views(s.views),
+                size=s.image_size,
+                seed=s.seed,
+                device=self.device,
+                threads=self.view_threads(),
+            ) as loader,
+            _Log(self) as self.log,
+        ):
+            self.say(f"frames: {loader.tier} ({loader.why})")
+            batches = iter(loader)
+            update = step.choose(state, s, lambda: self.first_views(loader), self.say)
+            self.log.restart()
+            while state.step < s.max_steps:
+                before = time.monotonic()
+                views = [next(batches) for _ in range(s.accumulate)]
+                self.log.waited += time.monotonic() - before
+                features = update(views, self.learning_rate(state.step))
+                done = state.step == s.max_steps
+                if state.step % self.options.log_every == 0 or done:
+                    self.log.line(features)
+                if self.report and self.world.is_main:
+                    self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
+                stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
+                if self.online_is_due() or (self.online and done):
+                    self.log.add(self.online(state.backbone))
+                if state.step % self.options.checkpoint_every == 0 or done or stop:
+                    self.checkpoint()
+                if stop == _TIME_IS_UP:
+                    break
+                if stop and not done:
+                    agreed.settle()
+                    self.stopped(stop)
+            agreed.settle()
+
+    def first_views(self, loader: Loader) -> Views:
+        return loader.at_once(next(self.batches(0)))
+
+    def time_is_up(self) -> bool:
+        limit = self.options.time_limit
+        return limit is not None and time.monotonic() - self.started > limit
+
+    def online_is_due(self) -> bool:
+        if self.online is None:
+            return False
+        every = self.options.online_every * self.per_epoch
+        return int(self.state.step / every) > int((self.state.step - 1) / every)
+
+    def view_threads(self) -> int:
+        """On the CPU the step needs the cores, and one thread makes views far faster than it."""
+        return 1 if self.device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """What every step from `step` to the end of the run is made of, `accumulate` a step."""
+        left = (self.settings.max_steps - step) * self.settings.accumulate
+        epoch, start = divmod(step * self.settings.accumulate, self.plan.steps_per_epoch)
+        while left > 0:
+            for indices in self.plan.epoch(epoch, start):
+                if left == 0:
+                    return
+                yield self.batch(epoch, indices)
+                left -= 1
+            epoch, start = epoch + 1, 0
+
+    def batch(self, epoch: int, indices: np.ndarray) -> Batch:
+        s = self.settings
+        if s.pairs == "same":
+            return Batch(epoch, indices, indices)
+        partners, weights = nearby(
+            self.store.video, self.store.time_seconds, indices, s.max_seconds, s.seed, epoch
+        )
+        return Batch(epoch, indices, partners, weights if s.pair_weights else None)
+
+    def learning_rate(self, step: int) -> float:
+        s = self.settings
+        return optimizers.learning_rate(step, s.max_steps, s.warmup_steps, s.lr, s.lr * s.final_lr)
+
+    def checkpoint(self) -> None:
+        self.log.flush()
+        self.check_finite()
+        path = self.run / "checkpoint.pt"
+        self.state.save(path)
+        if not self.world.is_main:
+            return
+        checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
+        if time.monotonic() - self.drawn > CURVES_EVERY_SECONDS:
+            curves.draw(
+                checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png"
+            )
+            self.drawn = time.monotonic()
+
+    def check_finite(self) -> None:
+        if self.state.window_steps:
+            self.finite(self.state.window_names, self.state.window.tolist())
+
+    def finite(self, names: tuple[str, ...], values: list[float]) -> None:
+        for name, value in zip(names, values, strict=True):
+            if not math.isfinite(value):
+                saved = (self.run / "checkpoint.pt").exists()
+                raise InputError(
+                    f"the {name} is no longer finite (by step {self.state.step}): try a lower --lr"
+                    f" (it is {self.settings.lr:g}), a longer --warmup-steps, --clip-norm or"
+                    " --precision fp32;"
+                    + (
+                        f" {self.run / 'checkpoint.pt'} holds the last good state"
+                        if saved
+                        else f" there was no checkpoint yet in {self.run}"
+                    )
+                )
+
+    def stopped(self, signum: int) -> None:
+        if self.world.is_main:
+            self.export()
+        self.world.barrier()
+        raise Interrupted(
+            f"stopped at step {self.state.step} of {self.settings.max_steps}; everything is saved."
+            f" Go on with: sslus train --resume --run {self.run}",
+            signum,
+        )
+
+    def export(self) -> None:
+        """Write what others read: the backbone and the curves."""
+        s = self.settings
+        backbones.save(
+            self.state.backbone,
+            self.run / "backbone.safetensors",
+            {
+                "timm": s.backbone,
+                "in_chans": 1,
+                "image_size": s.image_size,
+                "mean": self.store.mean,
+                "std": self.store.std,
+                "method": s.method,
+                "step": self.state.step,
+                "shards_digest": self.store.digest,
+            },
+        )
+        self.draw()
+
+    def draw(self) -> None:
+        curves.draw(checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png")
+
+
+@dataclass
+class _Pending:
+    """A line of metrics whose numbers may still be on their way from the GPU."""
+
+    line: dict
+    names: tuple[str, ...]
+    sums: Tensor
+    steps: int
+    features: Tensor | None
+    arrived: object  # a CUDA event, or None
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard. A line is written when the GPU has finished its numbers,
+    while later steps run already; on the CPU at once."""
+
+    def __init__(self, loop: Loop):
+        self.loop, self.state = loop, loop.state
+        self.pending: deque[_Pending] = deque()
+        self.best: float | None = None  # what the best checkpoint is chosen by: higher is better
+        self.last_health = self.state.step
+
+    def __enter__(self) -> "_Log":
+        self.file = self.board = None
+        if self.loop.world.is_main:
+            self.file = (self.loop.run / "metrics.jsonl").open("a")
+            self.board = board.Board(self.loop.run)
+        self.restart()
+        return self
+
+    def __exit__(self, kind, *exc) -> None:
+        if kind is None or kind is Interrupted:
+            self.flush()
+        if self.file:
+            self.file.close()
+            self.board.close()
+
+    def restart(self) -> None:
+        self.tick, self.waited = time.monotonic(), 0.0
+
+    def line(self, features: Tensor) -> None:
+        """Begin a line with the means since the last one."""
+        loop, state, s = self.loop, self.state, self.loop.settings
+        seconds = time.monotonic() - self.tick
+        line = {
+            "step": state.step,
+            "epoch": round(state.step / loop.per_epoch, 4),
+            "lr": loop.learning_rate(state.step - 1),
+            "samples_per_second": state.window_steps * s.batch_size * s.accumulate / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        due = (
+            state.step // loop.options.health_every > self.last_health // loop.options.health_every
+        )
+        if due or state.step == s.max_steps:
+            self.last_health = state.step
+        else:
+            features = None
+        arrived = None
+        sums = state.window
+        if loop.device.type == "cuda":
+            line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            sums = sums.to("cpu", non_blocking=True)
+            features = features if features is None else features.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append(
+            _Pending(line, state.window_names, sums, state.window_steps, features, arrived)
+        )
+        state.window, state.window_steps = None, 0
+        self.restart()
+        self.flush(wait=False)
+
+    def flush(self, wait: bool = True) -> None:
+        """Write the lines whose numbers are here; `wait` for the others."""
+        while self.pending:
+            p = self.pending[0]
+            if p.arrived is not None:
+                if not wait and not p.arrived.query():
+                    return
+                p.arrived.synchronize()
+            self.pending.popleft()
+            self._write(p)
+
+    def _write(self, p: _Pending) -> None:
+        values = p.sums.tolist()
+        self.loop.finite(p.names, values)
+        means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
+        line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
+        if p.features is not None:
+            found, warning = health.look(p.features)
+            line |= found
+            if warning and not self.loop.warnings:
+                self.loop.warnings.append(warning)
+                self.loop.say(f"Warning: step {line['step']}: {warning}")
+        if self.loop.online is None:
+            self.best = -line["loss"]
+        self.loop.note = f"loss {line['loss']:.3f}, data wait {100 * line['data_wait']:.0f} %"
+        self._out(line)
+
+    def add(self, found: dict[str, float]) -> None:
+        """A line of its own for what is measured between the others."""
+        self.best = found["knn_accuracy"]
+        self.flush()
+        self._out({"step": self.state.step, **found})
+        self.loop.say(
+            f"step {self.state.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+        )
+        self.restart()
+
+    def _out(self, line: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.board.write(line)
+
+
+_TIME_IS_UP = 1000  # beside the numbers of signals
+
+
+class _Signals:
+    """Remembers SIGINT or SIGTERM; a second one acts as usual."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __enter__(self) -> "_Signals":
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.old[s] = signal.signal(s, self._note)
+        return self
+
+    def _note(self, signum, frame) -> None:
+        self.seen = signum
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a terminal has sent
+            self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *exc) -> None:
+        self._restore()

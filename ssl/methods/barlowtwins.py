@@ -1,0 +1,112 @@
+"""BarlowTwins: each dimension correlates with itself across the views and with no other.
+
+    L = sum_i (C_ii - 1)^2 + off_diagonal * sum_{i != j} C_ij^2        C = za^T zb / B
+
+za, zb: the projections, each dimension of zero mean and unit variance over the batch. No
+negatives, no teacher, and the most robust method of the study arXiv:2407.21738. With weights of
+pairs the means, variances and C are weighted ones: C stays a correlation (IVPP,
+arXiv:2403.07715, weighs the means and variances alone). Zbontar, Jing, Misra, LeCun, Deny 2021,
+arXiv:2103.03230. The formula in full: sslus.kernels.barlow.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sslus.kernels.barlow import barlow_loss
+from sslus.kernels.ranks import Ranks, group_name
+from sslus.ssl.heads import mlp, widths
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
+
+
+@dataclass(frozen=True)
+class Config:
+    # The paper's 8192-8192-8192 is made for ImageNet: 138 M weights, ten times a ResNet-18.
+    projector: str = field(
+        default="2048-2048-2048",
+        metadata={"help": "Widths of the projector's layers; the paper has 8192-8192-8192."},
+    )
+    off_diagonal: float = field(
+        default=0.0051, metadata={"help": "Weight of the term that decorrelates dimensions."}
+    )
+    scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the whole loss: of LARS it scales biases and norms alone."},
+    )
+
+
+RECIPES = {
+    "default": {"views": "ultrasound"},
+    # Section 2.2 and its authors' code. Biases and norms there have a rate of 0.0048, not 0.2:
+    # LARS does not adapt them, so the loss times 0.024 does the same.
+    "paper": {
+        "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
+        "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
+        "views": "barlowtwins", "projector": "8192-8192-8192", "scale": 0.024,
+    },
+    "study": {
+        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.2,
+        "weight_decay": 1e-6, "warmup_epochs": 10, "views": "barlowtwins",
+        "projector": "8192-8192-8192",
+    },
+}  # fmt: skip
+
+
+class Method(nn.Module):
+    def __init__(self, backbone: nn.Module, config: Config, image_size: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = mlp(backbone.num_features, *widths(config.projector))
+        self.off_diagonal, self.scale = config.off_diagonal, config.scale
+
+    def forward(self, views: Views) -> Output:
+        # One view after the other: each has its own BatchNorm statistics, as in the paper.
+        ha, hb = self.backbone(views.va), self.backbone(views.vb)
+        za, zb = self.projector(ha), self.projector(hb)
+        # Sums of squares over D x D entries: bfloat16 would keep two digits of them.
+        with torch.autocast(za.device.type, enabled=False):
+            za, zb = za.float(), zb.float()
+            if views.weights is None:
+                loss = barlow_loss(za, zb, off_diagonal=self.off_diagonal)
+            else:
+                loss = weighted_barlow(za, zb, views.weights, self.off_diagonal)
+            terms = self.terms(za, zb, views.weights, loss.detach())
+        return Output(self.scale * loss, terms, ha, hb)
+
+    @torch.no_grad()
+    def terms(self, za: Tensor, zb: Tensor, weights: Tensor | None, loss: Tensor) -> dict:
+        """The two sums. The second is what is left of the loss: N x D work, not N x D x D."""
+        w = shares(za, weights)
+        a, b = (standardised(Ranks.named(group_name(None)).join(z), w) for z in (za, zb))
+        invariance = ((w * a * b).sum(0) - 1).square().sum()
+        rest = loss - invariance
+        redundancy = rest / self.off_diagonal if self.off_diagonal else torch.zeros_like(rest)
+        return {"invariance": invariance, "redundancy": redundancy}
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        """BarlowTwins keeps nothing from one step to the next."""
+
+
+def weighted_barlow(za: Tensor, zb: Tensor, weights: Tensor, off_diagonal: float) -> Tensor:
+    """The loss with every mean over the rows a weighted one; over all ranks. In plain PyTorch."""
+    ranks = Ranks.named(group_name(None))
+    w = shares(za, weights)
+    za, zb = (standardised(ranks.join_with_gradient(z), w) for z in (za, zb))
+    c = za.T @ (w * zb)
+    eye = torch.eye(len(c), dtype=torch.bool, device=c.device)
+    off = c.masked_fill(eye, 0).square().sum()
+    return (c.diagonal() - 1).square().sum() + off_diagonal * off
+
+
+def shares(z: Tensor, weights: Tensor | None) -> Tensor:
+    """(N, 1) of sum 1: how much each row of the joint batch counts."""
+    w = Ranks.named(group_name(None)).join(z.new_ones(len(z)) if weights is None else weights)
+    return (w / w.sum())[:, None]
+
+
+def standardised(z: Tensor, w: Tensor) -> Tensor:
+    """Of zero mean and unit variance by the shares w."""
+    z = z - (w * z).sum(0)
+    return z / ((w * z.square()).sum(0) + 1e-5).sqrt()

@@ -1,0 +1,98 @@
+"""BYOL: predict a slow teacher's projection of one view from the other view. No negatives.
+
+    L = mean_i (2 - 2 cos(pa_i, tb_i)) + mean_i (2 - 2 cos(pb_i, ta_i))
+    teacher <- m teacher + (1 - m) student,   m = 1 - (1 - momentum) (cos(pi k / K) + 1) / 2
+
+pa, pb: the student's predictions of the two views; ta, tb: the teacher's projections; k = 0 ..
+K - 1: the steps of the run, so m starts at `momentum`, rises and stays below 1. A pair's weight
+scales its part of both means. Grill et al. 2020, arXiv:2006.07733, equation 2 and section 3.1.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslus.engine.errors import InputError
+from sslus.kernels.byol import byol_loss
+from sslus.ssl.heads import follow, joint_mean, mlp, teacher_of, widths
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
+
+
+@dataclass(frozen=True)
+class Config:
+    projector: str = field(
+        default="2048-256",
+        metadata={"help": "Widths of the projector's layers; the paper has 4096-256."},
+    )
+    predictor: int = field(
+        default=2048, metadata={"help": "Width of the predictor's hidden layer."}
+    )
+    momentum: float = field(
+        default=0.99,
+        metadata={"help": "What the teacher keeps of itself in the first step; paper: 0.996."},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum {self.momentum}: want 0 or more, and less than 1")
+        if self.predictor < 1:
+            raise InputError(f"predictor {self.predictor}: want a width of at least 1")
+
+
+RECIPES = {
+    # The paper's 0.996 is for 1000 epochs; for 100 and 300 its authors take 0.99 (appendix).
+    "default": {"views": "ultrasound"},
+    # Section 3.2; views: appendix B, table 6.
+    "paper": {
+        "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 1000,
+        "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
+        "views": "barlowtwins", "projector": "4096-256", "predictor": 4096, "momentum": 0.996,
+    },
+    "study": {
+        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.2,
+        "views": "simclr", "projector": "1024-256", "predictor": 1024, "momentum": 0.996,
+    },
+}  # fmt: skip
+
+
+class Method(nn.Module):
+    def __init__(self, backbone: nn.Module, config: Config, image_size: int):
+        super().__init__()
+        self.backbone = backbone
+        layers = widths(config.projector)
+        self.projector = mlp(backbone.num_features, *layers)
+        self.predictor = mlp(layers[-1], config.predictor, layers[-1])
+        # In training mode, as in the paper: its BatchNorm uses the statistics of the batch.
+        self.teacher = teacher_of(self.backbone, self.projector)
+        self.momentum = config.momentum
+
+    def forward(self, views: Views) -> Output:
+        # One view after the other: each has its own BatchNorm statistics.
+        ha, hb = self.backbone(views.va), self.backbone(views.vb)
+        student = [self.predictor(self.projector(h)) for h in (ha, hb)]
+        with torch.no_grad():
+            teacher = [self.teacher(v) for v in (views.va, views.vb)]
+        with torch.autocast(ha.device.type, enabled=False):
+            pa, pb, ta, tb = (z.float() for z in (*student, *teacher))
+            if views.weights is None:
+                loss = byol_loss(pa, pb, ta, tb)
+            else:
+                each = distance(pa, tb) + distance(pb, ta)
+                loss = joint_mean(views.weights * each)
+        return Output(loss, {}, ha, hb)
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        follow(self.teacher, (self.backbone, self.projector), self.rate(step - 1, num_steps))
+
+    def rate(self, k: int, num_steps: int) -> float:
+        """1 - m. Never 0, as it would be with k = K: the teacher would stand still."""
+        return (1 - self.momentum) * (math.cos(math.pi * k / num_steps) + 1) / 2
+
+
+def distance(p: Tensor, t: Tensor) -> Tensor:
+    """|p - t|^2 = 2 - 2 cos of the rows, scaled to unit length: (B,)."""
+    return (F.normalize(p, dim=1) - F.normalize(t, dim=1)).square().sum(1)

@@ -1,0 +1,141 @@
+"""MoCo v2: tell a frame's key from the keys of earlier batches, which wait in a queue.
+
+    L = mean_i  log( exp(q_i . k_i / T) + sum_m exp(q_i . queue_m / T) ) - q_i . k_i / T
+    teacher <- momentum teacher + (1 - momentum) student        after each step
+
+q: the student's projection of one view, k: the teacher's of the other, both of unit length. The
+queue holds the last keys of all ranks, not those of this batch, so small batches do. A pair's
+weight scales its part of the mean.
+
+A key should not be known by its BatchNorm statistics, which it shares with its query. Each view
+has its own, per view, over the batch of all ranks. With `--batch-norm per-rank` the keys are
+shuffled: a rank's teacher sees every W-th frame of the joint batch of its W ranks, so a query
+and its key are normalised among other frames.
+
+He, Fan, Wu, Xie, Girshick 2020, arXiv:1911.05722; version 2: Chen, Fan, Girshick, He 2020,
+arXiv:2003.04297. The formula in full: sslus.kernels.infonce_queue.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslus.engine.errors import InputError
+from sslus.kernels.infonce_queue import infonce_queue_loss
+from sslus.kernels.ranks import Ranks, group_name
+from sslus.ssl.heads import follow, joint_mean, mlp, teacher_of, widths
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
+
+
+@dataclass(frozen=True)
+class Config:
+    projector: str = field(
+        default="1024-128",
+        metadata={"help": "Widths of the projector's layers; the paper has 2048-128."},
+    )
+    # A frame that meets its own key of the epoch before is pushed away from itself.
+    queue: int = field(
+        default=1024,
+        metadata={"help": "Keys kept as negatives: well below the number of frames."},
+    )
+    temperature: float = field(
+        default=0.2, metadata={"help": "Lower: only the most similar negatives count."}
+    )
+    momentum: float = field(
+        default=0.99,
+        metadata={"help": "What the teacher keeps of itself in a step; the paper has 0.999."},
+    )
+    symmetric: bool = field(
+        default=False,
+        metadata={"help": "Also the first view as key of the second: twice the work a step."},
+    )
+
+    def __post_init__(self):
+        if self.queue < 1:
+            raise InputError(f"queue {self.queue}: want at least one key")
+        if not self.temperature > 0:
+            raise InputError(f"temperature {self.temperature}: want more than 0")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum {self.momentum}: want 0 or more, and less than 1")
+
+
+RECIPES = {
+    # Runs are some thousand steps: a teacher that changes by 0.1 % a step would stay behind.
+    "default": {"views": "ultrasound"},
+    # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest is version
+    # 1's, section 4.
+    "paper": {
+        "backbone": "resnet50", "image_size": 224, "batch_size": 256, "epochs": 800,
+        "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
+        "views": "simclr,min_area=0.2,brightness=0.4,contrast=0.4", "projector": "2048-128",
+        "queue": 65536, "momentum": 0.999,
+    },
+    "study": {
+        "backbone": "resnet50", "image_size": 256, "optimizer": "sgd", "base_lr": 0.03,
+        "views": "simclr", "projector": "2048-128", "queue": 4096, "temperature": 0.5,
+        "momentum": 0.999,
+    },
+}  # fmt: skip
+
+
+class Method(nn.Module):
+    def __init__(self, backbone: nn.Module, config: Config, image_size: int):
+        super().__init__()
+        self.backbone = backbone
+        layers = widths(config.projector)
+        self.projector = mlp(backbone.num_features, *layers, norm=False)
+        self.teacher = teacher_of(self.backbone, self.projector)
+        self.temperature, self.momentum = config.temperature, config.momentum
+        self.symmetric = config.symmetric
+        # Random directions at first; a place is overwritten when the oldest key leaves.
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue, layers[-1]), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, views: Views) -> Output:
+        ha = self.backbone(views.va)
+        hb = self.backbone(views.vb) if self.symmetric else None
+        # Autograd of the loss's plain form keeps the queue it was given, and it changes below.
+        queue = self.queue.clone()
+        kb, keys = self.keys(views.vb)
+        loss = self.loss(self.projector(ha), kb, queue, views.weights)
+        if hb is not None:
+            ka, others = self.keys(views.va)
+            loss = (loss + self.loss(self.projector(hb), ka, queue, views.weights)) / 2
+            keys = torch.cat([keys, others])
+        self.enqueue(keys)
+        return Output(loss, {}, ha, hb)
+
+    def loss(self, q: Tensor, k: Tensor, queue: Tensor, weights: Tensor | None) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            q = q.float()
+            if weights is None:
+                return infonce_queue_loss(q, k, queue, temperature=self.temperature)
+            q = F.normalize(q, dim=1)
+            positives = (q * k).sum(1) / self.temperature
+            logits = torch.cat([positives[:, None], q @ queue.T / self.temperature], 1)
+            return joint_mean(weights * (logits.logsumexp(1) - positives))
+
+    @torch.no_grad()
+    def keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's keys of unit length: those of this rank's rows, and of all ranks'."""
+        ranks = Ranks.named(group_name(None))
+        # Row r of every W goes to rank r: a batch is in random order already.
+        shuffled = ranks.join(images)[ranks.rank :: ranks.world]
+        keys = F.normalize(self.teacher(shuffled).float(), dim=1)
+        joined = ranks.join(keys).unflatten(0, (ranks.world, -1)).transpose(0, 1).flatten(0, 1)
+        return ranks.own(joined), joined
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        size = len(self.queue)
+        keys = keys[-size:]
+        places = torch.arange(len(keys), device=keys.device)
+        # The place is a tensor: a CUDA graph or a compiled step would keep a number for ever.
+        self.queue.index_copy_(0, (self.oldest + places) % size, keys)
+        self.oldest.copy_((self.oldest + len(keys)) % size)
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        follow(self.teacher, (self.backbone, self.projector), 1 - self.momentum)

@@ -1,0 +1,92 @@
+"""A look at the features while they are trained: kNN and a linear probe on labelled frames.
+
+For the eye and for choosing the best checkpoint; `sslus evaluate` is the judge. The frames are a
+fixed sample, its patients are on one side only, and the backbone is left as it was.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from sslus.engine.errors import InputError
+from sslus.engine.store import FrameStore
+from sslus.ssl.evaluate import LabelledFrames, folds, probe, scores, testable
+from sslus.ssl.views import whole
+
+NUM_FRAMES = 2000  # a ResNet-18 at 96 px sees them in some seconds on two cores
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+BATCH = 256
+
+
+class Online:
+    """Calling it with the backbone gives the scores of its features.
+
+    store: with labels and patients. Of the labelled frames NUM_FRAMES are taken, evenly spaced
+    in each video, and the first fold by patient is the test part.
+    """
+
+    def __init__(self, store: FrameStore, image_size: int, seed: int, device: torch.device):
+        self.store, self.image_size, self.device = store, image_size, device
+        self.why_not: str | None = None
+        labelled = np.flatnonzero((store.label >= 0) & (store.patient >= 0))
+        step = max(1, -(-len(labelled) // NUM_FRAMES))
+        index = labelled[::step]
+        frames = LabelledFrames(
+            index=index,
+            y=store.label[index].astype(np.int64),
+            video=store.video[index],
+            patient=store.patient[index],
+            test=None,
+            names=list(store.label_names),
+            num_unlabelled=0,
+            num_without_frames=0,
+        )
+        try:
+            self.frames, _ = testable(frames)
+        except InputError as e:
+            self.why_not = f"the shards' labels do not allow it: {e}"
+            return
+        self.train, self.test = folds(self.frames, seed)[0]
+
+    def __call__(self, backbone: nn.Module) -> dict[str, float]:
+        """knn_accuracy, knn_macro_f1 and probe_macro_f1 of the test part, 0 to 1."""
+        x, y = self.features(backbone), self.frames.y
+        num, seen = len(self.frames.names), y[self.test]
+        guess = knn(x[self.train], y[self.train], x[self.test], num)
+        found = {"knn_accuracy": float((guess == seen).mean())}
+        for name, predicted in (
+            ("knn", guess),
+            ("probe", probe(x[self.train], y[self.train], x[self.test])[0]),
+        ):
+            confusion = np.zeros((num, num), np.int64)
+            np.add.at(confusion, (seen, predicted), 1)
+            found[f"{name}_macro_f1"] = scores(confusion)[0]
+        return found
+
+    @torch.no_grad()
+    def features(self, backbone: nn.Module) -> np.ndarray:
+        """(n, F) float32, by the running statistics of BatchNorm, which stay as they are."""
+        training = backbone.training
+        backbone.eval()
+        parts = []
+        for start in range(0, len(self.frames), BATCH):
+            frames = self.store.frames[self.frames.index[start : start + BATCH]]
+            x = whole(frames, self.image_size, self.store.mean, self.store.std)
+            parts.append(backbone(x.clone().to(self.device)).float().cpu().numpy())
+        backbone.train(training)
+        return np.concatenate(parts)
+
+
+def knn(x: np.ndarray, y: np.ndarray, query: np.ndarray, num_classes: int) -> np.ndarray:
+    """Weighted kNN by cosine: (Q,) classes of the queries (Q, F) from x (N, F) with labels y (N,).
+
+    A neighbour's vote is exp(cosine / 0.07). Wu et al. 2018, arXiv:1805.01978, section 3.4.
+    """
+    x, query = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (x, query))
+    cosine = query @ x.T
+    near = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
+    votes = np.exp(np.take_along_axis(cosine, near, 1) / TEMPERATURE)
+    total = np.zeros((len(query), num_classes))
+    np.add.at(total, (np.arange(len(query))[:, None], y[near]), votes)
+    return total.argmax(1)

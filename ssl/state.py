@@ -1,0 +1,95 @@
+"""Everything of a run that changes from step to step, saved and put back exactly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sslus.engine.errors import InputError
+from sslus.ssl import backbones, batchnorm, checkpoints, methods, optimizers
+from sslus.ssl.dual import DualTask
+from sslus.ssl.world import World
+
+
+@dataclass
+class State:
+    """method: all weights, the backbone's, a teacher's and a queue's among them. window: sums of
+    the loss, its terms and the gradient's norm over the steps since the last line of metrics."""
+
+    method: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+    window: Tensor | None = None
+    window_names: tuple[str, ...] = ()
+    window_steps: int = 0
+    step: int = 0  # updates done
+
+    @classmethod
+    def build(cls, settings, method_config, world: World, num_classes: int) -> "State":
+        """settings: train.Settings, resolved. num_classes: of the labels in the shards."""
+        s = settings
+        backbone = backbones.build(s.backbone, s.image_size, s.seed)
+        torch.manual_seed(s.seed + 1)  # + 1: the backbone has used the seed itself
+        method = methods.load(s.method).Method(backbone, method_config, s.image_size)
+        if s.dual_task:
+            method = DualTask(method, num_classes, s.dual_task)
+        # 2.7 times faster on the CPU too.
+        method.to(world.device, memory_format=torch.channels_last)
+        if world.size > 1 and s.batch_norm == "sync":
+            method = batchnorm.synchronise(method, world.device)
+        method.train()
+        optimizer = optimizers.make(s.optimizer, method, s.lr, s.weight_decay)
+        if world.size > 1:  # other ranks draw other numbers for dropout and its kin
+            torch.manual_seed(s.seed + 1 + world.rank)
+        return cls(method, optimizer, world)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.method.backbone
+
+    def save(self, path: Path) -> None:
+        """Every rank calls it; rank 0 writes."""
+        rng = self.world.gather(torch.get_rng_state())
+        cuda_rng = []
+        if self.world.device.type == "cuda":
+            cuda_rng = self.world.gather(torch.cuda.get_rng_state(self.world.device))
+        if not self.world.is_main:
+            return
+        checkpoints.save(
+            path,
+            {
+                "step": self.step,
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "window": self.window,
+                "window_names": list(self.window_names),
+                "window_steps": self.window_steps,
+                "rng": rng,
+                "cuda_rng": cuda_rng,
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        state = checkpoints.load(path)
+        try:
+            self.method.load_state_dict(state["method"])
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # the tensor on the GPU; its value is set before each step
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise InputError(f"checkpoint {path}: is of another model: {e}") from e
+        window = state["window"]
+        self.window = None if window is None else window.to(self.world.device)
+        self.window_names = tuple(state["window_names"])
+        self.window_steps, self.step = state["window_steps"], state["step"]
+        if self.world.rank < len(state["rng"]):  # a rank that was not there keeps its own seed
+            torch.set_rng_state(state["rng"][self.world.rank])
+        if self.world.rank < len(state["cuda_rng"]) and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][self.world.rank], self.world.device)
+
+    def add(self, names: tuple[str, ...], values: Tensor) -> None:
+        """Add one step's numbers to the window. A NaN stays in a sum: none is overlooked."""
+        self.window = self.window + values if self.window_steps else values.clone()
+        self.window_names, self.window_steps = names, self.window_steps + 1

@@ -1,0 +1,208 @@
+"""One update of the weights, and three ways to run it: eager, compiled, or as a CUDA graph.
+
+Nothing in it waits for a GPU: the numbers it returns are read later.
+"""
+
+import contextlib
+import copy
+import inspect
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sslus.engine.errors import InputError
+from sslus.ssl.loader import Views
+from sslus.ssl.state import State
+
+WAYS = ("eager", "compile", "graph")
+TRIAL_STEPS = 8
+
+
+class Step:
+    """Calling it with the step's micro-batches and its rate makes one update.
+
+    Several micro-batches: their gradients are averaged, their losses too; a loss that compares
+    the samples of a batch compares those of one micro-batch. Returns the features of the
+    last one's views, (1 or 2, B, F).
+    """
+
+    def __init__(self, state: State, settings, way: str = "eager"):
+        self.state, self.settings = state, settings
+        self.device = state.world.device
+        self.model: nn.Module = state.method
+        if state.world.size > 1:
+            # Statistics of each rank stay its own; queues and teachers are equal anyway.
+            known = inspect.signature(DistributedDataParallel).parameters
+            new, old = "forward_sync_buffers", "broadcast_buffers"
+            self.model = DistributedDataParallel(
+                state.method,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **{new if new in known else old: False},
+            )
+        if way == "compile":
+            self.model = torch.compile(self.model)
+        self.graph: _Graph | None = None
+        self.way = way
+        self.names: tuple[str, ...] = ()
+
+    def __call__(self, batches: list[Views], lr: float) -> Tensor:
+        from sslus.ssl.optimizers import set_lr
+
+        state = self.state
+        set_lr(state.optimizer, lr)
+        if self.way == "graph":
+            if self.graph is None:
+                self.graph = _Graph(self, batches[0])
+            numbers, features = self.graph(batches[0])
+        else:
+            numbers, features = self.update(batches)
+        state.add(self.names, numbers)
+        state.step += 1
+        state.method.after_step(state.step, self.settings.max_steps)
+        return features
+
+    def update(self, batches: list[Views]) -> tuple[Tensor, Tensor]:
+        """Forward, backward, optimiser. Returns the loss, its terms and the gradient's norm,
+        (K,) float32 named by `names`, and the features."""
+        s, world = self.settings, self.state.world
+        total = None
+        for i, views in enumerate(batches):
+            last = i == len(batches) - 1
+            quiet = contextlib.nullcontext() if last or world.size == 1 else self.model.no_sync()
+            with quiet:
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
+                ):
+                    loss, terms, *features = self.model(views)
+                # The ranks' gradients are parts of one joint loss's: DDP's mean takes their sum
+                # apart again.
+                (loss * (world.size / len(batches))).backward()
+            numbers = torch.stack([loss.detach().float(), *(t.float() for t in terms.values())])
+            total = numbers if total is None else total + numbers
+        trained = [p for p in self.state.method.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        if s.clip_norm:
+            nn.utils.clip_grads_with_norm_(trained, s.clip_norm, norm)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.names = ("loss", *terms, "grad_norm")
+        seen = torch.stack([h.detach() for h in features if h is not None])
+        return torch.cat([total / len(batches), norm[None]]), seen
+
+
+class _Graph:
+    """The update as one CUDA graph: replayed with new views in the same memory.
+
+    Capturing needs a few real updates first; they are undone.
+    """
+
+    def __init__(self, step: Step, views: Views):
+        self.views = Views(*(None if t is None else t.clone() for t in views))
+        before = Snapshot(step.state)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step.update([self.views])
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = step.update([self.views])
+        before.restore()
+
+    def __call__(self, views: Views) -> tuple[Tensor, Tensor]:
+        for to, new in zip(self.views, views, strict=True):
+            if to is not None:
+                to.copy_(new, non_blocking=True)
+        self.graph.replay()
+        return self.out
+
+
+class Snapshot:
+    """The state as it is now, to be put back into the same memory after a trial."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.method = {k: v.clone() for k, v in state.method.state_dict().items()}
+        self.optimizer = copy.deepcopy(state.optimizer.state_dict()["state"])
+        self.rng = torch.get_rng_state()
+        self.cuda_rng = None
+        if state.world.device.type == "cuda":
+            self.cuda_rng = torch.cuda.get_rng_state(state.world.device)
+        self.rest = state.window, state.window_names, state.window_steps, state.step
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        state = self.state
+        for k, v in state.method.state_dict().items():
+            v.copy_(self.method[k])
+        # Momenta that were not there yet are zero, from which all three optimisers begin.
+        params = [p for g in state.optimizer.param_groups for p in g["params"]]
+        for i, p in enumerate(params):
+            for k, v in state.optimizer.state[p].items():
+                if isinstance(v, Tensor):
+                    old = self.optimizer.get(i, {}).get(k)
+                    v.zero_() if old is None else v.copy_(old)
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, state.world.device)
+        state.window, state.window_names, state.window_steps, state.step = self.rest
+
+
+def possible(way: str, settings, world) -> str | None:
+    """Why the step cannot run in this way; None if it can."""
+    if way == "graph" and world.device.type != "cuda":
+        return "CUDA graphs want a GPU"
+    if way == "graph" and world.size > 1:
+        return "a graph holds one process's step"
+    if way == "graph" and settings.accumulate > 1:
+        return "a graph holds one micro-batch"
+    return None
+
+
+def choose(state: State, settings, views: Callable[[], Views], say: Callable[[str], None]) -> Step:
+    """The step in the way that `settings.step` names; "auto" tries them all for a few steps.
+
+    views: makes one micro-batch. On the CPU "auto" is eager: compiling a ResNet-18 there costs
+    minutes that short runs do not win back. The trial leaves `state` as it was.
+    """
+    world = state.world
+    if settings.step != "auto":
+        if why := possible(settings.step, settings, world):
+            raise InputError(f"--step {settings.step}: {why}")
+        return Step(state, settings, settings.step)
+    ways = [w for w in WAYS if possible(w, settings, world) is None]
+    if world.device.type != "cuda" or world.size > 1:
+        return Step(state, settings, "eager")
+    before, batch = Snapshot(state), views()
+    seconds: dict[str, float] = {}
+    for way in ways:
+        try:
+            seconds[way] = _timed(Step(state, settings, way), batch)
+        except Exception as e:  # a compiler's errors are of any kind; eager does not need it
+            if way == "eager":
+                raise
+            say(f"step: {way} does not work here ({type(e).__name__}: {str(e).splitlines()[0]})")
+        before.restore()
+    best = min(seconds, key=seconds.__getitem__)
+    trial = ", ".join(f"{way} {1e3 * t:.1f} ms" for way, t in seconds.items())
+    say(f"step: {best} ({trial}; --step names another)")
+    return Step(state, settings, best)
+
+
+def _timed(step: Step, batch: Views) -> float:
+    """Median seconds of a step, the first ones left out: they compile and capture."""
+    for _ in range(3):
+        step([batch], step.settings.lr)
+    times = []
+    for _ in range(TRIAL_STEPS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step([batch], step.settings.lr)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,113 @@
+"""The processes of one run: one a GPU, started by torchrun, or this one alone."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from sslus.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together.
+
+    rank: 0 .. size - 1; rank 0 alone prints and writes. `control` is a group on the CPU, so that
+    agreeing on something never waits for a GPU.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self.control)
+
+    def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """A CPU tensor, of one shape on all ranks, from each of them in their order."""
+        if self.size == 1:
+            return [value]
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value, group=self.control)
+        return parts
+
+
+class Agreement:
+    """What one rank has been told, all ranks know one step later, in the same step.
+
+    A signal reaches the ranks at different moments; were each to stop when it hears of it, the
+    others would wait for it forever. Costs no waiting: the answer is that of the step before.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.asked: tuple | None = None
+
+    def __call__(self, value: int) -> int:
+        """The largest value that any rank gave in the step before (alone: `value` itself)."""
+        if self.world.size == 1:
+            return value
+        answer = 0
+        if self.asked is not None:
+            tensor, work = self.asked
+            work.wait()
+            answer = int(tensor)
+        tensor = torch.tensor(value)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self.world.control, async_op=True)
+        self.asked = tensor, work
+        return answer
+
+    def settle(self) -> None:
+        """Let the last question end before the group is given up."""
+        if self.asked is not None:
+            self.asked[1].wait()
+            self.asked = None
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda -> a device; a named one that is not there raises InputError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name!r}: want auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: there is none here (`sslus doctor` says why); or use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def enter(device: str) -> World:
+    """Join the processes that torchrun started; one process alone needs none of it.
+
+    device: auto, cpu or cuda; with cuda each process takes the GPU of its local rank.
+    """
+    where = pick_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(where)
+    if where.type == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise InputError(
+                f"process {local} of this machine has no GPU: there are {gpus};"
+                f" start {gpus} processes a machine, or use --device cpu"
+            )
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        # torchrun may give a restarted process the store of the attempt before, with addresses
+        # where nobody listens any more: each attempt has its own part of it.
+        store, rank, size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size,
+        )  # fmt: skip
+    control = dist.new_group(backend="gloo")
+    return World(where, dist.get_rank(), size, control)

@@ -1,0 +1,136 @@
+"""Several processes train as one: torchrun with gloo on this machine, as with GPUs elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslus.engine.shard import Settings as ShardSettings
+from sslus.engine.shard import shard
+from sslus.engine.store import FrameStore
+from sslus.ssl import checkpoints
+
+STEPS = 20
+# Adam turns the rounding of a gradient near zero into a whole step, and large steps make any
+# difference grow: plain momentum and a small rate keep what is compared comparable. Half the
+# gradient, the fault looked for, shows 10 times more than is allowed.
+OPTIONS = [
+    *"--backbone test_resnet --image-size 32 --batch-size 16 --projector 32-32".split(),
+    *f"--max-steps {STEPS} --optimizer sgd --lr 3e-5 --log-every 1 --checkpoint-every 5".split(),
+    *"--device cpu --threads 1".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(clips, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    shard([clips], out, ShardSettings(size=32, stride=2), device="cpu", jobs=1)
+    FrameStore.open(out)
+    return out
+
+
+def start(shards, run, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sslus.tools", "train", str(shards), "--run", str(run), *OPTIONS]
+        + list(more),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def lines(run):
+    return checkpoints.read_metrics(run / "metrics.jsonl")
+
+
+def wait_for_step(process, run, step):
+    deadline = time.monotonic() + 200
+    while not any(m["step"] >= step for m in lines(run)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers(process) -> list[int]:
+    """The processes that torchrun, the only child of `process`, has started."""
+
+    def children(pid):
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                after_name = stat.read_text().rpartition(") ")[2].split()
+            except OSError:
+                continue
+            if int(after_name[1]) == pid:
+                found.append(int(stat.parent.name))
+        return found
+
+    (torchrun,) = children(process.pid)
+    return [
+        pid for pid in children(torchrun)
+        if b"sslus.tools" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(shards, tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    out, err = finish(start(shards, run, "--gpus", "2"))
+    assert f"{STEPS} steps" in out and out.count("Next: ") == 1
+    assert err.count("frames: ") == 1  # one log
+    return run
+
+
+def test_two_processes_have_the_loss_curve_of_one(shards, two, tmp_path):
+    finish(start(shards, tmp_path / "one"))
+    one, both = lines(tmp_path / "one"), lines(two)
+    assert [m["step"] for m in one] == [m["step"] for m in both] == list(range(1, STEPS + 1))
+    for a, b in zip(one, both, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
+
+
+def assert_same_end(a, b):
+    x, y = (checkpoints.load(run / "checkpoint.pt") for run in (a, b))
+    assert x["step"] == y["step"] == STEPS
+    assert all(torch.equal(v, y["method"][k]) for k, v in x["method"].items())
+    assert [m["loss"] for m in lines(a)] == [m["loss"] for m in lines(b)]
+
+
+def test_a_killed_worker_is_started_again_and_the_run_is_the_same(shards, two, tmp_path):
+    run = tmp_path / "run"
+    process = start(shards, run, "--gpus", "2")
+    wait_for_step(process, run, 7)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    finish(process)
+    assert_same_end(two, run)
+
+
+def test_sigterm_stops_all_at_one_step_and_resume_goes_on(shards, two, tmp_path):
+    run = tmp_path / "run"
+    process = start(shards, run, "--gpus", "2")
+    wait_for_step(process, run, 7)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 143)
+    assert err.count("everything is saved") == 1
+    step = checkpoints.load(run / "checkpoint.pt")["step"]
+    assert 7 <= step < STEPS
+    finish(start(shards, run, "--gpus", "2", "--resume"))
+    assert_same_end(two, run)
+
+
+def test_an_error_of_all_is_one_line(shards, tmp_path):
+    _, err = finish(start(shards, tmp_path / "run", "--gpus", "2", "--batch-size", "15"), 1)
+    assert err.count("Error: --batch-size 15 is not a multiple of the 2 processes") == 1
+    assert "Traceback" not in err and not (tmp_path / "run").exists()

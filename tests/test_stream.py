@@ -1,0 +1,314 @@
+"""Streaming shards: an order that is arithmetic, frames as in the shards, errors of one line."""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from sslus.engine import stream, tar
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
+from sslus.engine.shard import Settings, shard
+from sslus.engine.stream import Reader, StreamPlan, StreamStore, is_url
+
+
+@pytest.fixture(scope="module")
+def made(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    settings = Settings(size=64, stride=1, frames_per_shard=30)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    return out
+
+
+@pytest.fixture
+def shards(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WAITS_SECONDS", (0, 0))
+    return shutil.copytree(made, tmp_path / "shards")
+
+
+def by_hand(shards) -> tuple[np.ndarray, list[str]]:
+    frames, labels = [], []
+    for path in sorted(shards.glob("*.tar")):
+        data = path.read_bytes()
+        for _, members in tar.read_index(path):
+            jpg, facts = (data[o : o + n] for o, n in (members["jpg"], members["json"]))
+            frames.append(simplejpeg.decode_jpeg(jpg, "GRAY")[..., 0])
+            labels.append(json.loads(facts)["label"])
+    return np.stack(frames), labels
+
+
+def read(where, indices=None, **options) -> np.ndarray:
+    store = StreamStore.open(where)
+    reader = Reader(store, **options)
+    try:
+        return reader.read(np.arange(len(store)) if indices is None else indices)[0].copy()
+    finally:
+        reader.close()
+
+
+COUNTS = [(1000, 999, 1000, 7), (5,) * 40, (20_000, 1, 3), (2,)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("batch_size", [2, 12, 64])
+def test_a_plan_gives_every_frame_once_to_one_rank_from_few_shards(counts, batch_size):
+    num = sum(counts)
+    if num < batch_size:
+        batch_size = 2
+    plan = StreamPlan(num, batch_size, 3, shards=counts)
+    order = plan.order(0)
+    assert len(order) == plan.steps_per_epoch * batch_size == num // batch_size * batch_size
+    assert len(np.unique(order)) == len(order) and order.min() >= 0 and order.max() < num
+    batches = list(plan.epoch(0))
+    np.testing.assert_array_equal(np.concatenate(batches), order)
+    for start in {1, len(batches) // 2, len(batches)}:
+        rest = list(plan.epoch(0, start))
+        assert len(rest) == max(0, len(batches) - start)
+        for one, other in zip(rest, batches[start:], strict=True):
+            np.testing.assert_array_equal(one, other)
+    for world in {w for w in (2, 4, 6) if batch_size % w == 0}:
+        ranks = [list(replace(plan, rank=r, world=world).epoch(0)) for r in range(world)]
+        for step, batch in enumerate(batches):
+            np.testing.assert_array_equal(np.concatenate([r[step] for r in ranks]), batch)
+    if num > 100:
+        assert not np.array_equal(order, plan.order(1))
+        assert not np.array_equal(order, replace(plan, seed=4).order(0))
+
+
+def test_a_plan_mixes_a_buffer_and_ranks_read_their_own_shards():
+    counts, world = (1000,) * 256, 8
+    plan = StreamPlan(sum(counts), 256, 0, shards=counts)
+    batches = np.stack(list(plan.epoch(0)))
+    # A block of steps and its shards, a few more at the ends of the lanes; each frame anywhere.
+    block = batches[: stream.BUFFER // 256]
+    assert len(np.unique(block // 1000)) <= 3 * stream.LANES
+    lane = block[:, :32].ravel() % 1000
+    assert abs(np.corrcoef(np.arange(len(lane)), lane)[0, 1]) < 0.2
+    read_by = [set((batches[:, 32 * r : 32 * (r + 1)] // 1000).ravel()) for r in range(world)]
+    assert sum(map(len, read_by)) <= 256 + world
+    assert set.union(*read_by) == set(range(256))
+
+
+def test_frames_and_labels_are_the_shards(shards):
+    frames, labels = by_hand(shards)
+    store = StreamStore.open(shards)
+    manifest = read_manifest(shards)
+    assert len(store) == len(frames) == manifest.num_frames and store.size == 64
+    assert (store.mean, store.std, store.digest) == (manifest.mean, manifest.std, manifest.digest)
+    order = np.random.default_rng(0).permutation(len(frames))
+    for threads in (1, 3):
+        reader = Reader(store, threads)
+        reader.read_ahead(order)
+        for part in np.array_split(order, 5):
+            got, numbers = reader.read(part)
+            np.testing.assert_array_equal(got, frames[part])
+            assert [store.label_names[n] for n in numbers] == [labels[i] for i in part]
+        assert not reader.shards and not reader.wanted  # all that was named is read
+        reader.close()
+
+
+def test_only_what_is_needed_is_fetched_and_decoded(shards, monkeypatch):
+    store = StreamStore.open(shards)
+    fetched, decoded = [], []
+    fetch, image = stream._fetch, stream._image
+    monkeypatch.setattr(stream, "_fetch", lambda *a: (fetched.append(a[1]), fetch(*a))[1])
+    monkeypatch.setattr(stream, "_image", lambda *a: (decoded.append(1), image(*a))[1])
+    reader = Reader(store)
+    last = len(store) - 1
+    for i in (last, last - 1):
+        reader.read(np.array([i]))
+    reader.close()
+    assert fetched == [store.manifest.shards[-1]["name"]] * 2 and len(decoded) == 2
+
+
+def test_labels_may_be_missing(clips, tmp_path):
+    shard([clips / "a"], tmp_path, Settings(size=32), device="cpu", jobs=1)
+    reader = Reader(StreamStore.open(tmp_path))
+    assert (reader.read(np.arange(4))[1] == -1).all()
+    reader.close()
+
+
+def forge(shards, change) -> str:
+    """Change the bytes of the first shard and make the manifest agree. Returns its path."""
+    path = sorted(shards.glob("*.tar"))[0]
+    data = change(bytearray(path.read_bytes()))
+    path.write_bytes(data)
+    manifest = read_manifest(shards)
+    manifest.shards[0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.with_digest().write(shards)
+    return str(path)
+
+
+def first(shards, extension) -> tuple[str, int, int]:
+    key, members = tar.read_index(sorted(shards.glob("*.tar"))[0])[0]
+    return f"{key}.{extension}", *members[extension]
+
+
+def test_members_of_other_kinds_are_never_opened(shards):
+    bomb = pickle.dumps(partial(print, "unpickled"))
+    frames = read(shards)
+
+    def change(data):
+        more = tar.header("000.pyd", len(bomb)) + bomb + b"\0" * (-len(bomb) % 512)
+        return more + data
+
+    forge(shards, change)
+    np.testing.assert_array_equal(read(shards), frames)
+
+
+def test_damage_is_one_line_that_names_shard_and_member(shards, made):
+    path = sorted(shards.glob("*.tar"))[0]
+    name, offset, length = first(shards, "jpg")
+    facts, at, _ = first(shards, "json")
+
+    def cut(data):
+        return data[: offset + length // 2]
+
+    def header(data):
+        return data[:offset] + b"\xff\xd8broken" + data[offset + 8 :]
+
+    def larger(data):
+        jpeg = simplejpeg.encode_jpeg(np.zeros((65, 64, 1), np.uint8), 1, "GRAY")
+        return data[:offset] + jpeg + data[offset + len(jpeg) :]
+
+    def wrong_label(data):
+        return re.sub(rb'("label": ?")\w', rb"\1X", data)
+
+    def wrong_json(data):
+        return data[:at] + b"[" + data[at + 1 :]
+
+    def no_header(data):
+        return data[: offset - 512 + 124] + b"hello" + data[offset - 512 + 129 :]
+
+    def renamed(data):
+        return data.replace(name.encode(), name.replace("jpg", "jpe").encode(), 1)
+
+    for change, words in [
+        (cut, f"ends inside {name}"), (header, f"{name} is damaged"),
+        (larger, rf"{name} is damaged \(its size is \(65, 64\)"), (wrong_label, "json is damaged"),
+        (wrong_json, f"{facts} is damaged"), (no_header, f"no tar header where '{name}' begins"),
+        (renamed, "has no jpg"),
+    ]:  # fmt: skip
+        forge(shards, change)
+        with pytest.raises(InputError, match=words) as e:
+            read(shards)
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+        shutil.rmtree(shards)
+        shutil.copytree(made, shards)
+
+    whole = path.read_bytes()
+    for data, words in [
+        (whole[:-1000], "was cut off or replaced"), (b"", "empty"),
+        (whole[:offset] + b"x" + whole[offset + 1 :], "its digest is wrong"),
+    ]:  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=words) as e:
+            read(shards)
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path}: No such file or directory"):
+        read(shards)
+    (shards / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no finished shards here"):
+        StreamStore.open(shards)
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["pipe:cat x", "pipe://cat x", "s3://a|sh/b", "ssh://host/shards", "simplecache::s3://a/b",
+     "file://a::pipe://b", "shell://ls"],
+)  # fmt: skip
+def test_what_could_be_a_shell_is_refused_by_name(where, monkeypatch):
+    monkeypatch.setattr(stream, "_fetch", None)
+    with pytest.raises(InputError) as e:
+        StreamStore.open(where)
+    assert where in str(e.value) and "\n" not in str(e.value)
+
+
+def test_folders_are_no_urls(tmp_path):
+    assert not is_url(tmp_path) and not is_url("shards") and not is_url("a:b")
+    assert is_url("s3://bucket/shards") and is_url("https://host/shards/")
+
+
+def test_urls_are_folders_elsewhere(shards, made):
+    frames = read(made)
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for path in [*shards.glob("*.tar"), shards / "manifest.json"]:
+        memory.pipe(f"/shards-of-the-test/{path.name}", path.read_bytes())
+    for where in (f"file://{shards}", "memory://shards-of-the-test/"):
+        np.testing.assert_array_equal(read(where, threads=2), frames)
+    name = sorted(shards.glob("*.tar"))[1].name
+    memory.rm(f"/shards-of-the-test/{name}")
+    with pytest.raises(InputError, match=f"memory://shards-of-the-test/{name}: there is no such"):
+        read("memory://shards-of-the-test")
+    memory.pipe("/shards-of-the-test/manifest.json", b"{}")
+    with pytest.raises(InputError, match="memory://shards-of-the-test/manifest.json: damaged"):
+        read("memory://shards-of-the-test")
+    with pytest.raises(InputError, match="memory://nothing/manifest.json: there is no such"):
+        read("memory://nothing")
+
+
+def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    calls, cat = [], fsspec.implementations.local.LocalFileSystem.cat_file
+
+    def fails(self, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) < 3 or "000002.tar" in path:
+            raise ConnectionResetError("reset by\nthe peer")
+        return cat(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "cat_file", fails)
+    where = f"file://{shards}"
+    with pytest.raises(InputError, match="shard-000002.tar: cannot be read .*: reset by\\)") as e:
+        read(where)  # the manifest came at the third attempt
+    assert "\n" not in str(e.value) and sum("000002" in c for c in calls) == 3
+
+
+def test_a_protocol_that_is_not_installed_says_what_to_install(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(InputError, match="s3://b/s/manifest.json: Install s3fs .*pip install"):
+        StreamStore.open("s3://b/s")
+
+
+def test_over_http(shards, made):
+    pytest.importorskip("aiohttp")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        where = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(read(where), read(made))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_dali_decodes_what_simplejpeg_does(made):
+    """The pipeline of the GPU, here with DALI's decoder on the CPU."""
+    pytest.importorskip("nvidia.dali")
+    frames, _ = by_hand(made)
+    jpegs = []
+    for path in sorted(made.glob("*.tar"))[:2]:
+        data = memoryview(path.read_bytes())
+        jpegs += [data[o : o + n] for o, n in (m["jpg"] for _, m in tar.read_index(path))]
+    decode = stream._GpuDecoder(1, device="cpu")
+    for part in (slice(0, 16), slice(16, 32), slice(3, 7)):
+        got = np.array(decode(jpegs[part]))[..., 0]
+        assert np.abs(got.astype(int) - frames[part]).max() <= 1
