@@ -83,16 +83,16 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
         first, *lines = path.read_text().splitlines()
         version, count = first.split()
         for line in lines:
-            words = line.split()
-            members = {}
-            for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
-                key = name.split(".", 1)[0]
-                members[extension] = (int(offset), int(size))
-                if int(offset) + int(size) > length:
+            words, members = line.split(), {}
+            for i in range(0, len(words), 4):
+                offset, size = int(words[i + 1]), int(words[i + 2])
+                members[words[i]] = offset, size
+                if offset + size > length:
                     raise InputError(
                         f"{shard}: is shorter than its index says; it was cut off or replaced."
                         " Make the shards again: sslus shard --force"
                     )
+            key = words[3].partition(".")[0]
             samples.append((key, members))
         if version != INDEX_VERSION or len(samples) != int(count):
             raise ValueError

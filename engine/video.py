@@ -117,6 +117,11 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
     ignored: Counter = Counter()
     seen: set[Path] = set()
 
+    def refuse(e: OSError) -> None:  # os.walk would pass over the folder in silence
+        raise InputError(
+            f"{e.filename}: the folder cannot be read ({e.strerror}); make it readable or move it"
+        )
+
     def add(path: Path, name: str) -> None:
         real = path.resolve()
         if real in seen:
@@ -135,7 +140,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
             add(root, root.name)
         elif not root.is_dir():
             raise InputError(f"{root}: no such file or folder")
-        for folder, folders, files in os.walk(root, followlinks=False):
+        for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
             here = Path(folder)
             folders[:] = sorted(f for f in folders if (here / f).resolve() != skip)
             for file in sorted(files):
@@ -157,6 +162,9 @@ def _open(path: Path):
 
     # Absolute, so that no name is read as a protocol; no nested address is followed.
     try:
+        if not path.is_file():  # reading from a pipe could wait forever
+            path.stat()
+            raise VideoError(path, "not a regular file")
         if path.stat().st_size == 0:
             raise VideoError(path, "the file is empty")
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})

@@ -1,5 +1,6 @@
 """Sharding: the same bytes whatever happens, every frame accounted for, nothing leaked."""
 
+import ctypes
 import io
 import json
 import os
@@ -229,6 +230,65 @@ def test_one_bad_file_costs_that_file_only(mixed, tmp_path):
     assert read_manifest(out).num_videos == 1
 
 
+def without_override() -> None:
+    """For a child process: root obeys file modes like anybody else."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: they are gone after exec
+
+
+def zero_frames(folder: Path) -> dict[str, str]:
+    """Containers without a picture: sound alone, and a video stream that holds nothing."""
+    import av
+
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+    silence.sample_rate = 16000
+    for name, streams in [("sound.mp4", "s"), ("hollow.avi", "v"), ("both.mkv", "vs")]:
+        with av.open(str(folder / name), "w") as container:
+            if "v" in streams:
+                video = container.add_stream("mpeg4", rate=25)
+                video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+            sound = container.add_stream("aac", rate=16000) if "s" in streams else None
+            container.start_encoding()
+            for frame in (silence, None) if sound else ():
+                container.mux(sound.encode(frame))
+    nothing = "not a single frame can be decoded"
+    return {"sound.mp4": "no video stream", "hollow.avi": nothing, "both.mkv": nothing}
+
+
+def unreadable(folder: Path) -> dict[str, str]:
+    (folder / "secret.mp4").write_bytes((folder / "good.mp4").read_bytes())
+    (folder / "secret.mp4").chmod(0)
+    (folder / "lost.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")  # to open it would wait for a writer for ever
+    return {"secret.mp4": "Permission denied", "lost.mp4": "No such file", "pipe.mp4": "not a regular"}
+
+
+@pytest.mark.parametrize("kind", [zero_frames, unreadable])
+def test_files_without_a_frame_are_named_and_harm_no_other(kind, clips, tmp_path, key):
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    (folder / "good.mp4").write_bytes((clips / "u.mp4").read_bytes())
+    shard([folder], tmp_path / "good", Settings(64, 1), key=key, device="cpu", jobs=1)
+    why = kind(folder)
+    arguments = ["shard", folder, "-o", out, "--size", 64, "--all", "--device", "cpu"]
+    limits = {"timeout": 300, "preexec_fn": without_override}
+    strict = command(*arguments, "--key", key, "--strict", **limits)
+    one_line(strict, 1, "3 of 4 files", "--strict")
+    assert public_bytes(out) == {}
+    result = command(*arguments, "--key", key, **limits)
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert "1 of 4" in result.stdout
+    ledger = [json.loads(x) for x in (out / "local" / "ledger.jsonl").read_text().splitlines()]
+    assert {Path(r["source"]).name for r in ledger if r["status"] == "refused"} == set(why)
+    for record in ledger:
+        name = Path(record["source"]).name
+        said = [x for x in result.stderr.splitlines() if name in x]
+        assert len(said) == (name in why) and why.get(name, "") in record["why"]
+        assert all(record["why"] in line for line in said)
+    assert public_bytes(out) == public_bytes(tmp_path / "good")
+
+
 def test_strict_writes_nothing(mixed, tmp_path):
     out = tmp_path / "out"
     result = command("shard", mixed, "-o", out, "--size", 64, "--strict", "--device", "cpu")
@@ -354,6 +414,33 @@ def test_stopped_at_any_moment_it_goes_on(how, clips, pattern, clip, tmp_path, k
     assert command("shard", *arguments).returncode == 0
     shard([videos], tmp_path / "straight", Settings(size=128, stride=1), key=key, device="cpu")
     assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("place", ["_write_all", "sync_folder", "shutil.rmtree"])
+def test_killed_in_the_second_pass_it_goes_on(place, clips, tmp_path, key):
+    """Before it, when the shards lie there without a manifest, and after the manifest."""
+    make(clips, tmp_path / "straight", key)
+    out = tmp_path / "out"
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from sslus.engine import shard as module\n"
+        "def die(path, *a, **k):\n"
+        "    if not k:  # the call that clears the place of new shards is not meant\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n"
+        f"    module.{place} = die\n"
+        f"    clips, out = Path({str(clips)!r}), Path({str(out)!r})\n"
+        f"    module.shard([clips], out, module.{SMALL!r}, key=Path({str(key)!r}), jobs=1,\n"
+        "                 device='cpu', labels=clips / 'labels.csv')\n"
+    )
+    (tmp_path / "killed.py").write_text(code)
+    killed = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (out / "manifest.json").exists() == (place == "shutil.rmtree")
+    again = make(clips, out, key)
+    assert again.already == (place == "shutil.rmtree") and (again.already or again.resumed == 6)
+    assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
 def test_full_disk(clip, pattern, tmp_path, small_disk):

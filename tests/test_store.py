@@ -1,6 +1,7 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
 import json
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import simplejpeg
 
 from sslus.engine import tar
 from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 
@@ -35,7 +37,9 @@ def by_hand(shards) -> dict[tuple[str, int], tuple[np.ndarray, dict]]:
     return found
 
 
-def test_store_holds_the_shards_frames_in_order(shards):
+def test_store_holds_the_shards_frames_in_order(shards, monkeypatch):
+    monkeypatch.setattr("sslus.engine.store.CHUNK_BYTES", 7 * 64 * 64)  # several, the last shorter
+    monkeypatch.setattr("sslus.engine.store.SYNC_BYTES", 15 * 64 * 64)
     seen = []
     store = FrameStore.open(shards, report=lambda done, total, note: seen.append((done, total)))
     want = by_hand(shards)
@@ -110,6 +114,56 @@ def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp
     assert "\n" not in str(e.value)
     if "store" not in file:
         assert not (shards / "store").exists() and not (shards / "store.tmp").exists()
+
+
+@pytest.mark.parametrize("side, words", [(64, "damaged"), (32, "size"), (128, "damaged")])
+def test_a_jpeg_that_does_not_decode_is_named(side, words, shards):
+    """Though every digest is right: the shard was written so."""
+    path = shards / "shard-000001.tar"
+    data, index = path.read_bytes(), tar.read_index(path)
+    content = [
+        (key, {name: data[o : o + n] for name, (o, n) in members.items()}) for key, members in index
+    ]
+    if side == 64:  # the size is right
+        content[3][1]["jpg"] = content[3][1]["jpg"][:100]
+    else:
+        other = np.zeros((side, side, 1), np.uint8)
+        content[3][1]["jpg"] = simplejpeg.encode_jpeg(other, 95, "GRAY", "Gray")
+    num_bytes, sha256 = tar.write_shard(path, content)
+    manifest = read_manifest(shards)
+    manifest.shards[1].update(bytes=num_bytes, sha256=sha256)
+    manifest.with_digest().write(shards)
+    with pytest.raises(InputError, match=f"shard-000001.tar: {index[3][0]}.jpg is .*{words}") as e:
+        FrameStore.open(shards)
+    assert "\n" not in str(e.value)
+    assert not (shards / "store").exists() and not (shards / "store.tmp").exists()
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_a_stopped_build_leaves_no_store_and_the_next_gives_the_same_bytes(how, shards, tmp_path):
+    FrameStore.open(shards, folder=tmp_path / "straight")
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from sslus.engine.store import FrameStore\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"stop = lambda done, total, note: done and os.kill(os.getpid(), signal.{how})\n"
+        f"FrameStore.open(Path({str(shards)!r}), threads=1, report=stop)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -getattr(signal, how)
+    assert not (shards / "store").exists()
+    assert (shards / "store.tmp").exists() == (how == "SIGKILL")
+    FrameStore.open(shards)
+    for path in (tmp_path / "straight").iterdir():
+        assert (shards / "store" / path.name).read_bytes() == path.read_bytes()
+    assert not (shards / "store.tmp").exists()
+
+
+def test_shards_of_another_version_give_no_store(shards):
+    damage(shards / "manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 7'))
+    with pytest.raises(InputError, match="another version of sslus.*format 7"):
+        FrameStore.open(shards)
+    assert not (shards / "store").exists()
 
 
 def test_no_shards_here(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -288,4 +289,19 @@ def test_find_videos_refuses(clips, tmp_path):
         find_videos([tmp_path / "nowhere"])
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="no video found"):
+        find_videos([tmp_path])
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, clip, pattern, monkeypatch):
+    clip(tmp_path / "a.mp4", pattern(4, 32, 32))
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=r"closed: the folder cannot be read \(Permission denied"):
         find_videos([tmp_path])

@@ -15,6 +15,8 @@ import numpy as np
 from harness import QUALITY, SIZE, STRIDE, Bench, Work, peak_mib, read_files
 from stages.decode import bare_pyav, nvdec_videos
 
+COPIES = 3  # of the videos: in a job of seconds the start of its workers would weigh too much
+
 
 def sslus_shard(videos: list[Path], out: Path, jobs: int, device: str = "cpu") -> int:
     from sslus.engine.shard import Settings, shard
@@ -70,13 +72,16 @@ def measure(bench: Bench) -> None:
     from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
 
-    videos, out = bench.videos, bench.scratch / "shard-out"
+    out = bench.scratch / "shard-out"
+    copies = 1 if bench.quick else COPIES
+    videos = copied(bench.videos, copies, bench.scratch / "copied")
     manifest = read_manifest(bench.shards)
     # The frames that the bare encoder gets are those of the shards: noise would cost it more.
     FrameStore.open(bench.shards, folder=bench.scratch / "ready")
     ready = bench.scratch / "ready" / "frames.u8"
-    num_bytes = sum(s["bytes"] for s in manifest.shards)
-    case = f"{len(videos)} {bench.kind} videos, {manifest.num_frames:,} frames kept"
+    num_bytes = copies * sum(s["bytes"] for s in manifest.shards)
+    num_frames = copies * manifest.num_frames
+    case = f"{len(videos)} videos ({bench.kind}, {copies} x each), {num_frames:,} frames kept"
     works = {}
     for jobs in (1, 2):
         works[f"sslus|{jobs}"] = Work(partial(sslus_shard, videos, out, jobs), jobs)
@@ -84,7 +89,7 @@ def measure(bench: Bench) -> None:
             partial(bare, videos, ready, jobs), jobs
         )
     works["floor: read the videos, write the shards"] = Work(
-        partial(write_synced, videos, num_bytes, bench.scratch / "floor", manifest.num_frames)
+        partial(write_synced, videos, num_bytes, bench.scratch / "floor", num_frames)
     )
     rows = bench.compare("wall time", case, "s", works, repeats=3)
     for jobs in (1, 2):
@@ -102,25 +107,27 @@ def measure(bench: Bench) -> None:
         "start-up", "worker processes, started once a run", "s",
         {"sslus": Work(partial(start_workers, 2), 2, fresh=False)}, repeats=3,
     )  # fmt: skip
-    memory(bench, videos, out)
+    memory(bench, bench.videos, out)
     if bench.device == "cuda":
         on_gpu(bench)
+
+
+def copied(videos: list[Path], copies: int, folder: Path) -> list[Path]:
+    """So many copies of each video, as files of their own."""
+    folder.mkdir()
+    names = [f"{n}-{i}-{path.name}" for n, path in enumerate(videos) for i in range(copies)]
+    paths = [folder / name for name in names]
+    for i, path in enumerate(paths):
+        shutil.copyfile(videos[i // copies], path)
+    return paths
 
 
 def memory(bench: Bench, videos: list[Path], out: Path) -> None:
     """Four times the videos, which are copies, so that the largest stays the same."""
     few = videos[:: 4 if len(videos) >= 16 else 1]
-    folders = []
-    for copies in (1, 4):
-        folder = bench.scratch / f"copies{copies}"
-        folder.mkdir()
-        for path in few:
-            for i in range(copies):
-                shutil.copyfile(path, folder / f"{i}{path.name}")
-        folders.append(folder)
+    folders = [copied(few, copies, bench.scratch / f"copies{copies}") for copies in (1, 4)]
     rows = []
-    for folder in folders:
-        paths = sorted(folder.iterdir())
+    for paths in folders:
         peak = peak_mib(Work(partial(sslus_shard, paths, out, 2), 2))
         rows.append(
             bench.add("peak memory", "sslus", f"{len(paths)} videos", "MiB", [peak], threads=2,

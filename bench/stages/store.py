@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import Bench, Timed, Work, copy_bytes
 
-CHUNK = 64  # frames a task, as the store's own builder takes them
+CHUNK = 16  # frames a task, as the store's own builder takes them at 256 px
 
 
 def build(shards: Path, folder: Path, threads: int) -> Timed:
