@@ -52,6 +52,10 @@ class FrameStore:
         """S: side of a frame in pixels."""
         return self.frames.shape[1]
 
+    @property
+    def num_videos(self) -> int:
+        return len(self.video_ids)
+
     def fits_in_memory(self) -> bool:
         """Whether half of the memory that is available now holds all frames."""
         lines = Path("/proc/meminfo").read_text().splitlines()

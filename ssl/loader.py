@@ -53,13 +53,19 @@ class Views(NamedTuple):
     labels: Tensor  # (B,) int64, of the frame of the first view; -1 without one
 
 
-def sample_ids(epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """epoch * 2^40 + frame, (B,) int64: with the run's seed as key, a counter for random numbers.
+def sample_ids(seed: int, epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """A number of its own for each (seed, epoch, frame), (B,) int64: a counter for random draws.
 
     What is drawn for a sample from it (a mask, say) is the same in every batch size, on every
-    rank and after a resume, as the views are. 2^40 frames of 256 x 256 would be 72 PB.
+    rank and after a resume, as the views are. epoch * 2^40 + frame: 2^40 frames of 256 x 256
+    would be 72 PB; the seed is spread over all bits by the finaliser of splitmix64.
     """
-    return epoch * 2**40 + frames.astype(np.int64)
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    place = np.uint64(epoch) * np.uint64(2**40) + frames.astype(np.uint64)
+    return (place ^ np.uint64(z ^ z >> 31)).view(np.int64)
 
 
 def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **options) -> Store:
@@ -264,7 +270,7 @@ class Loader:
             table[rows] = draw(
                 config, index[rows], number, epoch[rows], self.seed, self.store.size, self.size
             )
-        arrays = (index, table, sample_ids(epoch, index))
+        arrays = (index, table, sample_ids(self.seed, epoch, index))
         return zip(*(torch.from_numpy(x).split(lengths) for x in arrays), strict=True)
 
     @torch.inference_mode(False)

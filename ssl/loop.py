@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan, nearby
-from sslus.engine.store import FrameStore
+from sslus.engine.stream import StreamStore
 from sslus.ssl import backbones, board, checkpoints, curves, health, optimizers, step
-from sslus.ssl.loader import Batch, Loader, Views
+from sslus.ssl.loader import Batch, Loader, Store, Views
 from sslus.ssl.online import Online
 from sslus.ssl.state import State
 from sslus.ssl.views import parse as parse_views
@@ -44,21 +44,25 @@ class Loop:
     def __init__(
         self,
         run: Path,
-        store: FrameStore,
+        store: Store,
         plan: Plan,
         settings,
         state: State,
         options: Options,
+        tier: str,
         report: Callable[[int, int, str], None] | None,
         say: Callable[[str], None],
     ):
         self.run, self.store, self.plan, self.settings = run, store, plan, settings
-        self.state, self.options, self.report, self.say = state, options, report, say
+        self.state, self.options, self.tier = state, options, tier
+        self.report, self.say = report, say
         self.world, self.device = state.world, state.world.device
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
         self.warnings: list[str] = []
         self.note = ""
         self.online: Online | None = None
+        if options.online_every and isinstance(store, StreamStore):
+            raise InputError("--online-every: frames are streamed, their labels are not known yet")
         if options.online_every and self.world.is_main:
             self.online = Online(store, settings.image_size, settings.seed, self.device)
             if why := self.online.why_not:
@@ -79,6 +83,7 @@ class Loop:
                 seed=s.seed,
                 device=self.device,
                 threads=self.view_threads(),
+                wanted_tier=self.tier,
             ) as loader,
             _Log(self) as self.log,
         ):
@@ -123,7 +128,12 @@ class Loop:
 
     def view_threads(self) -> int:
         """On the CPU the step needs the cores, and one thread makes views far faster than it."""
-        return 1 if self.device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
+        cores = len(os.sched_getaffinity(0)) // self.local_size()
+        return 1 if self.device.type == "cpu" else max(1, cores - 1)
+
+    def local_size(self) -> int:
+        """How many processes share this machine's cores."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def batches(self, step: int) -> Iterator[Batch]:
         """What every step from `step` to the end of the run is made of, `accumulate` a step."""

@@ -22,8 +22,9 @@ import torch
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.plan import Plan
-from sslus.engine.store import FrameStore
+from sslus.engine.stream import StreamStore, is_url
 from sslus.ssl import backbones, checkpoints, methods, optimizers
+from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loop import Loop, Options
 from sslus.ssl.state import State
 from sslus.ssl.step import WAYS, possible
@@ -179,13 +180,14 @@ def settings_from(config: dict) -> tuple[Settings, object]:
 
 
 def train(
-    shards: Path,
+    shards: str | Path,
     settings: Settings,
     method_config,
     run: Path,
     *,
     resume: bool = False,
     device: str = "auto",
+    tier: str = "auto",
     threads: int | None = None,
     options: Options | None = None,
     report: Callable[[int, int, str], None] | None = None,
@@ -193,6 +195,7 @@ def train(
 ) -> TrainResult:
     """Pretrain a backbone on the frames of `shards` and leave it in the folder `run`.
 
+    shards: a folder or a URL; tier: where its frames are kept, see sslus.ssl.loader.
     On the CPU the result is a function of the settings, the seed, the number of threads and of
     processes, bit for bit, also across interruptions: SIGTERM and Ctrl-C save and raise
     Interrupted, a killed run loses the steps since the last checkpoint, and `resume` continues
@@ -210,11 +213,11 @@ def train(
     if not world.is_main or say is None:
         say = _nothing
     recorded = open_run(run, resume)
-    store = _open_store(Path(shards), world)
+    store = _open_store(shards, tier, settings.pairs, world)
     settings = settings.resolved(world.device, len(store))
     if why := settings.step != "auto" and possible(settings.step, settings, world):
         raise InputError(f"step {settings.step!r}: {why}")
-    plan = _plan(settings, len(store), world)
+    plan = _plan(settings, store, world)
     config = _config(settings, method_config, shards, store, world)
     if recorded is not None:
         _refuse_changes(run, recorded, config)
@@ -233,7 +236,7 @@ def train(
     was_finished = state.step == settings.max_steps
 
     started = time.monotonic()
-    loop = Loop(run, store, plan, settings, state, options, report, say)
+    loop = Loop(run, store, plan, settings, state, options, tier, report, say)
     if not was_finished:
         loop.run_to_end()
     if world.is_main and (not was_finished or not (run / "backbone.safetensors").exists()):
@@ -255,32 +258,38 @@ def _nothing(line: str) -> None:
     pass
 
 
-def _open_store(shards: Path, world: World) -> FrameStore:
-    """Built by rank 0 where it is not there yet."""
+def _open_store(shards: str | Path, tier: str, pairs: str, world: World) -> Store:
+    """Built by rank 0 where it is not there yet; the others follow its choice."""
     if world.is_main:
-        store = FrameStore.open(shards)
+        store = open_store(shards, tier, pairs)
     world.barrier()
-    return store if world.is_main else FrameStore.open(shards)
+    streams = torch.tensor([world.is_main and isinstance(store, StreamStore)])
+    if world.gather(streams)[0]:
+        tier = "stream"
+    return store if world.is_main else open_store(shards, tier, pairs)
 
 
-def _plan(settings: Settings, num_frames: int, world: World) -> Plan:
+def _plan(settings: Settings, store: Store, world: World) -> Plan:
     if settings.batch_size % world.size:
         raise InputError(
             f"--batch-size {settings.batch_size} is not a multiple of the {world.size} processes"
         )
-    return Plan(num_frames, settings.batch_size, settings.seed, world.rank, world.size)
+    return plan_of(store, settings.batch_size, settings.seed, world.rank, world.size)
 
 
-def _config(settings: Settings, method_config, shards: Path, store, world: World) -> dict:
+def _config(
+    settings: Settings, method_config, shards: str | Path, store: Store, world: World
+) -> dict:
     return {
         "format": 1,
         "settings": dataclasses.asdict(settings),
         "method_config": dataclasses.asdict(method_config),
         "shards": {
-            "path": str(Path(shards).resolve()),
+            "path": str(shards) if is_url(shards) else str(Path(shards).resolve()),
+            "streamed": isinstance(store, StreamStore),
             "digest": store.digest,
             "num_frames": len(store),
-            "num_videos": len(store.video_ids),
+            "num_videos": store.num_videos,
             "mean": store.mean,
             "std": store.std,
         },
@@ -301,6 +310,8 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
         for key, was in old[part].items()
         if json.loads(json.dumps(new[part].get(key))) != was
     ]
+    if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
+        changed.append("frames were streamed or were not, which changes their order (--tier)")
     if old["shards"]["digest"] != new["shards"]["digest"]:
         changed.append(f"the shards are not those of {old['shards']['path']}")
     if changed:

@@ -99,10 +99,15 @@ def test_a_resume_in_the_middle_goes_on_exactly(shards, wanted):
 
 def test_ids_and_labels_belong_to_the_frames(store):
     for batch, got in zip(batches_of(store), run(store, batches_of(store)), strict=True):
-        np.testing.assert_array_equal(got.ids, batch.epoch * 2**40 + batch.first)
+        np.testing.assert_array_equal(got.ids, sample_ids(5, batch.epoch, batch.first))
         np.testing.assert_array_equal(got.labels, store.label[batch.first])
         assert got.ids.dtype == got.labels.dtype == torch.int64 and got.weights is None
-    assert sample_ids(3, np.array([7], np.int32)).tolist() == [3 * 2**40 + 7]
+    one, next_frame, next_epoch = (
+        sample_ids(5, epoch, np.array([frame], np.int32)).item()
+        for epoch, frame in ((3, 7), (3, 8), (4, 7))
+    )
+    assert one ^ next_frame == 7 ^ 8 and one ^ next_epoch == (3 ^ 4) << 40
+    assert sample_ids(6, 3, np.array([7])).item() != one
     assert Views._fields[:3] == ("va", "vb", "weights")
 
 

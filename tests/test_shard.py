@@ -261,7 +261,11 @@ def unreadable(folder: Path) -> dict[str, str]:
     (folder / "secret.mp4").chmod(0)
     (folder / "lost.mp4").symlink_to("nowhere.mp4")
     os.mkfifo(folder / "pipe.mp4")  # to open it would wait for a writer for ever
-    return {"secret.mp4": "Permission denied", "lost.mp4": "No such file", "pipe.mp4": "not a regular"}
+    return {
+        "secret.mp4": "Permission denied",
+        "lost.mp4": "No such file",
+        "pipe.mp4": "not a regular",
+    }
 
 
 @pytest.mark.parametrize("kind", [zero_frames, unreadable])

@@ -127,6 +127,14 @@ def _option(f, default) -> click.Option:
 @click.option("--resume", is_flag=True, help="Continue the run, exactly; settings are the run's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option(
+    "--tier",
+    type=click.Choice(["auto", "gpu", "ram", "disk", "stream"]),
+    default="auto",
+    show_default=True,
+    help="Where frames are kept: in the GPU's memory, in memory, on disk, or nowhere, decoded"
+    " anew from the shards each time.",
+)
+@click.option(
     "--gpus",
     type=click.IntRange(min=1),
     help="Start so many processes, a GPU each, by torchrun (with --device cpu: without GPUs).",
@@ -167,6 +175,8 @@ def _option(f, default) -> click.Option:
 def command(ctx, shards, run, gpus, rebuild_store, **given):
     """Pretrain a backbone on the frames of SHARDS (default: shards/), without labels.
 
+    SHARDS is a folder, or a URL (s3://, gs://, https://), whose frames are streamed.
+
     \b
     sslus train --method vicreg                         a run with the defaults
     sslus train --max-steps 300 --run runs/quick        a short one
@@ -194,20 +204,22 @@ def _train(shards: str, run, given: dict):
     """One run; returns its TrainResult."""
     import contextlib
     import dataclasses
-    from pathlib import Path
 
     from click.core import ParameterSource
 
-    from sslus.engine.store import FrameStore
+    from sslus.engine.stream import is_url
     from sslus.ssl import methods
     from sslus.ssl import train as loop
+    from sslus.ssl.loader import open_store
     from sslus.ssl.loop import Options
     from sslus.tools.screen import progress
 
     given = dict(given)
     ctx = given.pop("ctx")
     rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
-    resume, device, threads = (given.pop(name) for name in ("resume", "device", "threads"))
+    resume, device, tier, threads = (
+        given.pop(name) for name in ("resume", "device", "tier", "threads")
+    )
     options = Options(**{name: given.pop(name) for name in OPTIONS})
     named = {
         name: value
@@ -230,18 +242,21 @@ def _train(shards: str, run, given: dict):
     )
     settings = dataclasses.replace(settings, **_settings(named))
 
-    if _is_main() and (rebuild_store or not (Path(shards) / "store").exists()):
+    if _is_main() and not is_url(shards):
         with progress("frame store", "frames") as report:
-            FrameStore.open(Path(shards), rebuild=rebuild_store, threads=threads, report=report)
+            open_store(
+                shards, tier, settings.pairs, rebuild=rebuild_store, threads=threads, report=report
+            )
     # One log: the other processes are silent.
     with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
         return loop.train(
-            Path(shards),
+            shards,
             settings,
             method_config,
             run,
             resume=resume,
             device=device,
+            tier=tier,
             threads=threads,
             options=options,
             report=report,

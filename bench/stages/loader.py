@@ -7,6 +7,7 @@ in which other programs count less. Floor: the writing of as many bytes.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -104,7 +105,7 @@ def op_alone(shards: Path, size: int, num: int, cpu: bool, decode: bool) -> Time
     from sslus.kernels.augment import views
 
     store = opened(shards, "ram")
-    out, batches = views_of(size), prepared(shards, size, num)
+    out, batches = views_of(size), list(itertools.islice(prepared(shards, size), num))
     frames, jpegs, decoded = torch.from_numpy(whole(shards)), jpegs_of(shards), frames_of(size)
     clock = time.process_time if cpu else time.perf_counter
     start = clock()
@@ -122,17 +123,20 @@ def op_alone(shards: Path, size: int, num: int, cpu: bool, decode: bool) -> Time
 
 
 @functools.cache
-def prepared(shards: Path, size: int, num: int) -> list:
-    """Indices and tables of batches, drawn before."""
+def prepared(shards: Path, size: int) -> Iterator:
+    """Indices and tables of an epoch's batches, drawn before, again and again.
+
+    As many frames as the loader goes through: a few would stay in the processor's caches.
+    """
     import torch
 
     from sslus.ssl.views import draw, parse
 
-    found = []
-    for _, batch in zip(range(num), endless(opened(shards, "ram"), size), strict=False):
+    store, found = opened(shards, "ram"), []
+    for batch in itertools.islice(endless(store, size), max(1, len(store) // size)):
         table = [draw(c, batch.first, v, 0, 0, SIZE, VIEW) for v, c in enumerate(parse(VIEWS))]
         found.append((torch.from_numpy(batch.first), torch.from_numpy(np.concatenate(table))))
-    return found
+    return itertools.cycle(found)
 
 
 @functools.cache

@@ -5,7 +5,7 @@
 // running across the rows: no shuffles, any size, any number of taps, any instruction set. For
 // the passes along x the image is turned first, 16 rows at a time:
 //
-//   frame --blend_rows--> 16 rows --turn--> columns of 16 --blend_columns, brighten--> plane
+//   frame --blend_rows--> 16 rows --turn--> columns of 16 --blend_columns, brightness--> plane
 //   plane --contrast, gamma--> columns --blur--> --turn--> rows of the plane
 //   rows --blur--> row --solarize, gain, speckle--> --normalise--> out
 //
@@ -126,11 +126,20 @@ SSLUS_CLONES void blend_rows(const uint8_t* image, int64_t store, int64_t last, 
   }
 }
 
-// The same along x: kLanes rows of results for each column, weights[k * stride + x].
-template <int kOthers, bool kAdd>
+// kFine steps to kStep steps times a factor in 2^-14 steps, not above white.
+SSLUS_INLINE int16_t brightened(int16_t x, uint16_t factor) {
+  static_assert(kFine == 2 * kStep);
+  const auto twice = static_cast<uint16_t>(x << 1);
+  const auto y = static_cast<uint16_t>((uint32_t{twice} * factor) >> 16);
+  return static_cast<int16_t>(y < kWhite ? y : kWhite);
+}
+
+// The same along x: kLanes rows of results for each column, weights[k * stride + x]. kLast: no tap
+// is missing, so that brightness can follow.
+template <int kOthers, bool kAdd, bool kLast>
 SSLUS_INLINE void blend_columns_of(const int16_t* __restrict in, const int32_t* __restrict first,
                                    const int16_t* __restrict weights, int64_t stride, int64_t k0,
-                                   int64_t n, int16_t* __restrict out) {
+                                   uint16_t factor, int64_t n, int16_t* __restrict out) {
   for (int64_t x = 0; x < n; ++x) {
     const int16_t* from = in + first[x] * kLanes;
     const int16_t* to = from + k0 * kLanes;
@@ -140,23 +149,29 @@ SSLUS_INLINE void blend_columns_of(const int16_t* __restrict in, const int32_t* 
       for (int k = 0; k < kOthers; ++k)
         sum = static_cast<int16_t>(sum + scaled(static_cast<int16_t>(to[k * kLanes + i] - from[i]),
                                                 weight[k * stride]));
-      out[x * kLanes + i] = std::max<int16_t>(sum, 0);
+      sum = sum > 0 ? sum : int16_t{0};
+      out[x * kLanes + i] = kLast ? brightened(sum, factor) : sum;
     }
   }
 }
 
-SSLUS_CLONES void blend_columns(const int16_t* in, const int32_t* first, const int16_t* weights,
-                                int64_t stride, int64_t taps, int64_t n, int16_t* out) {
+SSLUS_CLONES void blend_columns(const int16_t* in, const int32_t* first, const int16_t* w,
+                                int64_t stride, int64_t taps, uint16_t factor, int64_t n,
+                                int16_t* out) {
   switch (taps) {
-    case 1: return blend_columns_of<0, false>(in, first, weights, stride, 1, n, out);
-    case 2: return blend_columns_of<1, false>(in, first, weights, stride, 1, n, out);
-    case 3: return blend_columns_of<2, false>(in, first, weights, stride, 1, n, out);
-    case 4: return blend_columns_of<3, false>(in, first, weights, stride, 1, n, out);
-    default: blend_columns_of<4, false>(in, first, weights, stride, 1, n, out);
+    case 1: return blend_columns_of<0, false, true>(in, first, w, stride, 1, factor, n, out);
+    case 2: return blend_columns_of<1, false, true>(in, first, w, stride, 1, factor, n, out);
+    case 3: return blend_columns_of<2, false, true>(in, first, w, stride, 1, factor, n, out);
+    case 4: return blend_columns_of<3, false, true>(in, first, w, stride, 1, factor, n, out);
+    case 5: return blend_columns_of<4, false, true>(in, first, w, stride, 1, factor, n, out);
   }
+  blend_columns_of<4, false, false>(in, first, w, stride, 1, factor, n, out);
   int64_t k = 5;
-  for (; k + 4 <= taps; k += 4) blend_columns_of<4, true>(in, first, weights, stride, k, n, out);
-  for (; k < taps; ++k) blend_columns_of<1, true>(in, first, weights, stride, k, n, out);
+  for (; k + 4 < taps; k += 4)
+    blend_columns_of<4, true, false>(in, first, w, stride, k, factor, n, out);
+  for (; k + 1 < taps; ++k)
+    blend_columns_of<1, true, false>(in, first, w, stride, k, factor, n, out);
+  blend_columns_of<1, true, true>(in, first, w, stride, k, factor, n, out);
 }
 
 // out = or += in + sum of kPairs of weights[k] * (in k steps before + in k steps after - 2 in).
@@ -260,17 +275,6 @@ void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
     for (int64_t x = 0; x < n; ++x) rows[y * stride + x] = columns[x * kLanes + y];
 }
 #endif
-
-// kFine steps to kStep steps times a factor in 2^-14 steps, not above white.
-SSLUS_CLONES void brighten(const int16_t* __restrict in, uint16_t factor, int64_t n,
-                           int16_t* __restrict out) {
-  static_assert(kFine == 2 * kStep);
-  for (int64_t i = 0; i < n; ++i) {
-    const auto x = static_cast<uint16_t>(in[i] << 1);
-    const auto y = static_cast<uint16_t>((uint32_t{x} * factor) >> 16);
-    out[i] = static_cast<int16_t>(y < kWhite ? y : kWhite);
-  }
-}
 
 // The product with `one` lets compilers add pairs while they widen: pmaddwd.
 SSLUS_CLONES int64_t total(const int16_t* in, int64_t n, int16_t one) {
@@ -386,10 +390,14 @@ __attribute__((target("avx2,fma"))) void normalise_past_caches(const int16_t* ro
                                                                float shift, int64_t n,
                                                                float* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-    const __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(x));
-    _mm256_stream_ps(out + i, _mm256_fmadd_ps(y, a, b));
+  const __m256i zero = _mm256_setzero_si256();  // behind a pixel: widens it, half as dear as a cvt
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m256i x = _mm256_permute4x64_epi64(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)), 0b11011000);
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_unpacklo_epi16(x, zero));
+    const __m256 high = _mm256_cvtepi32_ps(_mm256_unpackhi_epi16(x, zero));
+    _mm256_stream_ps(out + i, _mm256_fmadd_ps(low, a, b));
+    _mm256_stream_ps(out + i + 8, _mm256_fmadd_ps(high, a, b));
   }
 }
 
@@ -448,26 +456,31 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
                            int32_t* __restrict first, float* __restrict distance,
                            float* __restrict sum, float* __restrict share,
                            int16_t* __restrict weights) {
-  for (int64_t o = 0; o < count; ++o) {
-    const double c = centre + step * static_cast<double>(o);
-    const auto f = static_cast<int32_t>(std::max(0.0, c - support + 0.5));  // the first weight > 0
+  // Only 32-bit integers become doubles and back in vectors everywhere.
+  const auto num = static_cast<int32_t>(count);
+  for (int32_t o = 0; o < num; ++o) {
+    const double c = centre + step * o;
+    int32_t f = static_cast<int32_t>(c - support + 0.5);  // the first weight > 0
+    f = f > 0 ? f : 0;
     distance[o] = static_cast<float>(f + 0.5 - c);
     first[o] = f;
     sum[o] = 0;
   }
   const auto slope = static_cast<float>(1 / support);
-  for (int64_t k = 0; k < taps; ++k)
+  const auto end = static_cast<int32_t>(span);
+  for (int32_t k = 0; k < taps; ++k)
     for (int64_t o = 0; o < count; ++o) {
-      float s = std::max(0.0f, 1 - std::fabs(distance[o] + static_cast<float>(k)) * slope);
-      s = first[o] + k < span ? s : 0;
+      float s = 1 - std::fabs(distance[o] + static_cast<float>(k)) * slope;
+      s = s > 0 && first[o] + k < end ? s : 0;
       share[k * stride + o] = s;
       sum[o] += s;
     }
   for (int64_t o = 0; o < count; ++o) sum[o] = 32768 / sum[o];
   for (int64_t k = 0; k < taps; ++k)
-    for (int64_t o = 0; o < count; ++o)
-      weights[k * stride + o] =
-          static_cast<int16_t>(std::min(32767.0f, share[k * stride + o] * sum[o] + 0.5f));
+    for (int64_t o = 0; o < count; ++o) {
+      const float w = share[k * stride + o] * sum[o] + 0.5f;
+      weights[k * stride + o] = static_cast<int16_t>(w < 32767 ? w : 32767);
+    }
   for (int64_t o = 0; o < count; ++o) first[o] += static_cast<int32_t>(offset);
 }
 
@@ -512,12 +525,13 @@ Gaussian gaussian(double sigma, int64_t count) {
   }
   for (int64_t k = 1; k <= g.radius; ++k)
     g.weights[k] = static_cast<int16_t>(std::lround(32768 * share[k] / sum));
+  while (g.radius > 0 && g.weights[g.radius] == 0) --g.radius;
   return g;
 }
 
 struct Scratch {
   AxisBuffers rows, columns;
-  Buffer<int16_t> middle, turned, resized, plane, columns_blurred, image, rows_blurred;
+  Buffer<int16_t> middle, turned, plane, columns_blurred, image, rows_blurred;
   Buffer<float> noise;
 };
 
@@ -547,7 +561,6 @@ int64_t resample(const Job& job, int64_t v, Scratch& scratch, int16_t* block,
   const int64_t stride = round_up(across.span, 32);
   int16_t* middle = scratch.middle.at_least(kLanes * stride);
   int16_t* turned = scratch.turned.at_least((stride + across.taps) * kLanes);
-  int16_t* resized = scratch.resized.at_least(width * kLanes);
   const auto factor = static_cast<uint16_t>(std::lround(p[kBrightness] * 16384));
   const bool needs_mean = p[kContrast] != 1;
   int64_t sum = 0;
@@ -556,8 +569,8 @@ int64_t resample(const Job& job, int64_t v, Scratch& scratch, int16_t* block,
     blend_rows(image, store, down.span - 1, down, y, num_rows, across.span, middle, stride);
     std::fill_n(middle + num_rows * stride, (kLanes - num_rows) * stride, int16_t{0});
     to_columns(middle, stride, stride, turned);
-    blend_columns(turned, across.first, across.weights, across.stride, across.taps, width, resized);
-    brighten(resized, factor, width * kLanes, block);
+    blend_columns(turned, across.first, across.weights, across.stride, across.taps, factor, width,
+                  block);
     if (needs_mean) sum += total(block, width * kLanes, 1);
   }
   return sum;

@@ -1,0 +1,230 @@
+"""What the loop offers beside the plain run: micro-batches, a dual task, a look on the way."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sslus.engine.errors import InputError
+from sslus.engine.shard import Settings as ShardSettings
+from sslus.engine.shard import shard
+from sslus.engine.store import FrameStore
+from sslus.ssl import checkpoints, health, methods
+from sslus.ssl.dual import DualTask
+from sslus.ssl.loader import Views
+from sslus.ssl.loop import Options
+from sslus.ssl.methods import vicreg
+from sslus.ssl.online import knn
+from sslus.ssl.optimizers import OPTIMIZERS
+from sslus.ssl.state import State
+from sslus.ssl.step import Snapshot, Step
+from sslus.ssl.train import Settings, train
+from sslus.ssl.world import World
+from sslus.tools.cli import main
+
+SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
+HEAD = vicreg.Config(projector="32-32")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    settings = ShardSettings(size=32, stride=2)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    return out
+
+
+def run_train(shards, run, settings=SMALL, **options):
+    return train(
+        shards, settings, HEAD, run, device="cpu", threads=1,
+        options=Options(**({"log_every": 1} | options)),
+    )  # fmt: skip
+
+
+def state_of(settings):
+    return State.build(settings.resolved(CPU, 100), HEAD, World(CPU), 2)
+
+
+def views_of(num, seed=0):
+    va, vb = torch.randn(2, num, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return Views(va, vb, None, torch.arange(num), torch.arange(num) % 3 - 1)
+
+
+def weights_of(state):
+    return torch.cat([p.detach().flatten() for p in state.method.parameters()])
+
+
+def test_micro_batches_average_their_gradients():
+    settings = dataclasses.replace(SMALL, accumulate=2, optimizer="sgd", lr=0.1, weight_decay=0.0)
+    one, two, both = (state_of(settings) for _ in range(3))
+    start = weights_of(both)
+    a, b = views_of(16, 0), views_of(16, 1)
+    Step(one, settings)([a], 0.1)
+    Step(two, settings)([b], 0.1)
+    Step(both, settings)([a, b], 0.1)
+    want = (weights_of(one) + weights_of(two)) / 2 - start
+    torch.testing.assert_close(weights_of(both) - start, want, rtol=1e-3, atol=1e-6)
+    loss = both.window[0].item()
+    assert loss == pytest.approx((one.window[0] + two.window[0]).item() / 2, rel=1e-6)
+
+
+def test_a_run_of_micro_batches_counts_steps_and_frames(shards, tmp_path):
+    settings = dataclasses.replace(SMALL, accumulate=2, max_steps=None, epochs=2)
+    result = run_train(shards, tmp_path / "run", settings)
+    num = len(FrameStore.open(shards))
+    assert result.step == 2 * (num // 16) // 2 and result.epoch == pytest.approx(2, abs=0.4)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_logged():
+    settings = dataclasses.replace(SMALL, optimizer="sgd", weight_decay=0.0, clip_norm=0.01)
+    state = state_of(settings)
+    start = weights_of(state)
+    step = Step(state, settings)
+    step([views_of(16)], 1.0)
+    assert (weights_of(state) - start).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert dict(zip(step.names, state.window.tolist(), strict=True))["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_trial_leaves_no_trace(optimizer, steps_before):
+    settings = dataclasses.replace(SMALL, optimizer=optimizer)
+    plain, tried = state_of(settings), state_of(settings)
+    for state in (plain, tried):
+        step = Step(state, settings)
+        for i in range(steps_before):
+            step([views_of(8, i)], 0.01)
+        if state is tried:
+            before = Snapshot(state)
+            for i in range(3):
+                step([views_of(8, 10 + i)], 0.1)
+            before.restore()
+        for i in range(2):
+            step([views_of(8, 20 + i)], 0.01)
+    assert torch.equal(weights_of(plain), weights_of(tried))
+    for a, b in zip(plain.method.buffers(), tried.method.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert plain.step == tried.step and torch.equal(plain.window, tried.window)
+
+
+def test_the_compiled_step_is_the_eager_one(monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: real(m, backend="aot_eager"))
+    settings = dataclasses.replace(SMALL, optimizer="sgd", lr=1e-3)
+    eager, compiled = state_of(settings), state_of(settings)
+    Step(eager, settings)([views_of(16)], 1e-3)
+    Step(compiled, settings, "compile")([views_of(16)], 1e-3)
+    torch.testing.assert_close(eager.window, compiled.window, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights_of(eager), weights_of(compiled), rtol=1e-3, atol=1e-5)
+
+
+def test_the_dual_task_is_the_loss_plus_the_cross_entropy_of_labelled_frames():
+    settings = dataclasses.replace(SMALL, dual_task=0.5)
+    state = state_of(settings)
+    assert isinstance(state.method, DualTask)
+    views = views_of(9)  # labels -1, 0, 1, three of each
+    total, terms, features, _ = state.method(views)
+    plain = state.method.method(views).loss
+    known = views.labels >= 0
+    logits = state.method.classifier(features)
+    want = nn.functional.cross_entropy(logits[known], views.labels[known])
+    assert terms["cross_entropy"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert total.item() == pytest.approx((plain + 0.5 * want).item(), rel=1e-4)
+    nothing = state.method(views._replace(labels=torch.full((9,), -1)))
+    assert nothing.terms["cross_entropy"].item() == 0
+
+
+def test_the_dual_task_learns_the_labels_and_wants_some(shards, clips, tmp_path):
+    settings = dataclasses.replace(SMALL, dual_task=20.0, max_steps=40, lr=1e-2)
+    lines = run_train(shards, tmp_path / "run", settings).metrics
+    first, last = (np.mean([m["cross_entropy"] for m in part]) for part in (lines[:4], lines[-4:]))
+    assert last < 0.8 * first
+    bare = tmp_path / "bare"
+    shard([clips], bare, ShardSettings(size=32, stride=4), device="cpu", jobs=1)
+    with pytest.raises(InputError, match="the shards know 0 labels, it wants two"):
+        run_train(bare, tmp_path / "none", settings)
+
+
+def test_a_look_on_the_way_at_labelled_frames(shards, tmp_path):
+    plain = run_train(shards, tmp_path / "plain")
+    looked = run_train(shards, tmp_path / "looked", online_every=1)
+    found = [m for m in looked.metrics if "knn_accuracy" in m]
+    assert {m["step"] for m in found} >= {6}
+    assert all(0 <= m[k] <= 1 for m in found for k in ("knn_macro_f1", "probe_macro_f1"))
+    losses = [[m["loss"] for m in r.metrics if "loss" in m] for r in (plain, looked)]
+    assert losses[0] == losses[1]  # a look changes nothing
+    best = json.loads((tmp_path / "looked" / "checkpoints" / "best.json").read_text())
+    assert best["score"] == found[-1]["knn_accuracy"]
+
+
+def test_knn_follows_the_near_ones():
+    g = np.random.default_rng(0)
+    centres = g.normal(size=(3, 8))
+    y = np.repeat(np.arange(3), 40)
+    x = (centres[y] + 0.3 * g.normal(size=(120, 8))) * g.uniform(0.1, 10, (120, 1))
+    query = centres[[2, 0, 1]] * 7
+    assert knn(x.astype(np.float32), y, query.astype(np.float32), 3).tolist() == [2, 0, 1]
+
+
+def test_the_time_limit_saves_and_resume_ends_the_run(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    base = ["train", str(shards), "--run", str(run), "--device", "cpu", "--threads", "1"]
+    small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 6 --projector 32-32"
+    assert main([*base, *small.split(), "--time-limit", "0", "--log-every", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "time was up at step 1" in out and f"Next: sslus train --resume --run {run}" in out
+    assert main([*base, "--resume", "--log-every", "1"]) == 0
+    whole = run_train(shards, tmp_path / "whole")
+    a, b = (checkpoints.load(r / "checkpoint.pt") for r in (run, whole.run))
+    assert all(torch.equal(v, b["method"][k]) for k, v in a["method"].items())
+
+
+def test_the_last_checkpoints_and_the_best_stay(shards, tmp_path):
+    result = run_train(shards, tmp_path / "run", checkpoint_every=1, keep=2)
+    folder = result.run / "checkpoints"
+    assert {p.name for p in folder.glob("step-*")} == {"step-00000005.pt", "step-00000006.pt"}
+    losses = {m["step"]: m["loss"] for m in result.metrics}
+    assert checkpoints.load(folder / "best.pt")["step"] == min(losses, key=losses.get)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_alignment_and_uniformity_by_hand():
+    ha = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    hb = torch.tensor([[0.0, 3.0], [0.0, 1.0]])
+    assert health.alignment(ha, hb) == pytest.approx((2 + 0) / 2)
+    assert health.uniformity(ha) == pytest.approx(-4)  # one pair at squared distance 2
+    assert health.uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-5)
+
+
+def test_all_methods_one_after_the_other(shards, tmp_path, capsys):
+    folder = tmp_path / "all"
+    base = ["train", str(shards), "--method", "all", "--run", str(folder), "--device", "cpu"]
+    small = "--threads 1 --backbone test_resnet --image-size 32 --batch-size 8 --max-steps 2"
+    assert main([*base, *small.split(), "--log-every", "1"]) == 0
+    out = capsys.readouterr().out
+    configs = {n: json.loads((folder / n / "config.json").read_text()) for n in methods.names()}
+    assert all(f"{n} " in out for n in configs)
+    budgets = {(c["settings"]["max_steps"], c["settings"]["batch_size"]) for c in configs.values()}
+    assert budgets == {(2, 8)}
+    times = {p: p.stat().st_mtime_ns for p in folder.glob("*/backbone.safetensors")}
+    last = methods.names()[-1]
+    for p in sorted((folder / last).rglob("*"), reverse=True):
+        p.rmdir() if p.is_dir() else p.unlink()
+    assert main([*base, *small.split(), "--log-every", "1", "--resume"]) == 0
+    again = {p: p.stat().st_mtime_ns for p in folder.glob("*/backbone.safetensors")}
+    assert {p.parent.name for p in times if times[p] != again[p]} == {last}
+
+
+def test_recipes_reach_the_run_and_options_win(shards, tmp_path):
+    base = ["train", str(shards), "--device", "cpu", "--threads", "1", "--max-steps", "1"]
+    small = "--backbone test_resnet --image-size 32 --batch-size 8 --recipe study --projector 16-16"
+    assert main([*base, *small.split(), "--run", str(tmp_path / "run"), "--log-every", "1"]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["settings"]["optimizer"] == "lars" and settings["settings"]["image_size"] == 32
+    assert settings["settings"]["lr"] == pytest.approx(0.2 * 8 / 256)
+    assert settings["settings"]["views"] == "barlowtwins"
+    assert settings["method_config"]["projector"] == "16-16"
