@@ -8,7 +8,8 @@ from pathlib import Path
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
@@ -26,78 +27,185 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
             f"backbone {name!r}: timm has no such model"
             + (f"; near: {', '.join(near)}" if near else "")
         )
-    options = {}
-    config = timm.models.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:  # vision transformers fix their grid
-        options["img_size"] = image_size
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         try:
-            return timm.create_model(name, in_chans=1, num_classes=0, **options)
+            model = timm.create_model(name, in_chans=1, **_options(name, image_size))
+            width = model.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1]
         except (AssertionError, RuntimeError, ValueError) as e:
             raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {e}") from e
+    model.num_features = width  # timm's is the last map's, which some models widen after pooling
+    return model.train()
 
 
-def initialise(backbone: nn.Module, init: str, name: str, say: Callable[[str], None]) -> None:
-    """Give `backbone`, a timm model `name`, the weights `init`: random, imagenet or a file."""
+def _options(name: str, image_size: int | None) -> dict:
+    config = timm.models.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size  # vision transformers fix their grid
+    return {"num_classes": 0} | ({"img_size": image_size} if fixed and image_size else {})
+
+
+def initialise(
+    backbone: nn.Module,
+    init: str,
+    name: str,
+    say: Callable[[str], None],
+    *,
+    image_size: int | None = None,
+    grey: tuple[float, float] | None = None,
+) -> None:
+    """Give `backbone`, a timm model `name`, the weights `init`: random, imagenet or a file.
+
+    image_size: that it was built for. grey: mean and standard deviation of the values 0..1, by
+    which its input is normalised; a stem for three channels is folded for them (see `fold`).
+    `say` gets a line that tells what matched. InputError for what cannot be read, fetched or used.
+    """
     if init == "random":
         return
-    if init != "imagenet":
-        say(load(backbone, Path(init)))
-        return
-    try:  # timm sums the stem's weights over RGB
-        trained = timm.create_model(name, in_chans=1, num_classes=0, pretrained=True)
+    if init == "imagenet":
+        source, weights = f"timm's {name}", _pretrained(name, image_size)
+    else:
+        source, weights = init, read(Path(init))
+    say(fill(backbone, weights, source, grey))
+
+
+def _pretrained(name: str, image_size: int | None) -> dict[str, Tensor]:
+    """The weights that timm has of a model, its three-channel stem among them."""
+    try:
+        model = timm.create_model(name, pretrained=True, **_options(name, image_size))
     except Exception as e:  # the download's errors are those of three libraries
         raise InputError(
             f"--init imagenet: the weights of {name} cannot be fetched ({type(e).__name__});"
             " run once with a network, which fills the cache, or give --init FILE"
         ) from e
-    missing, unexpected = backbone.load_state_dict(trained.state_dict(), strict=False)
-    say(f"ImageNet weights of {name}; kept random: {len(missing)}, not used: {len(unexpected)}")
+    return model.state_dict()
 
 
-def load(backbone: nn.Module, path: Path) -> str:
-    """Fill `backbone` in place from a file; returns a line that says what matched.
-
-    `path`: safetensors, or a file of torch.save with tensors only (a state dict, or one under
-    `state_dict`, `model` or `backbone`). A tensor matches if name and shape are the same.
-    Raises InputError if the file cannot be read or nothing matches.
-    """
-    path = Path(path)
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: safetensors, or torch.save's with tensors only (a state dict, or
+    one under `state_dict`, `model` or `backbone`). InputError if it cannot be read."""
     if not path.is_file():
         raise InputError(f"--init {path}: there is no such file; want random, imagenet or a file")
     try:
         if path.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "backbone"):
-                if isinstance(weights.get(key), dict):
-                    weights = weights[key]
-                    break
+            return safetensors.torch.load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model", "backbone"):
+            if isinstance(weights.get(key), dict):
+                weights = weights[key]
+                break
+        return {k: v for k, v in weights.items() if isinstance(v, Tensor)}
     except Exception as e:  # both readers raise a dozen kinds; to the user they are one
         reason = str(e).strip().splitlines()[0][:200]
         raise InputError(f"--init {path}: cannot be read as weights: {reason}") from e
+
+
+def fill(
+    backbone: nn.Module,
+    weights: dict[str, Tensor],
+    source: str,
+    grey: tuple[float, float] | None = None,
+) -> str:
+    """Fill `backbone`, a timm model, in place; returns a line that says what matched.
+
+    A tensor matches if name and shape are the same, after a prefix that the file puts before all
+    names (`module.`, `backbone.`) is taken off, and a stem for three channels is folded into one.
+    Raises InputError if nothing matches, or such a stem cannot be folded.
+    """
     own = backbone.state_dict()
-    matched = {
-        k: v
-        for k, v in weights.items()
-        if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape
-    }
+    prefix = _prefix(own, weights)
+    weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    notes = [f"`{prefix}` taken off their names"] if prefix else []
+    colours = [k for k in weights if k in own and _is_stem(weights[k], own[k])]
+    if colours:
+        weights = fold(backbone, colours, weights, grey)
+        notes.append(f"the three channels of {colours[0]} folded into one")
+    matched = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     if not matched:
         raise InputError(
-            f"--init {path}: 0 of {len(own)} tensors match this backbone in name and shape"
+            f"--init {source}: 0 of {len(own)} tensors match this backbone in name and shape"
             f" (file: {next(iter(weights), 'empty')}...; backbone: {next(iter(own))}...)"
         )
     backbone.load_state_dict(matched, strict=False)
-    left = sorted(own.keys() - matched.keys())
-    extra = sorted(weights.keys() - matched.keys())
-    line = f"{len(matched)} of {len(own)} tensors loaded from {path}"
-    if left:
-        line += f"; kept random: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
-    if extra:
-        line += f"; not used: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}"
-    return line
+    other = {k for k in own.keys() & weights.keys() if k not in matched}
+    for what, keys in (
+        ("of another shape", {f"{k} {_by(weights[k])}, here {_by(own[k])}" for k in other}),
+        ("kept random", own.keys() - weights.keys()),
+        ("not used", weights.keys() - own.keys()),
+    ):
+        if keys:
+            notes.append(f"{what}: {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}")
+    return "; ".join([f"{len(matched)} of {len(own)} tensors loaded from {source}", *notes])
+
+
+def _prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    """What stands before the names in the file: the prefix with which most of them match."""
+    first = next(iter(own))
+    found = (k.removesuffix(first) for k in weights if k.endswith(first))
+    prefixes = ["", *(p for p in found if p.endswith("."))]
+    return max(prefixes, key=lambda p: sum(p + k in weights for k in own))
+
+
+def _by(x: Tensor) -> str:
+    return "x".join(map(str, x.shape)) or "()"
+
+
+def _is_stem(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.ndim == ours.ndim == 4 and (theirs.shape[1], ours.shape[1]) == (3, 1)
+
+
+def fold(
+    backbone: nn.Module,
+    colours: list[str],
+    weights: dict[str, Tensor],
+    grey: tuple[float, float] | None,
+) -> dict[str, Tensor]:
+    """`weights` for three normalised channels -> the same for one: a new dictionary.
+
+    colours: the names of the stem's weights. grey: mean and std of our pixels.
+
+    A grey value g is the colour (g, g, g). The three-channel model gets x_c = (g - m_c) / s_c, with
+    the m and s that timm has of it; ours y = (g - mean) / std. So the stem's sum_c w_c * x_c is
+    w' * y + b with
+
+        w' = sum_c w_c std / s_c        b = sum_c w_c (mean - m_c) / s_c, summed over the window
+
+    b goes into the stem's bias, or where it has none into the mean of the BatchNorm after it.
+    Equal wherever the window lies inside the picture. Where it hangs over the edge, zeros stand
+    for the mean of our pixels, as they stood for the mean of the other ones' colours; no
+    one-channel convolution could keep those.
+
+    InputError where no BatchNorm follows a stem without bias, or the stem changes its weights.
+    """
+    stem = colours[0].removesuffix(".weight")
+    if grey is None:
+        raise ValueError(f"{stem} has three channels in the file: say how the grey values are")
+    (mean, std), rgb = grey, backbone.pretrained_cfg
+    conv = backbone.get_submodule(stem)
+    w = weights[f"{stem}.weight"].double()
+    gain, shift = (
+        torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1)
+        for v in (
+            [std / s for s in rgb["std"]],
+            [(mean - m) / s for m, s in zip(rgb["mean"], rgb["std"], strict=True)],
+        )
+    )
+    offset = (w * shift).sum((1, 2, 3))
+    key, sign = f"{stem}.bias", 1
+    if key not in weights:
+        names = [n for n, _ in backbone.named_modules()]
+        after = names[names.index(stem) + 1]
+        key, sign = f"{after}.running_mean", -1
+    linear = type(conv) in (nn.Conv2d, Conv2dSame)  # others normalise their weights first
+    if len(colours) > 1 or not linear or key not in weights:
+        raise InputError(
+            f"--init: the three-channel stem {stem} of {type(backbone).__name__} cannot be"
+            " folded into one channel; take another backbone, or weights for one channel"
+        )
+    old = weights[key]
+    return weights | {
+        f"{stem}.weight": (w * gain).sum(1, keepdim=True).to(old.dtype),
+        key: (old.double() + sign * offset).to(old.dtype),
+    }
 
 
 def save(backbone: nn.Module, path: Path, about: dict) -> None:

@@ -26,12 +26,22 @@ class State:
     step: int = 0  # updates done
 
     @classmethod
-    def build(cls, settings, method_config, world: World, num_classes: int) -> "State":
-        """settings: train.Settings, resolved. num_classes: of the labels in the shards."""
+    def build(
+        cls,
+        settings,
+        method_config,
+        world: World,
+        num_classes: int = 0,
+        grey: tuple[float, float] = (0.0, 1.0),
+    ) -> "State":
+        """settings: train.Settings, resolved. num_classes: of the labels in the shards. grey: the
+        mean and std, 0 to 1, that views are normalised by."""
         s = settings
         backbone = backbones.build(s.backbone, s.image_size, s.seed)
         torch.manual_seed(s.seed + 1)  # + 1: the backbone has used the seed itself
         method = methods.load(s.method).Method(backbone, method_config, s.image_size)
+        if hasattr(method, "normalised_by"):
+            method.normalised_by(*grey)
         if s.dual_task:
             method = DualTask(method, num_classes, s.dual_task)
         # 2.7 times faster on the CPU too.

@@ -111,9 +111,18 @@ class Settings:
             else self.weight_decay,
             warmup_steps=warmup,
             precision=precision,
-            views=self.views or "ultrasound",
+            views=self.views or methods.recipe(self.method, "default")[0]["views"],
         )
-        parse_views(settings.views)
+        module, views = methods.load(settings.method), parse_views(settings.views)
+        if not getattr(module, "TWO_VIEWS", True) and (
+            settings.pairs == "nearby" or settings.pair_weights
+        ):
+            raise InputError(
+                f"{settings.method} learns from single frames: leave out --pairs nearby and"
+                " --pair-weights"
+            )
+        if hasattr(module, "check_views"):
+            module.check_views(*views)
         for name, choices in (
             ("pairs", PAIRS),
             ("precision", PRECISIONS),
@@ -221,12 +230,16 @@ def train(
     config = _config(settings, method_config, shards, store, world)
     if recorded is not None:
         _refuse_changes(run, recorded, config)
-    state = State.build(settings, method_config, world, len(store.label_names))
+    grey = store.mean, store.std
+    state = State.build(settings, method_config, world, len(store.label_names), grey)
     if (run / "checkpoint.pt").exists():
         state.load(run / "checkpoint.pt")
         say(f"resumed at step {state.step} of {settings.max_steps}")
     else:  # a new run, or one stopped before its first checkpoint
-        backbones.initialise(state.backbone, settings.init, settings.backbone, say)
+        backbones.initialise(
+            state.backbone, settings.init, settings.backbone, say,
+            image_size=settings.image_size, grey=grey,
+        )  # fmt: skip
     world.barrier()  # all have looked at the folder before one changes it
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)

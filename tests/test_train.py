@@ -362,7 +362,7 @@ def test_initial_weights_are_checked(shards, whole_run, tmp_path):
     torch.save({"state_dict": {**trained, "head.weight": torch.ones(3)}}, tmp_path / "part.pt")
     start_from(tmp_path / "part.pt")
     assert "not used: head.weight" in said[-1]
-    save_file({f"module.{k}": v for k, v in trained.items()}, tmp_path / "none.safetensors")
+    save_file({f"other_{k}": v for k, v in trained.items()}, tmp_path / "none.safetensors")
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"0 of \d+ tensors match"):
         run_train(shards, run, dataclasses.replace(SMALL, init=str(tmp_path / "none.safetensors")))

@@ -65,9 +65,10 @@ class Setting:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        labels = FrameStore.open(self.shards).label_names
+        store = FrameStore.open(self.shards)
         world = World(torch.device(self.device))
-        return State.build(self.settings, self.method_config, world, len(labels))
+        grey = store.mean, store.std
+        return State.build(self.settings, self.method_config, world, grey=grey)
 
     def step(self, views) -> None:
         """One update, nothing else."""

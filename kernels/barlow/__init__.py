@@ -6,7 +6,8 @@ with za and zb standardised: zero mean and unit variance of each column over the
 ranks, biased (N), 1e-5 added to the variance. za, zb: (N, D) float.
 
 Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3.25 N^2 D multiplications)
-and tiled (N >= D, 3 N D^2), where autograd of the definition takes 3 N D^2: see cpu.py.
+and tiled (N >= D, 3 N D^2), where autograd of the definition takes 3 N D^2: see cpu.py,
+and gram_gpu.py for the GPU.
 
 Zbontar, Jing, Misra, LeCun, Deny 2021, arXiv:2103.03230, equations 1 and 2.
 """
@@ -14,10 +15,18 @@ Zbontar, Jing, Misra, LeCun, Deny 2021, arXiv:2103.03230, equations 1 and 2.
 from sslus.kernels.barlow import cpu, reference
 from sslus.kernels.op import Op
 
+
+def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+    from sslus.kernels.barlow import gpu
+
+    return gpu.barlow(*tensors, **scalars)
+
+
 barlow_loss = Op(
     "barlow",
     reference=reference.barlow,
     cpu=cpu.barlow,
+    gpu=_gpu,
     cases=tuple(
         {"tensors": [(n, d), (n, d)], "scalars": {"off_diagonal": 0.0051}}
         for n, d in [(2, 1), (2, 7), (7, 5), (33, 129), (64, 32), (31, 257), (130, 65)]

@@ -68,7 +68,8 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
             x /= v[i, cols].sqrt()
             add_gram(k[i], x)
             grads[i][:, cols] = x
-        low[cols] = (pair[0] - pair[1]).square_().sum(0)
+        low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
+        del pair, x  # or the next block would be made beside this one
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
         mirror(k[i])
@@ -78,7 +79,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     diagonal, invariance = ranks.sum_(sums)
     total = dot(k[0], k[1]) / n**2
     if dtype != torch.float64 and total - diagonal < LEFT * total:
-        del grads, k, pair, x
+        del grads, k
         return gram(za, zb, n, off_diagonal, ranks, torch.float64)
 
     w = (low - off_diagonal * (1 + low)) * (2 / n)
@@ -89,6 +90,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
             g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=2 * off_diagonal / n**2)
             mean = (g * x).sum(0).div_(-n)
             torch.mul(g.addcmul_(x, mean), scale[i, cols], out=grads[i][:, cols])
+        del pair, x, g
     loss = invariance + off_diagonal * (total - diagonal)
     return loss, *(ranks.to_rows(g.to(za.dtype), d) for g in grads)
 

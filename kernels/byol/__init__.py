@@ -11,10 +11,18 @@ Grill et al. 2020, arXiv:2006.07733, equation 2 and the symmetric loss after it.
 from sslus.kernels.byol import cpu, reference
 from sslus.kernels.op import Op
 
+
+def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+    from sslus.kernels.byol import gpu
+
+    return gpu.byol(*tensors, **scalars)
+
+
 byol_loss = Op(
     "byol",
     reference=reference.byol,
     cpu=cpu.byol,
+    gpu=_gpu,
     cases=tuple(
         {"tensors": [(n, d)] * 4, "scalars": {}} for n, d in [(1, 1), (2, 7), (33, 129), (130, 65)]
     ),

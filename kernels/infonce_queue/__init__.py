@@ -12,14 +12,24 @@ He, Fan, Wu, Xie, Girshick 2020, arXiv:1911.05722, equation 1.
 from sslus.kernels.infonce_queue import cpu, reference
 from sslus.kernels.op import Op
 
+
+def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+    from sslus.kernels.infonce_queue import gpu
+
+    return gpu.infonce_queue(*tensors, **scalars)
+
+
 infonce_queue_loss = Op(
     "infonce_queue",
     reference=reference.infonce_queue,
     cpu=cpu.infonce_queue,
+    gpu=_gpu,
     num_gradients=1,
     num_batched=2,
     cases=tuple(
         {"tensors": [(n, d), (n, d), (m, d)], "scalars": {"temperature": t}}
-        for n, d, m, t in [(1, 1, 1, 0.2), (7, 5, 3, 0.07), (33, 65, 257, 0.01), (16, 31, 130, 1)]
+        for n, d, m, t in [
+            (1, 1, 1, 0.2), (7, 5, 3, 0.07), (5, 300, 9, 0.2), (33, 64, 257, 0.01), (16, 31, 130, 1)
+        ]
     ),
-)
+)  # fmt: skip

@@ -11,12 +11,22 @@ Chen, Kornblith, Norouzi, Hinton 2020, arXiv:2002.05709, equation 1 and algorith
 from sslus.kernels.ntxent import cpu, reference
 from sslus.kernels.op import Op
 
+
+def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+    from sslus.kernels.ntxent import gpu
+
+    return gpu.ntxent(*tensors, **scalars)
+
+
 ntxent_loss = Op(
     "ntxent",
     reference=reference.ntxent,
     cpu=cpu.ntxent,
+    gpu=_gpu,
     cases=tuple(
         {"tensors": [(n, d), (n, d)], "scalars": {"temperature": t}}
-        for n, d, t in [(1, 3, 0.5), (2, 1, 0.5), (7, 5, 0.1), (33, 129, 0.01), (130, 65, 0.2)]
+        for n, d, t in [
+            (1, 3, 0.5), (2, 1, 0.5), (7, 5, 0.1), (5, 300, 0.1), (33, 129, 0.01), (65, 65, 0.2)
+        ]
     ),
-)
+)  # fmt: skip

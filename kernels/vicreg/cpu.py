@@ -67,6 +67,7 @@ def gram(za, zb, weights, n, factors, ranks, dtype=torch.float32):
             v[i, cols] = x.square().sum(0)
             add_gram(k[i], x)
             grads[i][:, cols] = x
+            del x  # or the next would be made beside it
     v /= n - 1
     for i in range(2):
         mirror(k[i])
@@ -78,7 +79,7 @@ def gram(za, zb, weights, n, factors, ranks, dtype=torch.float32):
     total = [dot(k[i], k[i]) / (n - 1) ** 2 for i in range(2)]
     off = [t - g for t, g in zip(total, diagonal, strict=True)]
     if dtype != torch.float64 and any(o < LEFT * t for o, t in zip(off, total, strict=True)):
-        del grads, k, x
+        del grads, k
         return gram(za, zb, weights, n, factors, ranks, torch.float64)
 
     slope = v * (-4 * covariance / (d * (n - 1)))
@@ -91,6 +92,8 @@ def gram(za, zb, weights, n, factors, ranks, dtype=torch.float32):
             x = grads[i][:, cols]
             g = (x * slope[i, cols]).add_(pull, alpha=sign * 2 * invariance / (n * d))
             x.copy_(g.addmm_(k[i], x, alpha=4 * covariance / (d * (n - 1) ** 2)))
+            del g
+        del pull
     loss = invariance / (n * d) * ranks.sum_(squares)
     loss += variance / (2 * d) * hinge + covariance / d * sum(off)
     return loss, *(ranks.to_rows(g.to(z.dtype), d) for g, z in zip(grads, views, strict=True))

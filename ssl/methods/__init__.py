@@ -15,6 +15,11 @@ A method file holds a docstring (what it computes, from which paper) and
         forward(views: Views) -> Output one call a step; every rank calls it with its rows
         after_step(step: int, num_steps: int) -> None
                                         after each update, step = 1 .. num_steps: a teacher
+        normalised_by(mean, std) -> None
+                                        optional; called once: what views are normalised by
+
+    TWO_VIEWS = False                   optional: the task is of one frame, no pairs are taken
+    check_views(first, second) -> None  optional: raises InputError for views that do not fit
 
 The loss is that of the batch joined over all ranks, and its gradient at this rank's rows is
 complete (see sslus.kernels.ranks). Nothing else in the project names the method.

@@ -1,0 +1,87 @@
+"""BYOL's loss on a GPU: dL/dp = (u cos - v) 2 / (N |p|), with u, v the unit vectors.
+
+Launches, forward and backward together: both directions, a few rows a program; the loss's sum.
+Every number is read from memory once and from a cache twice more. Extra floats: one for every
+16 rows. Across ranks each keeps its rows.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslus.kernels.aot import Build
+from sslus.kernels.byol.reference import check
+from sslus.kernels.logits_gpu import COLUMNS, KINDS, ROWS, length, load, over, total, total_build
+from sslus.kernels.ranks import Ranks
+
+
+@triton.jit
+def _direction(p, t, grad, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.constexpr):
+    """losses[program] = sum |u - v|^2; grad (n, d) = factor (u - v across u) / |p|."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.minimum(row, n - 1)
+    squares_p = tl.zeros((ROWS,), tl.float32)
+    squares_t = tl.zeros((ROWS,), tl.float32)
+    for c0 in range(0, d, BD):
+        c = c0 + tl.arange(0, BD)
+        x, y = load(p, i, c, d).to(tl.float32), load(t, i, c, d).to(tl.float32)
+        squares_p += tl.sum(x * x, 1)
+        squares_t += tl.sum(y * y, 1)
+    size_p, size_t = length(squares_p), length(squares_t)
+    distance = tl.zeros((ROWS,), tl.float32)
+    along = tl.zeros((ROWS,), tl.float32)
+    for c0 in range(0, d, BD):
+        c = c0 + tl.arange(0, BD)
+        u = over(load(p, i, c, d).to(tl.float32), size_p)
+        pull = u - over(load(t, i, c, d).to(tl.float32), size_t)
+        distance += tl.sum(pull * pull, 1)
+        along += tl.sum(pull * u, 1)
+    tl.store(losses + tl.program_id(0), tl.sum(tl.where(row < n, distance, 0.0), 0))
+    for c0 in range(0, d, BD):
+        c = c0 + tl.arange(0, BD)
+        u = over(load(p, i, c, d).to(tl.float32), size_p)
+        pull = u - over(load(t, i, c, d).to(tl.float32), size_t)
+        g = (pull - u * along[:, None]) * (factor / size_p)[:, None]
+        place = grad + i[:, None].to(tl.int64) * d + c[None, :]
+        inside = (row < n)[:, None] & (c < d)[None, :]
+        tl.store(place, g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def byol_kernel(pa, pb, ta, tb, ga, gb, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Row blocks by directions; losses (2, row blocks)."""
+    if tl.program_id(1) == 0:
+        _direction(pa, tb, ga, losses, n, d, factor, ROWS, BD)
+    else:
+        _direction(pb, ta, gb, losses + tl.num_programs(0), n, d, factor, ROWS, BD)
+
+
+def byol(
+    pa: Tensor, pb: Tensor, ta: Tensor, tb: Tensor, *, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(pa, pb, ta, tb)
+    n, d = pa.shape
+    num = n * ranks.world
+    ga, gb = torch.empty_like(pa), torch.empty_like(pb)
+    programs = triton.cdiv(n, ROWS)
+    losses = pa.new_empty((2, programs), dtype=torch.float32)
+    byol_kernel[(programs, 2)](
+        pa, pb, ta, tb, ga, gb, losses, n, d, 2 / num, ROWS=ROWS, BD=COLUMNS, num_warps=4
+    )
+    return ranks.sum_(total(losses, 1 / num)), ga, gb
+
+
+def builds() -> Iterator[Build]:
+    names = ("pa", "pb", "ta", "tb", "ga", "gb")
+    # The last: rows that do not all start at a multiple of 16 bytes.
+    for kind, d in (*((kind, "i32:16") for kind in KINDS.values()), ("bf16", "i32")):
+        yield Build(
+            f"byol {kind} {d}", byol_kernel,
+            dict.fromkeys(names, f"*{kind}:16")
+            | {"losses": "*fp32:16", "n": "i32", "d": d, "factor": "fp32"},
+            {"ROWS": ROWS, "BD": COLUMNS},
+        )  # fmt: skip
+    yield total_build()

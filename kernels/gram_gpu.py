@@ -1,0 +1,893 @@
+"""BarlowTwins and VICReg in Triton: what both are made of.
+
+With X, Y (N, D) the views and C = X^T Y / m, both losses are a sum over columns, plus a factor
+times the sum of C_ij^2 off the diagonal. VICReg takes X = Y, each view with itself, centred, and
+m = N - 1; BarlowTwins takes the two standardised views, and m = N. Two exact forms, neither with a
+D x D matrix; the equations and what is subtracted where are in the docstrings of cpu.py.
+
+    Gram (N < D)                                       grid at N = 256, D = 8192, bf16
+    1 columns    means, variances, planes of x         256: 32 columns
+    2 multiply   partial x x^T                         10 tiles x 14 parts of D x 2 views
+    3 gram_sum   K: parts added, mirrored, squared     36: 32 x 32, on and below the diagonal
+    4 exact      where all minus diagonal cancels      256 x 2, which as a rule do nothing
+    5 *_apply    gradients from K x; the loss          VICReg 128 x 4 x 2, BarlowTwins 256 x 2
+
+    tiled (N >= D): 1, then for every 512 columns      at N = 4096, D = 2048: 13 launches
+    2 multiply   partial C, D x 512
+    3 strip_sum  C: parts added, diagonal 0, squared
+    5 apply      gradients of these columns from x C; the loss so far
+
+Nothing waits for the device, sums have one order (no atomics), and addresses do not depend on
+values, so that a CUDA graph can hold all of it.
+
+Precision. float32 multiplies as three products of TF32. Half precision, bfloat16 or float16,
+becomes two planes of bfloat16, x = hi + lo, with 16 bits in all: x as one plane would be off by
+2^-9, and K by as much, while the loss of the definition is exact to float32. K and C are kept in
+such planes too. A product is hi hi + hi lo + lo hi, added in float32; K gets lo lo besides, whose
+diagonal is all of one sign. Scalar parts are added in float64. The covariance term alone is then
+within 2e-6 of itself where one entry is nearly all of it, else within 1e-6.
+
+The Gram form has |K|^2 minus a sum of squared diagonal entries; both are made of the same rounded
+planes, and cancel as equals. Where less than LEFT is left, K is too coarse for the gradient also,
+and nothing but the tiles themselves will do. The host must not look, so `exact` is always
+launched; its programs read the sums and return, or replace the view's gradient and sum.
+
+Matrix products, in N^2 D or N D^2 multiplications for both forms: VICReg 2 x (5/8 + 1),
+BarlowTwins the same in the Gram form, and tiled 2 x (1 + 1) each. Tiled BarlowTwins makes C twice,
+by columns and by rows, so that no gradient is added up in memory. Half precision does 4 (Gram)
+or 3 products of bfloat16 for each.
+
+Memory besides the gradients, in floats: planes 2 N D; Gram: 2 (parts + 1) N^2, and in half
+precision 2 N D that only `exact`, and BarlowTwins with N > 256, write to; tiled: 2 (parts + 1) D x
+512. Parts are as many as fill 264 programs: 14 at N = 256, 1 at N > 1024.
+
+Across ranks the Gram form works on all rows of D / world columns and adds K; the tiled form on
+its own rows and adds C. There the host does look whether the sum cancels, since `exact` needs all
+columns: it takes the tiled form then.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslus.kernels.aot import Build
+from sslus.kernels.products import LEFT
+from sslus.kernels.ranks import Ranks
+
+WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
+PROGRAMS = 264  # two for each multiprocessor of the largest
+_LEFT = tl.constexpr(LEFT)
+_VICREG_EPS = tl.constexpr(1e-4)
+_BARLOW_EPS = tl.constexpr(1e-5)
+# Rows of `sums`, float64: what has no products; of each view the diagonal; all entries; and the
+# entries off the diagonal, if `exact` made them.
+DIAGONAL, ALL = 1, 3
+_DIRECT, _EXACT = tl.constexpr(0), tl.constexpr(5)
+_DIAGONAL, _ALL = tl.constexpr(DIAGONAL), tl.constexpr(ALL)
+NUM_SUMS = 7
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The sum over columns and the factor; n rows in all, d columns in all."""
+
+    barlow: bool
+    n: int
+    d: int
+    off: float  # times the sum of C_ij^2 off the diagonal
+    pull: float = 0.0  # VICReg: times the sum of (za - zb)^2, weighted
+    hinge: float = 0.0  # VICReg: times the sum of relu(1 - s)
+
+    @property
+    def m(self) -> int:
+        return self.n if self.barlow else self.n - 1
+
+    @property
+    def slope(self) -> float:
+        """d/dx of off C_ij^2 is this times C_ij y: VICReg meets each entry twice."""
+        return (2 if self.barlow else 4) * self.off / self.m
+
+
+@triton.jit
+def _rows(p, r, c, N, D):
+    """(R, C) float32 at rows r and columns c of (N, D); 0 outside."""
+    inside = (r[:, None] < N) & (c[None, :] < D)
+    return tl.load(p + r[:, None].to(tl.int64) * D + c[None, :], mask=inside, other=0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _planes(hi, lo, r, c, N, D, LOW: tl.constexpr):
+    x = _rows(hi, r, c, N, D)
+    if LOW:
+        x += _rows(lo, r, c, N, D)
+    return x
+
+
+@triton.jit
+def _store(hi, lo, place, x, inside, LOW: tl.constexpr):
+    high = x.to(hi.dtype.element_ty)
+    tl.store(hi + place, high, mask=inside)
+    if LOW:
+        tl.store(lo + place, (x - high.to(tl.float32)).to(lo.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_up(parts, count):
+    i = tl.arange(0, 256)
+    total = tl.zeros((256,), tl.float64)
+    for start in range(0, count, 256):
+        total += tl.load(parts + start + i, mask=start + i < count, other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _cancels(sums, P, view, num_columns, num_tiles, BARLOW: tl.constexpr):
+    """1 if the view's entries off the diagonal are too small a part of all, else 0."""
+    if BARLOW:
+        view = view * 0  # both have one C
+    every = _add_up(sums + (view + _ALL) * P, num_tiles)
+    rest = every - _add_up(sums + (view + _DIAGONAL) * P, num_columns)
+    return (rest < every * _LEFT).to(tl.int32)
+
+
+@triton.jit
+def _write_loss(
+    sums, loss, P, off, num_columns, num_tiles, num_exact, strip, BARLOW: tl.constexpr
+):  # fmt: skip
+    total = _add_up(sums + P * _DIRECT, num_columns)
+    for view in tl.static_range(1 if BARLOW else 2):
+        rest = _add_up(sums + (view + _ALL) * P, num_tiles)
+        if strip == 0:
+            every = rest
+            rest = every - _add_up(sums + (view + _DIAGONAL) * P, num_columns)
+            if rest < every * _LEFT:
+                rest = _add_up(sums + (view + _EXACT) * P, num_exact)
+        total += off * rest
+    tl.store(loss, total.to(tl.float32))
+
+
+@triton.jit
+def columns(
+    za, zb, weights, hi, lo, col, sums, N, D, P, pull, hinge, off, slope,
+    BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Planes hi, lo (2, N, D) of x, coefficients col (., D) for the gradients, parts of the loss.
+
+    VICReg: what x is multiplied with in its own gradient, a and b; the same without C's diagonal.
+    BarlowTwins: 1 / s of a and b; what the other view is multiplied with; the same without the
+    diagonal; the part of N mean(x dL/dx) that has no products.
+    """
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    ok = c < D
+    n = tl.cast(N, tl.float32)
+    # The first row goes first: exact where a column is collapsed.
+    first_a = tl.load(za + c, mask=ok, other=0).to(tl.float32)[None, :]
+    first_b = tl.load(zb + c, mask=ok, other=0).to(tl.float32)[None, :]
+    mean_a = tl.zeros((BD,), tl.float32)
+    mean_b = tl.zeros((BD,), tl.float32)
+    for start in range(0, N, BN):
+        r = start + tl.arange(0, BN)
+        here = (r < N)[:, None]
+        mean_a += tl.sum(tl.where(here, _rows(za, r, c, N, D) - first_a, 0.0), 0)
+        mean_b += tl.sum(tl.where(here, _rows(zb, r, c, N, D) - first_b, 0.0), 0)
+    mean_a = (mean_a / n)[None, :]
+    mean_b = (mean_b / n)[None, :]
+    var_a = tl.zeros((BD,), tl.float32)
+    var_b = tl.zeros((BD,), tl.float32)
+    for start in range(0, N, BN):
+        r = start + tl.arange(0, BN)
+        here = (r < N)[:, None]
+        a = tl.where(here, _rows(za, r, c, N, D) - first_a - mean_a, 0.0)
+        b = tl.where(here, _rows(zb, r, c, N, D) - first_b - mean_b, 0.0)
+        var_a += tl.sum(a * a, 0)
+        var_b += tl.sum(b * b, 0)
+    if BARLOW:
+        var_a /= n
+        var_b /= n
+        root_a = 1 / tl.sqrt_rn(var_a + _BARLOW_EPS)
+        root_b = 1 / tl.sqrt_rn(var_b + _BARLOW_EPS)
+    else:
+        var_a /= n - 1
+        var_b /= n - 1
+        root_a = tl.full((BD,), 1.0, tl.float32)
+        root_b = root_a
+
+    # Diagonal entries are of the planes, as they are in |K|^2, from which they are subtracted.
+    diagonal_a = tl.zeros((BD,), tl.float32)
+    diagonal_b = tl.zeros((BD,), tl.float32)
+    squares = tl.zeros((BD,), tl.float32)
+    for start in range(0, N, BN):
+        r = start + tl.arange(0, BN)
+        here = (r < N)[:, None]
+        a = _rows(za, r, c, N, D)
+        b = _rows(zb, r, c, N, D)
+        if not BARLOW:
+            far = a - b
+            far *= far
+            if WEIGHTED:
+                far *= tl.load(weights + r, mask=r < N, other=0).to(tl.float32)[:, None]
+            squares += tl.sum(far, 0)
+        a = tl.where(here, a - first_a - mean_a, 0.0) * root_a[None, :]
+        b = tl.where(here, b - first_b - mean_b, 0.0) * root_b[None, :]
+        place = r[:, None].to(tl.int64) * D + c[None, :]
+        inside = here & ok[None, :]
+        view = tl.cast(N, tl.int64) * D
+        _store(hi, lo, place, a, inside, LOW)
+        _store(hi + view, lo + view, place, b, inside, LOW)
+        if BARLOW:
+            far = a - b
+            squares += tl.sum(far * far, 0)
+        if LOW:
+            high_a = a.to(hi.dtype.element_ty).to(tl.float32)
+            high_b = b.to(hi.dtype.element_ty).to(tl.float32)
+            a = high_a + (a - high_a).to(hi.dtype.element_ty).to(tl.float32)
+            b = high_b + (b - high_b).to(hi.dtype.element_ty).to(tl.float32)
+        if BARLOW:
+            diagonal_a += tl.sum(a * b, 0)
+        else:
+            diagonal_a += tl.sum(a * a, 0)
+            diagonal_b += tl.sum(b * b, 0)
+
+    if BARLOW:
+        # d - 1, small where the views agree, and so not taken as a difference.
+        low = -0.5 * (squares / n + (root_a * root_a + root_b * root_b) * _BARLOW_EPS)
+        direct = (low * low).to(tl.float64)
+        tl.store(col + c, root_a, mask=ok)
+        tl.store(col + D + c, root_b, mask=ok)
+        tl.store(col + 2 * D + c, 2 * (low - off * diagonal_a / n) / n, mask=ok)
+        tl.store(col + 3 * D + c, 2 * low / n, mask=ok)
+        tl.store(col + 4 * D + c, 2 * low * (1 + low), mask=ok)
+    else:
+        s_a = tl.sqrt_rn(var_a + _VICREG_EPS)
+        s_b = tl.sqrt_rn(var_b + _VICREG_EPS)
+        own_a = tl.where(s_a < 1, hinge / ((n - 1) * s_a), 0.0)
+        own_b = tl.where(s_b < 1, hinge / ((n - 1) * s_b), 0.0)
+        alive = tl.maximum(1 - s_a, 0.0) + tl.maximum(1 - s_b, 0.0)
+        direct = pull * squares.to(tl.float64) + hinge * alive.to(tl.float64)
+        tl.store(col + 2 * D + c, own_a, mask=ok)
+        tl.store(col + 3 * D + c, own_b, mask=ok)
+        tl.store(col + c, own_a + slope * diagonal_a / (n - 1), mask=ok)
+        tl.store(col + D + c, own_b + slope * diagonal_b / (n - 1), mask=ok)
+    part = sums + tl.program_id(0)
+    m = tl.cast(N, tl.float64) if BARLOW else tl.cast(N, tl.float64) - 1
+    diagonal_a = diagonal_a.to(tl.float64) / m
+    diagonal_b = diagonal_b.to(tl.float64) / m
+    tl.store(part + P * _DIRECT, tl.sum(tl.where(ok, direct, 0.0), 0))
+    tl.store(part + P * _DIAGONAL, tl.sum(diagonal_a * diagonal_a, 0))
+    tl.store(part + P * (_DIAGONAL + 1), tl.sum(diagonal_b * diagonal_b, 0))
+
+
+@triton.jit
+def _triangle(p):
+    """The p-th pair (i, j) with i >= j."""
+    i = ((tl.sqrt((8 * p + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    return i, p - i * (i + 1) // 2
+
+
+@triton.jit
+def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr):
+    """z + x y. The small products go first."""
+    if LOW:
+        z = tl.dot(xl, yh, z)
+        z = tl.dot(xh, yl, z)
+    return tl.dot(xh, yh, z, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["other"])
+def multiply(
+    hi, lo, parts, N, D, start, width, chunk, other,
+    STRIP: tl.constexpr, LOW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of one part of x x^T (N, N), or of x^T y (D, width); (2, parts, ., .) float32.
+
+    x and y are one view; if `other`, x is the other one.
+    """
+    part = tl.program_id(1)
+    view = tl.program_id(2)
+    x = tl.where(other != 0, 1 - view, view).to(tl.int64) * N * D
+    y = view.to(tl.int64) * N * D
+    if STRIP:
+        across = tl.cdiv(width, BT)
+        i = tl.program_id(0) // across
+        j = tl.program_id(0) % across
+        height, length = D, N
+    else:
+        i, j = _triangle(tl.program_id(0))
+        height, length = N, D
+        width = N
+    r = i * BT + tl.arange(0, BT)
+    c = j * BT + tl.arange(0, BT)
+    z = tl.zeros((BT, BT), tl.float32)
+    for k0 in range(part * chunk, tl.minimum((part + 1) * chunk, length), BK):
+        k = k0 + tl.arange(0, BK)
+        if STRIP:
+            from_x = x + k[None, :].to(tl.int64) * D + r[:, None]
+            from_y = y + k[:, None].to(tl.int64) * D + (start + c)[None, :]
+        else:
+            from_x = x + r[:, None].to(tl.int64) * D + k[None, :]
+            from_y = y + c[None, :].to(tl.int64) * D + k[:, None]
+        in_x = (r[:, None] < height) & (k[None, :] < length)
+        in_y = (c[None, :] < width) & (k[:, None] < length)
+        xh = tl.load(hi + from_x, mask=in_x, other=0)
+        yh = tl.load(hi + from_y, mask=in_y, other=0)
+        if LOW:
+            xl = tl.load(lo + from_x, mask=in_x, other=0)
+            yl = tl.load(lo + from_y, mask=in_y, other=0)
+            if not STRIP:
+                z = tl.dot(xl, yl, z)
+        else:
+            xl, yl = xh, yh
+        z = _dot(xh, xl, yh, yl, z, LOW)
+    parts += (view.to(tl.int64) * tl.num_programs(1) + part) * height * width
+    inside = (r[:, None] < height) & (c[None, :] < width)
+    tl.store(parts + r[:, None].to(tl.int64) * width + c[None, :], z, mask=inside)
+
+
+@triton.jit
+def gram_sum(
+    parts, kh, kl, sums, N, P, num_parts, m,
+    BARLOW: tl.constexpr, LOW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Planes kh, kl (2, N, N) of K from its parts on and below the diagonal; sums of squares."""
+    i, j = _triangle(tl.program_id(0))
+    r = i * BS + tl.arange(0, BS)
+    c = j * BS + tl.arange(0, BS)
+    inside = (r[:, None] < N) & (c[None, :] < N)
+    place = r[:, None].to(tl.int64) * N + c[None, :]
+    mirrored = r[:, None] + c[None, :].to(tl.int64) * N
+    square = tl.cast(N, tl.int64) * N
+    a = tl.zeros((BS, BS), tl.float32)
+    b = tl.zeros((BS, BS), tl.float32)
+    for s in range(num_parts):
+        a += tl.load(parts + s * square + place, mask=inside, other=0)
+        b += tl.load(parts + (num_parts + s) * square + place, mask=inside, other=0)
+    _store(kh, kl, place, a, inside, LOW)
+    _store(kh + square, kl + square, place, b, inside, LOW)
+    if i != j:
+        _store(kh, kl, mirrored, a, inside, LOW)
+        _store(kh + square, kl + square, mirrored, b, inside, LOW)
+    # In float64: what is subtracted from this must not have another factor.
+    m = tl.cast(m, tl.float64)
+    twice = tl.where(i == j, 1, 2) / (m * m)
+    a = a.to(tl.float64)
+    b = b.to(tl.float64)
+    part = sums + P * _ALL + tl.program_id(0)
+    if BARLOW:
+        tl.store(part, twice * tl.sum(tl.sum(a * b, 1), 0))
+    else:
+        tl.store(part, twice * tl.sum(tl.sum(a * a, 1), 0))
+        tl.store(part + P, twice * tl.sum(tl.sum(b * b, 1), 0))
+
+
+@triton.jit(do_not_specialize=["first"])
+def strip_sum(
+    parts, ch, cl, squares, sums, D, P, start, width, num_parts, first, m,
+    LOW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Planes ch, cl (2, D, width) of C with diagonal 0 from its parts; sums of squares.
+
+    squares (2, D / BS, width): of each column of a tile. first: where this strip's sums begin.
+    """
+    view = tl.program_id(2)
+    i = tl.program_id(0)
+    r = i * BS + tl.arange(0, BS)
+    c = tl.program_id(1) * BS + tl.arange(0, BS)
+    inside = (r[:, None] < D) & (c[None, :] < width)
+    place = r[:, None].to(tl.int64) * width + c[None, :]
+    size = tl.cast(D, tl.int64) * width
+    z = tl.zeros((BS, BS), tl.float32)
+    for s in range(num_parts):
+        z += tl.load(parts + (view * num_parts + s) * size + place, mask=inside, other=0)
+    z = tl.where(r[:, None] == (start + c)[None, :], 0.0, z / m)
+    _store(ch + view * size, cl + view * size, place, z, inside, LOW)
+    z *= z
+    column = tl.sum(z, 0)
+    row = view * tl.num_programs(0) + i
+    tl.store(squares + row * width + c, column, mask=c < width)
+    part = first + i * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + (view + _ALL) * P + part, tl.sum(column.to(tl.float64), 0))
+
+
+@triton.jit
+def _product(
+    left_hi, left_lo, right_hi, right_lo, r, c, N, K, D, LOW: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """(BN, BD) at rows r and columns c of left (N, K) times right (K, D)."""
+    z = tl.zeros((BN, BD), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        from_left = r[:, None].to(tl.int64) * K + k[None, :]
+        in_left = (r[:, None] < N) & (k[None, :] < K)
+        from_right = k[:, None].to(tl.int64) * D + c[None, :]
+        in_right = (k[:, None] < K) & (c[None, :] < D)
+        xh = tl.load(left_hi + from_left, mask=in_left, other=0)
+        yh = tl.load(right_hi + from_right, mask=in_right, other=0)
+        if LOW:
+            xl = tl.load(left_lo + from_left, mask=in_left, other=0)
+            yl = tl.load(right_lo + from_right, mask=in_right, other=0)
+        else:
+            xl, yl = xh, yh
+        z = _dot(xh, xl, yh, yl, z, LOW)
+    return z
+
+
+@triton.jit
+def _pull(za, zb, weights, r, c, view, N, D, WEIGHTED: tl.constexpr):
+    """za - zb, weighted, and turned round for view b."""
+    z = _rows(za, r, c, N, D) - _rows(zb, r, c, N, D)
+    if WEIGHTED:
+        z *= tl.load(weights + r, mask=r < N, other=0).to(tl.float32)[:, None]
+    return tl.where(view == 0, z, -z)
+
+
+@triton.jit
+def _to_input(g, x, mean, root, PAIR: tl.constexpr):
+    """dL/dz from g = dL/dx; x standardised with root = 1 / s, mean of g x.
+
+    Of two rows x is (u, -u), and so is g: nothing but rounding would be left of a difference.
+    """
+    if PAIR:
+        g *= (root * root * _BARLOW_EPS)[None, :]  # 1 - u^2
+    else:
+        g -= x * mean[None, :]
+    return g * root[None, :]
+
+
+@triton.jit(do_not_specialize=["strip"])
+def apply(
+    left_hi, left_lo, right_hi, right_lo, hi, lo, za, zb, weights, col, squares, sums, loss,
+    ga, gb, N, D, K, start, width, P, num_columns, num_tiles, num_exact, num_squares, strip,
+    scale, pull, off, rows,
+    BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr,
+    PAIR: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of a gradient from scale left right: K x, or x C for columns start to start + width.
+
+    strip: 1 for x C, as always for BarlowTwins. rows: of all ranks; N of this one.
+    """
+    view = tl.program_id(2)
+    v = view.to(tl.int64)
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    r = tl.program_id(1) * BN + tl.arange(0, BN)
+    at = start + c
+    ok = c < width
+    left = (1 - v if BARLOW else v) * N * K
+    right = v * K * width
+    g = scale * _product(
+        left_hi + left, left_lo + left, right_hi + right, right_lo + right,
+        r, c, N, K, width, LOW, BN, BD, BK,
+    )  # fmt: skip
+    own = v * N * D
+    x = _planes(hi + own, lo + own, r, at, N, D, LOW)
+    if BARLOW:
+        other = (1 - v) * N * D
+        y = _planes(hi + other, lo + other, r, at, N, D, LOW)
+        g += y * tl.load(col + 3 * D + at, mask=ok, other=0)[None, :]
+        mean = tl.load(col + 4 * D + at, mask=ok, other=0)
+        for i in range(num_squares):
+            row = squares + (view * num_squares + i) * width
+            mean += 2 * off * tl.load(row + c, mask=ok, other=0)
+        root = tl.load(col + view * D + at, mask=ok, other=0)
+        g = _to_input(g, x, mean / rows, root, PAIR)
+    else:
+        row = 2 * strip + view
+        g -= x * tl.load(col + row * D + at, mask=ok, other=0)[None, :]
+        g += pull * _pull(za, zb, weights, r, at, view, N, D, WEIGHTED)
+    kept = N  # where `exact` has written: no row
+    if strip == 0:
+        kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, BARLOW))
+    inside = (r[:, None] < kept) & ok[None, :]
+    out = ga if view == 0 else gb
+    place = r[:, None].to(tl.int64) * D + at[None, :]
+    tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (view == 0):
+        _write_loss(sums, loss, P, off, num_columns, num_tiles, num_exact, strip, BARLOW)
+
+
+@triton.jit
+def barlow_apply(
+    kh, kl, hi, lo, col, sums, loss, ga, gb, wa, wb,
+    N, D, P, num_columns, num_tiles, num_exact, scale, off,
+    LOW: tl.constexpr, ONE: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Whole columns of a gradient from scale K x, K of the other view: the mean needs all rows.
+
+    ONE: they fit into one tile. Else dL/dx waits in wa, wb (N, D) float32.
+    """
+    view = tl.program_id(1)
+    v = view.to(tl.int64)
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    ok = c < D
+    k = (1 - v) * N * N
+    own = v * N * D
+    other = (1 - v) * N * D
+    out = ga if view == 0 else gb
+    work = wa if view == 0 else wb
+    to_other = tl.load(col + 2 * D + c, mask=ok, other=0)[None, :]
+    root = tl.load(col + view * D + c, mask=ok, other=0)
+    kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, True))  # see `apply`
+    mean = tl.zeros((BD,), tl.float32)
+    if ONE:
+        r = tl.arange(0, BN)
+        g = scale * _product(
+            kh + k, kl + k, hi + own, lo + own, r, c, N, N, D, LOW, BN, BD, BK
+        )  # fmt: skip
+        g += _planes(hi + other, lo + other, r, c, N, D, LOW) * to_other
+        x = _planes(hi + own, lo + own, r, c, N, D, LOW)
+        mean = tl.sum(g * x, 0) / tl.cast(N, tl.float32)
+        g = _to_input(g, x, mean, root, PAIR)
+        inside = (r[:, None] < kept) & ok[None, :]
+        place = r[:, None].to(tl.int64) * D + c[None, :]
+        tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+    else:
+        for start in range(0, N, BN):
+            r = start + tl.arange(0, BN)
+            g = scale * _product(
+                kh + k, kl + k, hi + own, lo + own, r, c, N, N, D, LOW, BN, BD, BK
+            )  # fmt: skip
+            g += _planes(hi + other, lo + other, r, c, N, D, LOW) * to_other
+            mean += tl.sum(g * _planes(hi + own, lo + own, r, c, N, D, LOW), 0)
+            inside = (r[:, None] < kept) & ok[None, :]
+            place = r[:, None].to(tl.int64) * D + c[None, :]
+            tl.store(work + place, g, mask=inside)
+        mean /= tl.cast(N, tl.float32)
+        tl.debug_barrier()  # threads of the program read what others of it wrote
+        for start in range(0, N, BN):
+            r = start + tl.arange(0, BN)
+            inside = (r[:, None] < kept) & ok[None, :]
+            place = r[:, None].to(tl.int64) * D + c[None, :]
+            g = tl.load(work + place, mask=inside, other=0)
+            x = _planes(hi + own, lo + own, r, c, N, D, LOW)
+            g = _to_input(g, x, mean, root, False)
+            tl.debug_barrier()  # float32 waits where it is to be written
+            tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+    if (tl.program_id(0) == 0) & (view == 0):
+        _write_loss(sums, loss, P, off, num_columns, num_tiles, num_exact, 0, True)
+
+
+@triton.jit
+def exact(
+    hi, lo, za, zb, weights, col, sums, ga, gb, wa, wb, N, D, P, num_columns, num_tiles,
+    m, slope, pull, off,
+    BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The Gram form's columns from tiles of C, if its sum cancels; slow, and so is the definition.
+
+    A program makes the tiles of its columns one after the other, and adds x C up in wa, wb.
+    """
+    view = tl.program_id(1)
+    if _cancels(sums, P, view, num_columns, num_tiles, BARLOW) != 0:
+        v = view.to(tl.int64)
+        c = tl.program_id(0) * BD + tl.arange(0, BD)
+        ok = c < D
+        own = v * N * D
+        left = (1 - v if BARLOW else v) * N * D
+        work = wa if view == 0 else wb
+        squares = tl.zeros((BD,), tl.float32)
+        for k0 in range(0, D, BK):
+            k = k0 + tl.arange(0, BK)
+            tile = tl.zeros((BK, BD), tl.float32)
+            for start in range(0, N, BN):
+                r = start + tl.arange(0, BN)
+                from_x = left + r[None, :].to(tl.int64) * D + k[:, None]
+                in_x = (r[None, :] < N) & (k[:, None] < D)
+                from_y = own + r[:, None].to(tl.int64) * D + c[None, :]
+                in_y = (r[:, None] < N) & ok[None, :]
+                xh = tl.load(hi + from_x, mask=in_x, other=0)
+                yh = tl.load(hi + from_y, mask=in_y, other=0)
+                xl, yl = xh, yh
+                if LOW:
+                    xl = tl.load(lo + from_x, mask=in_x, other=0)
+                    yl = tl.load(lo + from_y, mask=in_y, other=0)
+                tile = _dot(xh, xl, yh, yl, tile, LOW)
+            tile = tl.where(k[:, None] == c[None, :], 0.0, tile / m)
+            squares += tl.sum(tile * tile, 0)
+            high = tile.to(hi.dtype.element_ty)
+            low = high
+            if LOW:
+                low = (tile - high.to(tl.float32)).to(hi.dtype.element_ty)
+            for start in range(0, N, BN):
+                r = start + tl.arange(0, BN)
+                from_x = left + r[:, None].to(tl.int64) * D + k[None, :]
+                in_x = (r[:, None] < N) & (k[None, :] < D)
+                xh = tl.load(hi + from_x, mask=in_x, other=0)
+                xl = xh
+                if LOW:
+                    xl = tl.load(lo + from_x, mask=in_x, other=0)
+                place = r[:, None].to(tl.int64) * D + c[None, :]
+                inside = (r[:, None] < N) & ok[None, :]
+                g = tl.load(work + place, mask=inside & (k0 > 0), other=0)
+                g = _dot(xh, xl, high, low, g, LOW)
+                tl.debug_barrier()  # nobody writes before all have read, or reads before
+                tl.store(work + place, g, mask=inside)
+                tl.debug_barrier()
+        out = ga if view == 0 else gb
+        mean = squares  # for VICReg unused
+        if BARLOW:
+            mean = (tl.load(col + 4 * D + c, mask=ok, other=0) + 2 * off * squares) / N
+        for start in range(0, N, BN):
+            r = start + tl.arange(0, BN)
+            place = r[:, None].to(tl.int64) * D + c[None, :]
+            inside = (r[:, None] < N) & ok[None, :]
+            g = slope * tl.load(work + place, mask=inside, other=0)
+            x = _planes(hi + own, lo + own, r, c, N, D, LOW)
+            if BARLOW:
+                other = (1 - v) * N * D
+                diagonal = tl.load(col + 3 * D + c, mask=ok, other=0)
+                y = _planes(hi + other, lo + other, r, c, N, D, LOW)
+                root = tl.load(col + view * D + c, mask=ok, other=0)
+                g = _to_input(g + y * diagonal[None, :], x, mean, root, PAIR)
+            else:
+                g -= x * tl.load(col + (2 + view) * D + c, mask=ok, other=0)[None, :]
+                g += pull * _pull(za, zb, weights, r, c, view, N, D, WEIGHTED)
+            tl.debug_barrier()
+            tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+        part = sums + (view + _EXACT) * P + tl.program_id(0)
+        tl.store(part, tl.sum(squares.to(tl.float64), 0))
+
+
+Blocks = tuple[dict[str, int], int, int]  # with num_warps and num_stages
+
+
+def _blocks(kernel: str, half: bool) -> Blocks:
+    """What compiles without spills for sm_80, sm_90 and sm_100, planes of bfloat16 or float32."""
+    n = 64 if half else 128
+    return {
+        "columns": ({"BN": 128, "BD": 32}, 8, 1),
+        "multiply 64": ({"BT": 64, "BK": 64 if half else 32}, 4, 3),
+        "multiply 128": ({"BT": 128, "BK": 32}, 8, 3),  # half precision only
+        "gram_sum": ({"BS": 32}, 4, 1),
+        "strip_sum": ({"BS": 64}, 8, 1),
+        "apply": ({"BN": n, "BD": 4096 // n, "BK": 32}, n // 16, 3),
+        "barlow_apply 256": ({"BN": 256, "BD": 32, "BK": 32}, 8, 3),  # N <= 256
+        "barlow_apply 128": ({"BN": 128, "BD": 32, "BK": 32}, 8, 3),
+        "exact": ({"BN": 32, "BD": 32, "BK": 32}, 8, 2),
+    }[kernel]
+
+
+def _launch(kernel, name: str, grid: tuple, *args, half: bool, **flags) -> None:
+    constants, num_warps, num_stages = _blocks(name, half)
+    kernel[grid](
+        *args, LOW=half, **flags, **constants,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _size(name: str, block: str, half: bool) -> int:
+    return _blocks(name, half)[0][block]
+
+
+def _parts(name: str, tiles: int, length: int, half: bool) -> tuple[int, int]:
+    """Into how many parts, and how long ones, a contraction is split to fill the device."""
+    step = _size(name, "BK", half)
+    parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step)))
+    chunk = triton.cdiv(length, parts * step) * step
+    return triton.cdiv(length, chunk), chunk
+
+
+def _triangular(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def _columns(za, zb, weights, loss: Loss, num_sums: int, half: bool) -> tuple[Tensor, ...]:
+    """Planes hi and lo (2, n, .), col, and room for the sums; all rows of these columns."""
+    n, d = za.shape
+    new = za.new_empty
+    hi = new((2, n, d), dtype=torch.bfloat16 if half else torch.float32)
+    lo = torch.empty_like(hi) if half else hi
+    col = new((5 if loss.barlow else 4, d), dtype=torch.float32)
+    blocks = triton.cdiv(d, _size("columns", "BD", half))
+    sums = new((NUM_SUMS, max(blocks, num_sums)), dtype=torch.float64)
+    _launch(
+        columns, "columns", (blocks,), za, zb, za if weights is None else weights, hi, lo, col,
+        sums, n, d, sums.shape[1], loss.pull, loss.hinge, loss.off, loss.slope,
+        half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None,
+    )  # fmt: skip
+    return hi, lo, col, sums, blocks
+
+
+def _add_sums(sums: Tensor, num_columns: int, ranks: Ranks) -> int:
+    """What the columns of all ranks add up to; how many parts are left."""
+    if ranks.world == 1:
+        return num_columns
+    sums[:ALL, 0] = ranks.sum_(sums[:ALL, :num_columns].sum(1))
+    return 1
+
+
+def _all_columns(col: Tensor, d: int, ranks: Ranks) -> Tensor:
+    """The coefficients of all ranks' columns, of which the first ranks have one more."""
+    every = col.new_zeros(len(col), d)
+    first = ranks.rank * (d // ranks.world) + min(ranks.rank, d % ranks.world)
+    every[:, first : first + col.shape[1]] = col
+    return ranks.sum_(every)
+
+
+def gram(
+    za: Tensor, zb: Tensor, weights: Tensor | None, loss: Loss, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
+    rows = za, zb, weights
+    half = za.dtype != torch.float32
+    za, zb = ranks.to_columns(za), ranks.to_columns(zb)
+    weights = None if weights is None else ranks.join(weights)
+    n, d = za.shape
+    new = za.new_empty
+    tiles = _triangular(triton.cdiv(n, _size("gram_sum", "BS", half)))
+    exact_blocks = triton.cdiv(d, _size("exact", "BD", half))
+    hi, lo, col, sums, num_columns = _columns(za, zb, weights, loss, max(tiles, exact_blocks), half)
+    num_columns = _add_sums(sums, num_columns, ranks)
+    P = sums.shape[1]
+
+    name = "multiply 128" if half and n > 512 else "multiply 64"
+    pairs = _triangular(triton.cdiv(n, _size(name, "BT", half)))
+    num_parts, chunk = _parts(name, 2 * pairs, d, half)
+    parts = new((2, num_parts, n, n), dtype=torch.float32)
+    _launch(
+        multiply, name, (pairs, num_parts, 2), hi, lo, parts, n, d, 0, 0, chunk, 0,
+        half=half, STRIP=False,
+    )  # fmt: skip
+    if ranks.world > 1:
+        parts, num_parts = ranks.sum_(parts.sum(1)), 1
+    kh = new((2, n, n), dtype=hi.dtype)
+    kl = torch.empty_like(kh) if half else kh
+    _launch(
+        gram_sum, "gram_sum", (tiles,), parts, kh, kl, sums, n, P, num_parts, float(loss.m),
+        half=half, BARLOW=loss.barlow,
+    )  # fmt: skip
+
+    ga, gb = torch.empty_like(za), torch.empty_like(zb)
+    wa, wb = new((2, n, d), dtype=torch.float32) if half else (ga, gb)
+    pull = ga if weights is None else weights
+    if ranks.world == 1:
+        _launch(
+            exact, "exact", (exact_blocks, 2), hi, lo, za, zb, pull, col, sums, ga, gb, wa, wb,
+            n, d, P, num_columns, tiles, float(loss.m), loss.slope, 2 * loss.pull, loss.off,
+            half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None, PAIR=n == 2,
+        )  # fmt: skip
+    else:
+        views = 1 if loss.barlow else 2
+        every = sums[ALL : ALL + views, :tiles].sum(1)
+        if (every - sums[DIAGONAL : DIAGONAL + views, 0] < LEFT * every).any():
+            return tiled(*rows, loss, ranks)
+
+    out = new((), dtype=torch.float32)
+    if loss.barlow:
+        one = n <= 256
+        name = "barlow_apply 256" if one else "barlow_apply 128"
+        _launch(
+            barlow_apply, name, (triton.cdiv(d, _size(name, "BD", half)), 2),
+            kh, kl, hi, lo, col, sums, out, ga, gb, wa, wb,
+            n, d, P, num_columns, tiles, exact_blocks, loss.slope / loss.m, loss.off,
+            half=half, ONE=one, PAIR=n == 2,
+        )  # fmt: skip
+    else:
+        grid = _apply_grid(n, d, half)
+        _launch(
+            apply, "apply", grid, kh, kl, hi, lo, hi, lo, za, zb, pull, col, col, sums, out, ga, gb,
+            n, d, n, 0, d, P, num_columns, tiles, exact_blocks, 0, 0,
+            loss.slope / loss.m, 2 * loss.pull, loss.off, float(n),
+            half=half, BARLOW=False, WEIGHTED=weights is not None, PAIR=False,
+        )  # fmt: skip
+    return out, ranks.to_rows(ga, loss.d), ranks.to_rows(gb, loss.d)
+
+
+def _apply_grid(n: int, width: int, half: bool) -> tuple[int, int, int]:
+    return (
+        triton.cdiv(width, _size("apply", "BD", half)),
+        triton.cdiv(n, _size("apply", "BN", half)),
+        2,
+    )
+
+
+def tiled(
+    za: Tensor, zb: Tensor, weights: Tensor | None, loss: Loss, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients by strips of C; za, zb (N, D) and weights (N,) of this rank."""
+    half = za.dtype != torch.float32
+    n, d = za.shape
+    new = za.new_empty
+    side = _size("strip_sum", "BS", half)
+    heights = triton.cdiv(d, side)
+    tiles = heights * triton.cdiv(WIDTH, side) * triton.cdiv(d, WIDTH)
+    everybody = None if weights is None else ranks.join(weights)
+    hi, lo, col, sums, num_columns = _columns(
+        ranks.to_columns(za), ranks.to_columns(zb), everybody, loss, tiles, half
+    )
+    num_columns = _add_sums(sums, num_columns, ranks)
+    if ranks.world > 1:
+        hi = torch.stack([ranks.to_rows(x, d) for x in hi])
+        lo = torch.stack([ranks.to_rows(x, d) for x in lo]) if half else hi
+        col = _all_columns(col, d, ranks)
+    P = sums.shape[1]
+
+    name = "multiply 128" if half else "multiply 64"
+    out = new((), dtype=torch.float32)
+    ga, gb = torch.empty_like(za), torch.empty_like(zb)
+    done = 0
+    for start in range(0, d, WIDTH):
+        width = min(WIDTH, d - start)
+        bt = _size(name, "BT", half)
+        pairs = triton.cdiv(d, bt) * triton.cdiv(width, bt)
+        num_parts, chunk = _parts(name, 2 * pairs, n, half)
+        parts = new((2, num_parts, d, width), dtype=torch.float32)
+        _launch(
+            multiply, name, (pairs, num_parts, 2),
+            hi, lo, parts, n, d, start, width, chunk, int(loss.barlow),
+            half=half, STRIP=True,
+        )  # fmt: skip
+        if ranks.world > 1:
+            parts, num_parts = ranks.sum_(parts.sum(1)), 1
+        ch = new((2, d, width), dtype=hi.dtype)
+        cl = torch.empty_like(ch) if half else ch
+        squares = new((2, heights, width), dtype=torch.float32)
+        across = triton.cdiv(width, side)
+        _launch(
+            strip_sum, "strip_sum", (heights, across, 2), parts, ch, cl, squares, sums,
+            d, P, start, width, num_parts, done, float(loss.m),
+            half=half,
+        )  # fmt: skip
+        done += heights * across
+        _launch(
+            apply, "apply", _apply_grid(n, width, half),
+            hi, lo, ch, cl, hi, lo, za, zb, ga if weights is None else weights, col, squares,
+            sums, out, ga, gb, n, d, d, start, width, P, num_columns, done, 0, heights, 1,
+            loss.slope, 2 * loss.pull, loss.off, float(loss.n),
+            half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None,
+            PAIR=loss.barlow and loss.n == 2,
+        )  # fmt: skip
+    return out, ga, gb
+
+
+def builds(barlow: bool) -> Iterator[Build]:
+    """All that a plan can choose, N and D multiples of 16. float16 is as bfloat16 from `hi` on."""
+    flags = {"BARLOW": barlow, "WEIGHTED": not barlow, "PAIR": False}
+    for half in (True, False):
+        for name, kernel, choice in [
+            ("columns", columns, {}),
+            ("multiply 64", multiply, {"STRIP": False}),
+            ("multiply 128", multiply, {"STRIP": False}),
+            ("multiply 128" if half else "multiply 64", multiply, {"STRIP": True}),
+            ("gram_sum", gram_sum, {}),
+            ("strip_sum", strip_sum, {}),
+            ("exact", exact, {}),
+            ("apply", apply, {}),
+            *([("barlow_apply 256", barlow_apply, {"ONE": True})] if barlow else []),
+            *([("barlow_apply 128", barlow_apply, {"ONE": False})] if barlow else []),
+        ]:
+            if name == "multiply 128" and not half:
+                continue
+            blocks, num_warps, num_stages = _blocks(name, half)
+            known = {"LOW": half} | flags | choice | blocks
+            constants = {k: v for k, v in known.items() if k in kernel.arg_names}
+            signature = {k: _type(k, half) for k in kernel.arg_names if k not in constants}
+            label = " ".join(
+                [name, "bf16" if half else "fp32", *(f"{k}={v}" for k, v in choice.items())]
+            )
+            yield Build(label, kernel, signature, constants, num_warps, num_stages)
+
+
+def _type(name: str, half: bool) -> str:
+    """Of a kernel's argument."""
+    if name in ("N", "D", "K", "start", "width", "chunk"):
+        return "i32:16"
+    if name in ("P", "other", "first", "strip") or name.startswith("num_"):
+        return "i32"
+    if name in ("scale", "slope", "pull", "hinge", "off", "m", "rows"):
+        return "fp32"
+    if name in ("weights", "col", "squares", "parts", "loss", "wa", "wb"):
+        return "*fp32:16"
+    if name == "sums":
+        return "*fp64:16"
+    return "*bf16:16" if half else "*fp32:16"

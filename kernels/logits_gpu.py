@@ -1,0 +1,122 @@
+"""Tiles of logits for the contrastive losses on a GPU, and what their kernels share.
+
+A logit is a product of two rows times a scale. Rows go to the tensor cores as they are given and
+are scaled to unit length afterwards, in float32: a product of bfloat16 or float16 numbers is
+exact there, where one of rounded unit vectors would be off by 2^-9 / T. float32 is multiplied in
+three products of tf32, which loses its last two bits.
+
+Logits are in base 2 (1 / ln 2 is in the scale): exp2 is one instruction.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from sslus.kernels.aot import Build
+
+LOG2_E = math.log2(math.e)
+PROGRAMS = 264  # wanted in a launch: two on each multiprocessor of an H100. Not asked of the
+# device, so that sums are split, and rounded, alike on all.
+ROWS, COLUMNS = 16, 128  # a tile of the passes that are no products
+
+_NONE = tl.constexpr(-1e30)  # below every logit, and finite: what is subtracted from itself is 0
+_SHORTEST = tl.constexpr(1e-12)  # as F.normalize
+
+# D at most -> rows, columns of a tile of logits; step along D; columns of a tile of the gradient.
+# Where the last two are equal they hold all of D, and a row is loaded once for both products.
+# Chosen as large as the registers of sm_80, 90 and 100 allow; not yet timed.
+_LONG = {"BM": 64, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 3}
+_128 = {"BM": 128, "BN": 64, "BK": 128, "BD": 128, "num_warps": 8, "num_stages": 3}
+_256 = {"BM": 64, "BN": 64, "BK": 256, "BD": 256, "num_warps": 8, "num_stages": 2}
+_FLOAT32 = {"BM": 64, "BN": 32, "BK": 32, "BD": 128, "num_warps": 8, "num_stages": 2}
+TABLES = {
+    torch.bfloat16: {128: _128, 256: _256, math.inf: _LONG},
+    torch.float16: {128: _128, math.inf: _LONG},
+    torch.float32: {math.inf: _FLOAT32},
+}
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # Triton's names
+
+
+def plan(d: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks, warps and stages for products of rows of d numbers."""
+    table = TABLES[dtype]
+    if d % 16:  # loads of single numbers: a tile that holds all of D would take all registers
+        return table[math.inf]
+    return next(blocks for most, blocks in table.items() if d <= most)
+
+
+def split(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
+    """Into how many parts to split the columns, and how many columns a part has."""
+    tiles = triton.cdiv(columns, blocks["BN"])
+    wanted = triton.cdiv(PROGRAMS, triton.cdiv(rows, blocks["BM"]))
+    span = triton.cdiv(tiles, min(wanted, tiles)) * blocks["BN"]
+    return triton.cdiv(columns, span), span
+
+
+@triton.jit
+def load(p, r, c, d):
+    """p[r, c] of a matrix with rows of d; 0 from column d on. Row r is there."""
+    return tl.load(p + r[:, None].to(tl.int64) * d + c[None, :], mask=c[None, :] < d, other=0.0)
+
+
+@triton.jit
+def multiply(a, b, acc):
+    """acc + a b, without rounding half precision."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b, acc)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+
+
+@triton.jit
+def logits(x, y, i, k, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """x_i . y_k, (BM, BN), of rows longer than a block."""
+    s = tl.zeros((BM, BN), tl.float32)
+    for c0 in range(0, d, BK):
+        c = c0 + tl.arange(0, BK)
+        s = multiply(load(x, i, c, d), tl.trans(load(y, k, c, d)), s)
+    return s
+
+
+@triton.jit
+def weigh(w, y, acc, TYPE: tl.constexpr):
+    """acc + w y; w rounded as coarsely as the gradient, which is a TYPE."""
+    if y.dtype == tl.float32 or tl.float32 == TYPE:
+        return tl.dot(w, y.to(tl.float32), acc, input_precision="tf32x3")
+    if y.dtype == tl.bfloat16:
+        return tl.dot(w.to(tl.bfloat16), y, acc)
+    # float16 lacks the range for weights; tf32 has its digits.
+    return tl.dot(w, y.to(tl.float32), acc, input_precision="tf32")
+
+
+@triton.jit
+def length(squares):
+    return tl.maximum(tl.sqrt_rn(squares), _SHORTEST)
+
+
+@triton.jit
+def over(x, length):
+    """Rows x over their lengths, rounded once: at D = 1 exactly 1, whose gradient is 0."""
+    return tl.div_rn(x, length[:, None] + tl.zeros_like(x))
+
+
+@triton.jit(do_not_specialize=["num"])
+def total_kernel(parts, out, num, factor, BLOCK: tl.constexpr):
+    """out = factor x the sum of num parts: one program, in fixed order, in float64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, num, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(parts + i, mask=i < num, other=0.0).to(tl.float64)
+    tl.store(out, (tl.sum(total, 0) * factor).to(tl.float32))
+
+
+def total(parts: torch.Tensor, factor: float) -> torch.Tensor:
+    out = parts.new_empty(())
+    total_kernel[(1,)](parts, out, parts.numel(), factor, BLOCK=1024, num_warps=4)
+    return out
+
+
+def total_build() -> Build:
+    signature = {"parts": "*fp32:16", "out": "*fp32:16", "num": "i32", "factor": "fp32"}
+    return Build("total", total_kernel, signature, {"BLOCK": 1024})

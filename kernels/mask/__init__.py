@@ -1,0 +1,205 @@
+"""Masks for reconstruction: hide a part of each image, and count the error where it belongs.
+
+    filled = where(m, fill, x)
+    L = sum w (prediction - target)^2 / sum w        w = hole where m, rest elsewhere
+
+over all pixels of the batch, that of all ranks. m is a function of the sample's id and of where
+the target shows the ultrasound sector, never a tensor: what is kept of it, for one batch, is a
+number for each cell of 16 x 16 pixels and the corners of the rectangles. reference.py says
+which pixels are hidden, `draw_mask` shows them.
+
+hole=1, rest=0 is the loss of the masked part alone, as in MAE (He et al. 2022, arXiv:2111.06377,
+section 3: "we compute the loss only on masked patches"); 1, 1 the mean squared error of the
+whole image; anything between weighs them. The gradient goes to the prediction and is made with the
+loss, in one pass over prediction and target. Sum w, over all ranks, must be known before that: the
+mask is drawn first, which reads the target once more where the sector decides, and nothing else.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslus.kernels.mask import cpu, reference
+from sslus.kernels.op import Map, Op
+
+__all__ = ["Mask", "draw_mask", "mask_fill", "mask_ids", "masked_mse"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which part of an image is hidden.
+
+    background is the largest value outside the sector, in the target's units: for frames in which
+    black is 0 and 8 of 255 is noise, (8.5 / 255 - mean) / std, between two grey levels. Without it
+    the whole image is the sector. Black inside the sector belongs to it, as in a chamber; black
+    that reaches its edge cannot be told from what is outside.
+    """
+
+    kind: str = "patches"  # or "rectangles"
+    patch: int = 16  # side of a cell in pixels; at most 1024 cells an image
+    ratio: float = 0.75  # patches: share of the sector's cells that is hidden
+    num: int = 4  # rectangles: how many, overlaps allowed
+    min_side: float = 0.1  # of a rectangle, as a share of the image's height or width
+    max_side: float = 0.4
+    background: float = -math.inf
+    share: float = 0.5  # of a cell's pixels that must be above it: more than text has
+
+    def __post_init__(self):
+        def want(ok: bool, what: str, got: object) -> None:
+            if not ok:
+                raise ValueError(f"mask: want {what}, got {got}")
+
+        want(self.kind in ("patches", "rectangles"), "kind patches or rectangles", self.kind)
+        want(1 <= self.patch <= 1 << 15, "a patch of 1 to 32768 px", self.patch)
+        want(0 < self.ratio <= 1, "ratio above 0 and at most 1", self.ratio)
+        want(1 <= self.num <= reference.MAX_RECTANGLES, "1 to 32 rectangles", self.num)
+        want(0 < self.min_side <= self.max_side <= 1, "0 < min_side <= max_side <= 1",
+             f"{self.min_side} and {self.max_side}")  # fmt: skip
+        want(0 <= self.share <= 1, "share in 0..1", self.share)
+        want(self.background < math.inf, "a finite background, or -inf for none", self.background)
+
+
+def mask_ids(samples: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """The ids of samples (B,) int64 in an epoch: (B,) int64, different for different samples."""
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
+    return samples ^ int.from_bytes(digest, "little", signed=True)
+
+
+def draw_mask(target: Tensor, ids: Tensor, mask: Mask) -> Tensor:
+    """The pixels that `mask_fill` and `masked_mse` take as hidden: (B, H, W) bool. For pictures."""
+    return reference.mask(target, ids, **vars(mask))
+
+
+def mask_fill(
+    x: Tensor, ids: Tensor, mask: Mask, *, fill: float = 0.0, target: Tensor | None = None
+) -> Tensor:
+    """A copy of x (B, 1, H, W) in which the hidden pixels are `fill`.
+
+    >>> ids = mask_ids(frames, seed=0, epoch=epoch)
+    >>> hidden = Mask("patches", background=(8.5 / 255 - store.mean) / store.std)
+    >>> loss = masked_mse(model(mask_fill(x, ids, hidden)), x, ids, hidden)
+
+    x: float32 or bfloat16. ids: (B,) int64, alone decide, with the
+    sector, what is hidden: not the place in the batch. fill: in x's units, 0 being the mean of
+    normalised frames. target: the same images before they were corrupted, (B, 1, H, W); the sector
+    is looked for in it, so give `masked_mse` the very same. None: x. No gradient.
+
+    ValueError for wrong types and shapes, and for more than 1024 cells.
+    """
+    target = x if target is None else target
+    _check(x, target, ids, (torch.float32, torch.bfloat16))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # The compiled borders refuse strided input; the copy is made here, once, in sight.
+    _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **vars(mask), fill=fill)
+    return out
+
+
+def masked_mse(
+    prediction: Tensor,
+    target: Tensor,
+    ids: Tensor,
+    mask: Mask,
+    *,
+    hole: float = 1.0,
+    rest: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The mean squared error with weight `hole` where `mask_fill` hides and `rest` elsewhere: ().
+
+    prediction, target: (B, 1, H, W), each float32 or bfloat16, or both float64, which runs the
+    reference.
+    The gradient goes to prediction, in its type; it is exactly 0 where the weight is 0. Over
+    ranks (`group`, by default all): the loss of the joined batch, as for every Op.
+
+    ValueError for wrong types and shapes, hole <= 0 and rest < 0.
+    """
+    exact = torch.float64 in (prediction.dtype, target.dtype)
+    types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)
+    _check(prediction, target, ids, types)
+    return _loss(prediction, target, ids, group=group, **vars(mask), hole=hole, rest=rest)
+
+
+def _check(x: Tensor, target: Tensor, ids: Tensor, types: tuple[torch.dtype, ...]) -> None:
+    reference.check(x, target, ids)
+    # Not float16: a gradient of 1 / (B H W) would be lost in it.
+    if x.dtype not in types or target.dtype not in types:
+        names = ", ".join(str(t) for t in types)
+        raise ValueError(f"mask: want images of {names}, got {x.dtype} and {target.dtype}")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"mask: want ids of torch.int64, got {ids.dtype}")
+    if not x.device == target.device == ids.device:
+        raise ValueError(
+            f"mask: want all tensors on one device, got {x.device}, {target.device}, {ids.device}"
+        )
+
+
+def _by_reference(x, target, ids, out, *, fill, **scalars) -> None:
+    hidden = reference.mask(target, ids, **scalars).unsqueeze(1)
+    out.copy_(torch.where(hidden, fill, x))
+
+
+def _by_gpu(x, target, ids, out, **scalars) -> None:
+    from sslus.kernels.mask import gpu
+
+    gpu.mask_fill(x, target, ids, out, **scalars)
+
+
+def _loss_by_gpu(*tensors, **scalars) -> tuple[Tensor, Tensor]:
+    from sslus.kernels.mask import gpu
+
+    return gpu.masked_mse(*tensors, **scalars)
+
+
+def _traced(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel as a torch custom op: torch.compile calls it without looking inside."""
+
+    def run(
+        x: Tensor, target: Tensor, ids: Tensor, out: Tensor, *, kind: str, patch: int,
+        ratio: float, num: int, min_side: float, max_side: float, background: float,
+        share: float, fill: float,
+    ) -> None:  # fmt: skip
+        kernel(
+            x, target, ids, out, kind=kind, patch=patch, ratio=ratio, num=num,
+            min_side=min_side, max_side=max_side, background=background, share=share, fill=fill,
+        )  # fmt: skip
+
+    return torch.library.custom_op(f"sslus::{name}", run, mutates_args={"out"})
+
+
+_fill = Map(
+    "mask_fill",
+    reference=_by_reference,
+    cpu=_traced("mask_fill_cpu", cpu.mask_fill),
+    gpu=_traced("mask_fill_gpu", _by_gpu),
+)
+
+_PATCHES = vars(Mask(patch=4, ratio=0.6)) | {"hole": 1.0, "rest": 0.0}
+_RECTANGLES = vars(Mask("rectangles", patch=5, num=3)) | {"hole": 1.0, "rest": 0.25}
+# Of the numbers that the parity test draws, about half are above this.
+_SECTOR = {"background": 0.3, "share": 0.5}
+
+# The tests and the benchmark of all losses hold a case's tensors in one type, so the
+# implementations take ids of any type, and `masked_mse` those of int64.
+_loss = Op(
+    "masked_mse",
+    reference=reference.masked_mse,
+    cpu=cpu.masked_mse,
+    gpu=_loss_by_gpu,
+    num_gradients=1,
+    cases=tuple(
+        {"tensors": [(b, 1, h, w), (b, 1, h, w), (b,)], "scalars": scalars}
+        for b, h, w, scalars in [
+            (1, 1, 1, _PATCHES),
+            (2, 4, 6, _PATCHES | {"patch": 2}),
+            (3, 17, 33, _PATCHES | _SECTOR),
+            (5, 31, 16, _RECTANGLES),
+            (4, 65, 37, _RECTANGLES | _SECTOR),
+            (2, 64, 64, _PATCHES | {"hole": 1.0, "rest": 1.0}),
+        ]
+    ),
+)

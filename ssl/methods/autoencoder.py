@@ -1,0 +1,97 @@
+"""Autoencoder: give back the clean picture from a corrupted one.
+
+    L = mean over pixels (decoder(backbone(c(x))) - x)^2
+
+x: a whole frame, the first view; c(x): the second, the same frame with other grey values, blur
+and speckle. 1 is the error of a constant grey picture, as the pixels are normalised. Vincent et
+al. 2008, "Extracting and composing robust features with denoising autoencoders"; with a
+convolutional backbone on ultrasound: the study arXiv:2407.21738.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sslus.engine.errors import InputError
+from sslus.kernels.mask import Mask, masked_mse
+from sslus.ssl.decoder import Decoder, encode
+from sslus.ssl.loader import Views
+from sslus.ssl.methods import Output
+from sslus.ssl.views import ViewConfig
+
+TWO_VIEWS = False  # both are of one frame: no nearby pairs
+CELLS = 32  # across a picture, of which the ultrasound sector is made
+
+
+@dataclass(frozen=True)
+class Config:
+    outside: float = field(
+        default=1.0,
+        metadata={"help": "Weight of pixels outside the ultrasound sector; inside it is 1."},
+    )
+    background: int = field(
+        default=8, metadata={"help": "Largest grey level, 0 to 255, outside the sector."}
+    )
+
+
+RECIPES = {
+    "default": {"views": "autoencoder"},
+    # Its networks are small and without convolutions, so what carries over is the task: noise to
+    # be taken away, and no other penalty.
+    "paper": {"views": "autoencoder,p_jitter=0,p_blur=0", "weight_decay": 0.0},
+    # The study's RandAugment is grey values, blur and noise here: all that keeps pixels in place.
+    "study": {
+        "backbone": "resnet50", "image_size": 256, "optimizer": "adamw", "lr": 1e-3,
+        "views": "autoencoder",
+    },
+}  # fmt: skip
+
+
+def check_views(clean: ViewConfig, corrupted: ViewConfig) -> None:
+    """Raises InputError unless both show the same pixels, and the first one as they are."""
+    moved = ("min_area", "max_area", "max_aspect", "p_flip")
+    still = {"min_area": 1, "max_area": 1, "max_aspect": 1, "p_flip": 0}
+    for view in (clean, corrupted):
+        for name in moved:
+            if getattr(view, name) != still[name]:
+                raise InputError(
+                    f"--views: the autoencoder compares two views pixel by pixel, so {name} must"
+                    f" be {still[name]}: start from --views autoencoder"
+                )
+    for name, value in vars(clean).items():
+        if name.startswith("p_") and value:
+            raise InputError(
+                f"--views: the autoencoder's first view is its target, which {name}={value:g}"
+                " would corrupt too: a field given there is that of both views"
+            )
+
+
+class Method(nn.Module):
+    def __init__(self, backbone: nn.Module, config: Config, image_size: int):
+        super().__init__()
+        if not config.outside >= 0:
+            raise InputError(f"outside must not be below 0, got {config.outside}")
+        self.backbone = backbone
+        self.decoder = Decoder(backbone, image_size)
+        self.config = config
+        # The sector is "hidden" whole, so that the loss can tell it from the rest.
+        self.sector = Mask("patches", patch=-(-image_size // CELLS), ratio=1.0)
+
+    def normalised_by(self, mean: float, std: float) -> None:
+        """Half a grey level above the background is the sector's edge, in the views' units."""
+        edge = ((self.config.background + 0.5) / 255 - mean) / std
+        if self.config.outside != 1:  # else the sector makes no difference, and costs a pass
+            self.sector = dataclasses.replace(self.sector, background=edge)
+
+    def forward(self, views: Views) -> Output:
+        if views.weights is not None:
+            raise InputError("autoencoder: learns from single frames, which have no pair weights")
+        clean, corrupted, ids = views.va, views.vb, views.ids
+        seen, features = encode(self.backbone, corrupted)
+        picture = self.decoder(seen, features, clean.shape[-2:])
+        loss = masked_mse(picture, clean, ids, self.sector, hole=1.0, rest=self.config.outside)
+        return Output(loss, {}, features)
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        """The autoencoder keeps nothing from one step to the next."""

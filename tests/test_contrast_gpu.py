@@ -1,0 +1,45 @@
+"""Contrastive losses in Triton: what the cases of test_kernels.py, being small, do not reach."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+spec = importlib.util.spec_from_file_location("parity", Path(__file__).with_name("test_kernels.py"))
+spec.loader.exec_module(parity := importlib.util.module_from_spec(spec))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="no CUDA device and TRITON_INTERPRET is not 1",
+)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def check(name, shapes, dtypes, temperature, kind="plain"):
+    tensors = parity.inputs({"tensors": shapes}, F32, DEVICE, kind)
+    tensors = [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    parity.assert_parity(parity.OPS[name], "gpu", tensors, {"temperature": temperature})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sums_run_on_from_tile_to_tile(dtype, monkeypatch):
+    from sslus.kernels import logits_gpu
+
+    monkeypatch.setattr(logits_gpu, "PROGRAMS", 1)  # else every tile is a part of its own
+    check("ntxent", [(70, 48)] * 2, [dtype] * 2, 0.05)
+    check("infonce_queue", [(9, 48), (9, 48), (150, 48)], [dtype] * 3, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_positive_that_is_all_there_is_gives_no_gradient(dtype):
+    """The last digit of a logit of 100 / ln 2 would be a gradient of 1e-5."""
+    check("ntxent", [(40, 100)] * 2, [dtype] * 2, 0.01, "near")
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32), (F32, F32, BF16), (BF16, F32, F16)], ids=str)
+def test_a_queue_of_another_type(dtypes):
+    check("infonce_queue", [(9, 48), (9, 48), (70, 48)], dtypes, 0.05)
+    check("ntxent", [(9, 48)] * 2, dtypes[1:], 0.05)

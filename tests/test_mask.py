@@ -1,0 +1,350 @@
+"""Masks: the same pixels from every implementation, in the sector alone, and the loss over them.
+
+test_kernels.py holds the loss against an oracle that draws the mask a pixel at a time, and its
+gradients against float64; here is what a mask looks like.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sslus.kernels.mask import Mask, draw_mask, mask_fill, mask_ids, masked_mse
+from sslus.kernels.op import MAPS, OPS
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() and not INTERPRET,
+    reason="no CUDA device and TRITON_INTERPRET is not 1",
+)
+KERNELS = ["cpu", pytest.param("gpu", marks=needs_gpu)]
+PATCHES, RECTANGLES = Mask("patches"), Mask("rectangles")
+
+
+def device_of(which):
+    return "cuda" if which == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def ids_of(num, seed=0):
+    """Any 64 bits may be an id."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**63), 2**63 - 1, (num,), generator=g)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_cells(hidden, patch):
+    """(B, H, W) -> (B, rows, columns): the share of each cell that is hidden; H, W divisible."""
+    b, h, w = hidden.shape
+    return hidden.view(b, h // patch, patch, w // patch, patch).float().mean((2, 4))
+
+
+SHAPES = [(1, 1), (33, 17), (96, 65)]
+SAME = [("cpu", shape) for shape in [*SHAPES, (7, 130), (64, 64)]]
+SAME += [pytest.param("gpu", shape, marks=needs_gpu) for shape in SHAPES[1:2]]  # it is slow
+
+
+@pytest.mark.parametrize("which, shape", SAME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_implementation_hides_the_same_pixels(which, shape, dtype, monkeypatch):
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    device, ids = device_of(which), ids_of(2)
+    x, target = noise(2, 1, *shape), noise(2, 1, *shape, seed=1)
+    for mask in (
+        PATCHES,
+        Mask("patches", patch=5, ratio=0.3, background=0.3, share=0.5),
+        Mask("patches", patch=4, ratio=1e-3, background=1.5, share=0),
+        RECTANGLES,
+        Mask("rectangles", patch=9, num=32, min_side=0.01, max_side=1, background=0.2, share=0.5),
+        Mask("rectangles", patch=8, num=9, background=2.5, share=0.01),  # few cells
+        Mask("rectangles", patch=8, background=99),  # no sector
+    ):
+        hidden = draw_mask(target, ids, mask).unsqueeze(1)
+        tensors = [t.to(device) for t in (x.to(dtype), ids, target)]
+        got = mask_fill(*tensors[:2], mask, fill=-77, target=tensors[2])
+        want = torch.where(hidden, -77, x.to(dtype))
+        assert torch.equal(got.cpu(), want), mask
+        assert torch.equal(tensors[0].cpu(), x.to(dtype))  # a copy was filled
+    # A grey value of exactly the threshold is background, in float32 as in the definition.
+    flat = torch.full((1, 1, *shape), 0.1, device=device)
+    mask = Mask("patches", patch=4, background=0.1)
+    hidden = draw_mask(flat.cpu(), ids[:1], mask)
+    got = mask_fill(flat, ids[:1].to(device), mask, fill=-77)
+    assert torch.equal(got.cpu()[:, 0] == -77, hidden)
+
+
+def test_patches_hide_the_exact_share():
+    ids = ids_of(50)
+    hidden = hidden_cells(draw_mask(torch.zeros(50, 1, 224, 224), ids, PATCHES), 16)
+    assert ((hidden == 0) | (hidden == 1)).all()
+    assert (hidden.sum((1, 2)) == 147).all()  # 0.75 x 14 x 14
+    for ratio, want in [(0.6, 118), (1, 196), (1e-4, 1)]:
+        mask = Mask("patches", ratio=ratio)
+        hidden = hidden_cells(draw_mask(torch.zeros(3, 1, 224, 224), ids[:3], mask), 16)
+        assert (hidden.sum((1, 2)) == want).all()
+
+
+def test_patches_are_even():
+    """Each cell as often as any other, and two neighbours as often together as by chance."""
+    num = 4000
+    hidden = hidden_cells(
+        draw_mask(torch.zeros(num, 1, 32, 32), torch.arange(num), Mask(patch=4)), 4
+    )
+    deviation = (hidden.mean(0) - 0.75) / (0.75 * 0.25 / num) ** 0.5
+    assert deviation.abs().max() < 4 and 0.7 < deviation.std() < 1.3
+    together = (hidden[:, :, 1:] * hidden[:, :, :-1]).mean()
+    assert abs(together - 0.75 * 47 / 63) < 0.003
+
+
+def test_rectangles_are_inside_and_of_the_sizes_asked_for():
+    mask = Mask("rectangles", num=1, min_side=0.1, max_side=0.4)
+    hidden = draw_mask(torch.zeros(600, 1, 100, 60), ids_of(600), mask)
+    rows, columns = hidden.any(2).int(), hidden.any(1).int()
+    heights, widths = rows.sum(1), columns.sum(1)
+    assert (hidden.sum((1, 2)) == heights * widths).all()  # a full rectangle
+    for x in (rows, columns):  # in one piece: it begins once
+        assert (x.diff(prepend=torch.zeros(600, 1), dim=1).clamp(min=0).sum(1) == 1).all()
+    assert set(heights.tolist()) == set(range(10, 41))  # whole and not cut at the border
+    assert set(widths.tolist()) == set(range(6, 25))
+    everywhere = hidden.float().mean(0)
+    assert everywhere.min() > 0 and everywhere[30:70, 20:40].std() < 0.03
+    several = draw_mask(torch.zeros(50, 1, 100, 60), ids_of(50), Mask("rectangles", num=5))
+    assert (several.sum((1, 2)) > hidden[:50].sum((1, 2))).all()  # the first of them is the same
+
+
+def fan(size=128):
+    """A sector with the probe at the top and a black chamber, on black: (1, 1, S, S), grey 0..1;
+    and where it is, the chamber with it."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    x -= (size - 1) / 2
+    y += 0.1 * size
+    r, angle = np.hypot(x, y), np.arctan2(x, y)
+    inside = (r > 0.3 * size) & (r < 1.05 * size) & (np.abs(angle) < 0.6)
+    chamber = np.hypot(x - 0.05 * size, y - 0.75 * size) < 0.15 * size
+    speckle = np.random.default_rng(0).rayleigh(0.3, (size, size)).clip(0.1, 1)
+    image = torch.from_numpy((inside & ~chamber) * speckle).float()
+    return (
+        image.view(1, 1, size, size),
+        torch.from_numpy(inside),
+        torch.from_numpy(inside & chamber),
+    )
+
+
+@pytest.mark.parametrize("kind", ["patches", "rectangles"])
+def test_only_the_sector_is_hidden(kind):
+    image, inside, chamber = fan()
+    image = (image - 0.2) / 0.3  # black is no longer 0
+    ids = ids_of(200)
+    mask = Mask(kind, patch=8, background=(8.5 / 255 - 0.2) / 0.3, share=0.25)
+    hidden = draw_mask(image.expand(200, -1, -1, -1), ids, mask)
+    share = hidden_cells(inside.view(1, 128, 128), 8)[0]
+    covered = hidden_cells(hidden, 8)
+    assert (covered[:, share < 0.25] == 0).all()  # never one of the background
+    full = share == 1
+    assert full.sum() > 60 and (covered[:, full].mean(0) > 0).all()  # every one of the sector
+    assert hidden[:, chamber].any(0).all()  # black, but inside
+    if kind == "patches":
+        assert (covered.sum((1, 2)) == torch.round(0.75 * (share >= 0.25).sum())).all()
+    # Where nothing is lit, the whole image is the sector.
+    black = torch.full_like(image, -0.2 / 0.3)
+    assert torch.equal(
+        draw_mask(black, ids[:1], mask),
+        draw_mask(black, ids[:1], Mask(kind, patch=8)),
+    )
+
+
+def test_the_sector_of_a_phantom_frame():
+    from sslus.engine.phantom import Clip, Film, Settings
+
+    film = Film(Settings(seed=0, size=224), Clip(0, "x.mp4", "4CH", "p02"))
+    frame = torch.from_numpy(np.array(next(iter(film)))).float()
+    height, width = (n // 8 * 8 for n in frame.shape)
+    frame = frame[None, None, :height, :width] / 255
+    inside = torch.from_numpy(film.sector.inside)[:height, :width]
+    ids = ids_of(100)
+    for kind in ("patches", "rectangles"):
+        mask = Mask(kind, patch=8, background=8.5 / 255)
+        hidden = draw_mask(frame.expand(100, -1, -1, -1), ids, mask)
+        blind = draw_mask(frame.expand(100, -1, -1, -1), ids, Mask(kind, patch=8))
+        outside = [(h & ~inside).sum() / h.sum() for h in (hidden, blind)]
+        # What is left is the part of the border's cells that is outside, and the overlay.
+        assert outside[0] < 0.04 < 0.3 < outside[1]
+        # All but the border's other cells and the fluid that reaches it: blood and shadows too.
+        assert hidden[:, inside].any(0).float().mean() > 0.85
+
+
+@pytest.mark.parametrize("mask", [PATCHES, Mask("rectangles", background=0.1)], ids=["mae", "rect"])
+def test_a_mask_is_of_the_sample_and_the_epoch_alone(mask):
+    cells = noise(8, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    x, samples = cells + 0.01 * noise(8, 1, 64, 64), torch.arange(8)
+    first = mask_ids(samples, seed=1, epoch=0)
+    hidden = mask_fill(x, first, mask, fill=99)
+    order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+    assert torch.equal(mask_fill(x[order], first[order], mask, fill=99), hidden[order])
+    assert torch.equal(mask_fill(x[3:4], first[3:4], mask, fill=99), hidden[3:4])
+    assert torch.equal(first, mask_ids(samples, seed=1, epoch=0))
+    seen = [first, mask_ids(samples, seed=1, epoch=1), mask_ids(samples, seed=2, epoch=0)]
+    same = x[:1].expand(24, -1, -1, -1)
+    masks = draw_mask(same, torch.cat(seen), mask)
+    assert len(torch.unique(masks.flatten(1), dim=0)) == 24
+
+
+@pytest.mark.parametrize("which", ["reference", *KERNELS])
+@pytest.mark.parametrize("mask", [Mask(patch=8), Mask("rectangles", patch=8, background=0.1)])
+def test_the_loss_is_where_it_belongs(mask, which, monkeypatch):
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    device, ids = device_of(which), ids_of(3)
+    prediction, target = noise(3, 1, 40, 33), noise(3, 1, 40, 33, seed=1)
+    hidden = draw_mask(target, ids, mask).unsqueeze(1)
+    error = prediction.double() - target.double()
+    for hole, rest in [(1, 0), (1, 1), (3, 0.5)]:
+        weight = torch.where(hidden, hole, rest).double()
+        leaf = prediction.clone().to(device).requires_grad_()
+        still = target.clone().to(device).requires_grad_()
+        loss = masked_mse(leaf, still, ids.to(device), mask, hole=hole, rest=rest)
+        loss.backward()
+        want = (weight * error**2).sum() / weight.sum()
+        assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+        if hole == rest:
+            assert want == pytest.approx(error.square().mean())
+        gradient = leaf.grad.cpu()
+        torch.testing.assert_close(
+            gradient.double(), 2 * weight * error / weight.sum(), rtol=1e-6, atol=1e-12
+        )
+        assert still.grad is None
+        if not rest:
+            assert (gradient[~hidden] == 0).all() and (gradient[hidden] != 0).all()
+
+
+@pytest.mark.parametrize("which", KERNELS)
+def test_mixed_types_and_threads(which, monkeypatch):
+    """Under autocast the prediction is bfloat16 and the target is not."""
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    device, ids = device_of(which), ids_of(4).to(device_of(which))
+    target = noise(4, 1, 40, 33, seed=1).to(device)
+    half = noise(4, 1, 40, 33).to(device).bfloat16().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    losses = [masked_mse(p, target, ids, PATCHES) for p in (half, full)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0] == losses[1] and half.grad.dtype == torch.bfloat16
+    # Half a step; the interpreter of Triton cuts off what hardware rounds.
+    torch.testing.assert_close(
+        half.grad.float(), full.grad, rtol=2 ** -(7 + (which == "cpu")), atol=0
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again = full.detach().requires_grad_()
+        loss = masked_mse(again, target, ids, PATCHES)
+        loss.backward()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(loss, losses[1]) and torch.equal(again.grad, full.grad)
+
+
+MEMORY = """
+import re, torch
+from sslus.kernels.mask import Mask, mask_fill, masked_mse
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+x, p = torch.ones(64, 1, 512, 512), torch.ones(64, 1, 512, 512, requires_grad=True)
+x[:, :, :100] = 0
+ids = torch.arange(64)
+for kind in ("patches", "rectangles"):
+    mask = Mask(kind, background=0.5)
+    for work in (lambda: mask_fill(x, ids, mask), lambda: masked_mse(p, x, ids, mask).backward()):
+        mask_fill(x[:2], ids[:2], mask), masked_mse(p[:2], x[:2], ids[:2], mask).backward()
+        p.grad = None
+        open("/proc/self/clear_refs", "w").write("5")  # forget the peak
+        before = kilobytes("VmRSS")
+        work()
+        print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_there_is_no_tensor_of_the_mask():
+    """A byte a pixel would be 16 MB more than the 64 MB of what is asked for."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kilobytes in map(int, done.stdout.split()):
+        assert 60 << 10 < kilobytes < 68 << 10
+
+
+def test_compiled_without_a_break():
+    x, ids = noise(3, 1, 32, 48), ids_of(3)
+    layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+    for mask in (PATCHES, Mask("rectangles", background=0.2)):
+
+        def step(x, ids, mask=mask):
+            return masked_mse(layer(mask_fill(x, ids, mask)), x, ids, mask)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for batch in (ids, ids + 1):
+            grads = []
+            for run in (step, compiled):
+                layer.zero_grad()
+                run(x, batch).backward()
+                grads.append(layer.weight.grad)
+            assert torch.equal(*grads)
+
+
+def test_what_cannot_be_masked_is_refused():
+    x, ids = torch.zeros(2, 1, 64, 64), torch.arange(2)
+    for change, why in [
+        ({"kind": "rectangle"}, "patches or rectangles"),
+        ({"ratio": 0}, "ratio above 0"),
+        ({"patch": 0}, "patch of 1"),
+        ({"num": 33}, "1 to 32 rectangles"),
+        ({"min_side": 0.5}, "min_side <= max_side"),
+        ({"share": 2}, "share in 0..1"),
+        ({"background": float("nan")}, "background"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            Mask(**change)
+    for tensors, mask, why in [
+        ((x, ids), Mask(patch=1), "64 x 64 of 1 px in 64 x 64: take a larger patch"),
+        ((x[:, 0], ids), PATCHES, r"want two tensors \(B, 1, H, W\)"),
+        ((x, ids[:1]), PATCHES, "want 2 ids"),
+        ((x, ids.int()), PATCHES, "ids of torch.int64"),
+        ((x.half(), ids), PATCHES, "want images of torch.float32, torch.bfloat16"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            mask_fill(*tensors, mask)
+    for arguments, why in [
+        ((x, x[:, :, 1:], ids), "want two tensors"),
+        ((x, x.double(), ids), "want images of torch.float64"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            masked_mse(*arguments, PATCHES)
+    for hole, rest in [(0, 1), (1, -1)]:
+        with pytest.raises(ValueError, match="hole > 0 and rest >= 0"):
+            masked_mse(x, x, ids, PATCHES, hole=hole, rest=rest)
+    assert "mask_fill" in MAPS and "masked_mse" in OPS
+
+
+def test_the_border_refuses_what_does_not_fit():
+    """The compiled function trusts nobody: wrong numbers are an error, not a wild write."""
+    from sslus.kernels import _cpu
+    from sslus.kernels.mask.reference import plan
+
+    x, ids = torch.zeros(2, 1, 32, 32), torch.arange(2)
+    numbers = plan(32, 32, **vars(PATCHES)).numbers
+    fits = [x, x, ids, torch.empty_like(x), numbers, 0.0, 0.0, 1]
+    _cpu.mask_fill(*fits)
+    for i, wrong in [
+        (0, x[:1]), (1, x[:, :, :31].contiguous()), (2, ids[:1]), (3, x.bfloat16()),
+        (4, plan(40, 32, **vars(PATCHES)).numbers), (4, (32, 32, 16, 3, 2, *numbers[5:])),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="mask: "):
+            _cpu.mask_fill(*fits[:i], wrong, *fits[i + 1 :])
+    with pytest.raises(TypeError):  # or the result would be written to a copy
+        _cpu.mask_fill(*fits[:3], x.mT, *fits[4:])
