@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslus.engine.errors import InputError
 from sslus.kernels.vicreg import vicreg_loss, vicreg_terms
@@ -177,6 +178,23 @@ def test_compiles_as_one_graph(name):
     buffers = dict(plain.named_buffers())
     for key, value in compiled.named_buffers():
         torch.testing.assert_close(value, buffers[key], rtol=1e-4, atol=1e-5)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value is read from a tensor: on a GPU the step would wait for it there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_reads_no_value(name):
+    method = build(name)
+    views = batch(8)
+    with NoWaiting():
+        method(views)
+        method.after_step(1, 10)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,4 +8,6 @@ export SSLUS_REAL_DATA=${SSLUS_REAL_DATA:-$root/../shared/data}
 export TRITON_INTERPRET=1  # Triton kernels run without a GPU
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest "$@"
+# A file of tests to each core at a time; PyTorch's threads would only wait for each other.
+export OMP_NUM_THREADS=1
+"$python" -m pytest --numprocesses "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
