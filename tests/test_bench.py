@@ -1,4 +1,5 @@
-"""bench/run.py: stages found by themselves, works timed in turns, rows and ratios that add up."""
+"""bench/: stages found by themselves, works timed in turns, rows and ratios that add up; the
+roofline of a file; and the script that checks a machine with a GPU."""
 
 import json
 import os
@@ -48,6 +49,26 @@ def measure(bench):
     bench.add("known", "sslus", "nothing", "s", [1.0])
     bench.compare("nap", "naps", "s", {"a": Work(lambda: 1, fresh=False), "b": Work(lambda: 2,
                   fresh=False)})
+'''
+# What a GPU's run measures, on the CPU: with the memory that lightly's place has not.
+AS_ON_A_GPU = '''"""the losses, as on a GPU"""
+import torch
+from stages import losses
+
+def extra_mib_on_gpu(run):
+    run()
+    return 1.0
+
+def compiled(loss, **_):
+    def full(za, zb):
+        if za.dtype == torch.bfloat16:
+            raise torch.OutOfMemoryError("full")
+        return loss(za, zb)
+    return full
+
+def measure(bench):
+    losses.extra_mib_on_gpu, torch.compile = extra_mib_on_gpu, compiled
+    losses.on_gpu(bench)
 '''
 
 
@@ -110,6 +131,9 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
         assert any(name.startswith("floor: ") for name in names)
         assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
         assert all(row["threads"] >= 1 and row["versions"]["av"] for row in rows)
+    losses = {row["name"] for row in by_stage["losses"]}
+    assert losses == {"memory bandwidth", "forward and backward", "mask: fill",
+                      "mask: error, forward and backward"}  # fmt: skip
     sslus, bare = by_stage["decode"][:2]
     ratio = next(r for r in content["ratios"] if r["text"] == "sslus / PyAV, no conversion")
     assert ratio["value"] == pytest.approx(sslus["median"] / bare["median"])
@@ -130,13 +154,156 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
     )
 
 
+def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
+    bench, out = tmp_path / "bench", tmp_path / "out.json"
+    shutil.copytree(BENCH, bench, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    (bench / "stages/asongpu.py").write_text(AS_ON_A_GPU)
+
+    done = run(bench, "--quick", "--stage", "asongpu", "--json", str(out), OMP_NUM_THREADS="1")
+
+    assert done.returncode == 0, done.stderr
+    for name in ("vicreg", "barlow"):
+        case = f"{name} N=16 D=64: torch.compile"
+        assert f"left out: {case}: it does not fit the device's memory" in done.stdout
+    content = json.loads(out.read_text())
+    timed = [r for r in content["rows"] if r["name"] == "forward and backward"]
+    who = [r["implementation"] for r in timed]
+    assert who.count("sslus") == who.count("definition") == who.count("floor: the products") == 4
+    assert who.count("torch.compile") == 2  # those of float32
+    wants = {r["text"]: r["want"] for r in content["ratios"]}
+    assert wants["vicreg N=16 D=64: definition / sslus"] == ">= 10.00"
+    assert wants["barlow N=16 D=64: torch.compile / sslus"] == ">= 4.00"
+    # Rates count each one's own operations: ours by the triangle, and as often as planes ask for.
+    rates = [r["median"] for r in content["rows"] if r["unit"] == "TFLOP/s"]
+    ours, floor = (next(r["median"] for r in timed if r["implementation"] == i)
+                   for i in ("sslus", "floor: the products"))  # fmt: skip
+    assert rates[0] == pytest.approx(20 * 16**2 * 64 / ours / 1e12, rel=2e-3)
+    assert rates[1] == pytest.approx(8 * 16**2 * 64 / floor / 1e12, rel=2e-3)
+
+
+def rows_of(device: str, dtype: str = "") -> list[dict]:
+    """Losses that take milliseconds, and a copy."""
+
+    def row(name, implementation, case, median, unit):
+        return {"stage": "losses", "name": name, "implementation": implementation, "case": case,
+                "median": median, "unit": unit, "threads": 2, "device": device}  # fmt: skip
+
+    rows = [row("memory bandwidth", "floor: a large copy", "256 MiB", 100.0, "GB/s")]
+    for loss in ("vicreg", "barlow"):
+        for n, d in [(256, 8192), (1024, 8192), (4096, 2048)]:
+            case = f"{loss} N={n} D={d}{dtype}"
+            for k, who in enumerate(["sslus", "floor: the products", "definition", "lightly"]):
+                rows.append(row("forward and backward", who, case, (1 + k) * 1e-3, "s"))
+    return rows
+
+
+def roofline(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(BENCH / "roofline.py"), *map(str, arguments)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_roofline_is_drawn(tmp_path):
+    from PIL import Image
+
+    cpu, gpu = tmp_path / "cpu.json", tmp_path / "gpu.json"
+    cpu.write_text(json.dumps({"rows": rows_of("a CPU")[1:]}))  # none of bandwidth
+    gpu.write_text(json.dumps({"rows": rows_of("a GPU", " bf16") + rows_of("a GPU", " fp32")}))
+    committed = sorted((BENCH / "results").glob("*/losses.json"))
+    sizes = {}
+    for path in [cpu, gpu, *committed]:
+        png = tmp_path / f"{path.parent.name}-{path.stem}.png"
+        done = roofline(path, "-o", png)
+        assert done.returncode == 0, done.stderr
+        with Image.open(png) as image:
+            image.load()
+            sizes[path] = image.size
+            assert len(image.convert("L").getcolors()) > 20  # not blank
+    assert committed and all(w > 1000 and h > 500 for w, h in sizes.values())
+    assert sizes[gpu][1] > 1.5 * sizes[cpu][1]  # a row of panels for each type
+
+
+def test_the_roofline_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import roofline as script
+
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"rows": rows_of("a CPU")}))
+    points, bandwidth = script.read(path)
+    assert bandwidth == 100e9
+    at = {(p.name, p.n, p.d, p.implementation): p for p in points}
+    for loss in ("vicreg", "barlow"):
+        for n, d, side in [(256, 8192, 256), (4096, 2048, 2048)]:
+            ours, peer = (at[loss, n, d, who] for who in ("sslus", "definition"))
+            assert ours.rate == pytest.approx(6 * n * d * side / 1e-3)
+            assert ours.rate / peer.rate == pytest.approx(3)  # the ratio of the times
+            assert ours.intensity == peer.intensity
+    # Twelve passes over one view's N x D and four over N x N, all of four bytes.
+    n, d = 256, 8192
+    moved = 4 * (12 * n * d + 4 * n * n)
+    assert at["vicreg", n, d, "sslus"].intensity == pytest.approx(6 * n * n * d / moved)
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        (None, "No such file"),
+        ("{", "is not what bench/run.py --json writes"),
+        ('{"ratios": []}', "is not what bench/run.py --json writes"),
+        ('{"rows": []}', "has no rows of vicreg or barlow"),
+    ],
+)
+def test_a_file_without_losses_is_one_line(tmp_path, text, what):
+    path = tmp_path / "a.json"
+    if text is not None:
+        path.write_text(text)
+    done = roofline(path)
+    assert done.returncode == 1 and done.stderr.startswith("roofline: ") and what in done.stderr
+    assert done.stderr.count("\n") == 1 and not path.with_suffix(".png").exists()
+
+
+SCRIPT = BENCH.parent / "tools" / "gpu_check.sh"
+
+
 def test_the_gpu_check_knows_every_stage():
-    script = BENCH.parent / "tools" / "gpu_check.sh"
-    done = subprocess.run(["bash", str(script), "--dry-run"], capture_output=True, text=True)
+    done = subprocess.run(["bash", str(SCRIPT), "--dry-run"], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
     steps = {line.split()[0] for line in done.stdout.splitlines()}
-    assert {"build", "tests", "shard", "train"} <= steps
+    assert {"build", "tests", "kernels", "shard", "train", "train-all", "roofline"} <= steps
+    seconds = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert 520 < sum(seconds) <= 540 and min(seconds) >= 5  # all of nine minutes
     assert {s for s in steps if s.startswith("bench-")} == {
         f"bench-{path.stem}" for path in (BENCH / "stages").glob("*.py")
     }
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  *"bench/run.py --stage decode"*) exit 3 ;;
+  *bench/run.py*) for out in "$@"; do :; done
+    echo '{"rows": [{"stage": "'$3'"}], "ratios": []}' >"$out" ;;
+  "-m pytest -m gpu"*) echo "no such device"; exit 1 ;;
+  -c* | "- "*) exec @PYTHON@ "$@" ;;
+esac
+"""
+
+
+def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(PYTHON.replace("@PYTHON@", sys.executable))
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--device", "cpu", "--out", str(out)],
+        env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert done.returncode == 1, done.stderr
+    lines = [line.split("\t") for line in (out / "summary.tsv").read_text().splitlines()]
+    results = {name: result for name, result, _ in lines}
+    assert results.pop("tests") == "failed (1)" and results.pop("bench-decode") == "failed (3)"
+    assert set(results.values()) == {"ok"} and len(results) == 14
+    stages = {row["stage"] for row in json.loads((out / "bench.json").read_text())["rows"]}
+    assert stages == {path.stem for path in (BENCH / "stages").glob("*.py")} - {"decode"}
+    assert "no such device" in (out / "gpu_check.log").read_text()

@@ -300,7 +300,7 @@ def store() -> str:
 def views() -> str:
     from sslus.kernels import _cpu  # noqa: F401, fails where the wheel was built wrongly
     from sslus.kernels.augment import _views
-    from sslus.ssl.train import pick_device
+    from sslus.ssl.world import pick_device
 
     if pick_device("auto").type == "cuda" and _views.gpu:
         return "Triton on the GPU where its memory holds the frames, else C++ on the CPU"
@@ -323,7 +323,7 @@ def train() -> str:
 def evaluate() -> str:
     import sklearn.linear_model  # noqa: F401
 
-    from sslus.ssl.train import pick_device
+    from sslus.ssl.world import pick_device
 
     where = "GPU" if pick_device("auto").type == "cuda" else "CPU"
     return f"features on the {where}, linear probe by scikit-learn on the CPU"

@@ -2,12 +2,14 @@
 # What CI cannot check without a GPU: bash tools/gpu_check.sh [--minutes 9] [--out DIR] [--dry-run]
 #
 # Builds and installs this checkout into a temporary folder without a network, runs the tests that
-# need a GPU (there, one that would skip fails), trains on synthetic shards, and measures. Every
-# step runs, whatever became of the ones before, within its own time and all within --minutes.
-# Python and the packages that sslus needs must be there (PYTHON, PYTHONPATH).
+# need a GPU (there, one that would skip fails), trains every method on synthetic shards, and
+# measures. Every step runs, whatever became of the ones before, and has a share of the minutes;
+# what it leaves, the ones after it share. A stage that is cut keeps the rows it has. Python and the
+# packages that sslus needs must be there (PYTHON, PYTHONPATH).
 #
 #   --minutes N   for everything (default 9)
-#   --out DIR     log, summary.tsv, bench-*.json, metrics.jsonl (default $OUT or build/gpu_check)
+#   --out DIR     log, summary.tsv, bench.json, roofline.png, metrics.jsonl
+#                 (default $OUT or build/gpu_check)
 #   --device cpu  the same steps without a GPU, small, to try this script out
 #   --dry-run     only print the steps
 # Exits with 1 if a step failed.
@@ -48,22 +50,30 @@ if [ -z "$dry" ]; then
   mkdir -p "$out" || exit 1
   out=$(cd "$out" && pwd)
   # What an earlier run left would pass for this one's.
-  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl} "$out"/bench-*.json
+  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl,bench.json,roofline.png}
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 else
   work=\$work # shown, not made
 fi
 cd "$root" || exit 1
 
-# step NAME SECONDS COMMAND...: at most SECONDS of a run of 9 minutes, more or less in proportion.
+# step NAME SHARE COMMAND...: within its share of the time that is left. `total` is the shares of
+# the steps to come; while they are added up (`adding`), nothing else is done.
+total=0 adding=1
 step() {
-  local name=$1 limit=$(($2 * minutes / 9)) left=$((end - SECONDS)) start=$SECONDS status result
+  local name=$1 share=$2 left=$((end - SECONDS)) start=$SECONDS limit status result
   shift 2
-  if [ -n "$dry" ]; then
-    printf '%-14s %4s s  %s\n' "$name" "$limit" "$*"
+  if [ -n "$adding" ]; then
+    total=$((total + share))
     return
   fi
-  [ "$limit" -lt "$left" ] || limit=$left
+  limit=$((left > 0 ? left * share / total : 0))
+  total=$((total - share))
+  if [ -n "$dry" ]; then
+    printf '%-14s %4s s  %s\n' "$name" "$limit" "$*"
+    end=$((end - limit))
+    return
+  fi
   printf '\n=== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$out/gpu_check.log"
   if [ "$limit" -lt 5 ]; then
     result="no time left"
@@ -82,31 +92,61 @@ step() {
 
 sslus=("$python" -m sslus.tools)
 if [ "$device" = cuda ]; then
-  clips=(--videos 42 --patients 14) steps=(--max-steps 200)
+  clips=(--videos 42 --patients 14) steps=(--max-steps 200) few=(--max-steps 20)
 else
   clips=(--videos 4 --patients 2 --size 128 --seconds 1 1)
-  steps=(--max-steps 4 --batch-size 8 --image-size 32)
+  steps=(--max-steps 4 --batch-size 8 --image-size 32) few=("${steps[@]}")
 fi
-metrics=$work/run/metrics.jsonl
+# The kernels' tests mostly wait for Triton's compiler: on many cores, if pytest-xdist is there.
+# Those that only compile need no GPU: CI runs them.
+spread=()
+if "$python" -c 'import xdist' 2>/dev/null; then spread=(--numprocesses 8); fi
+kernels="gpu and not compiles_without_spills and not test_bench"
 
-step build 80 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
-  --disable-pip-version-check --target "$work/site" .
-step doctor 30 "${sslus[@]}" doctor
-step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider
-step synth 70 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
-step shard 40 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$device" \
-  --labels "$work/videos/labels.csv"
-step train 80 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
-  --device "$device" --run "$work/run"
-[ ! -f "$metrics" ] || cp "$metrics" "$out/metrics.jsonl"
-for stage in decode:60 train:80 augment:50 losses:50 shard:80 store:30; do
-  # With the clips just made; without them (synth failed) bench/run.py makes its own.
-  data=()
-  { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")
-  name=${stage%:*}
-  step "bench-$name" "${stage#*:}" "$python" bench/run.py --stage "$name" --device "$device" \
-    "${small[@]}" "${data[@]}" --json "$out/bench-$name.json"
-done
+# The rows of all stages so far, in one file.
+gather() {
+  [ -z "$adding$dry" ] || return
+  "$python" - "$out/bench.json" "$work"/bench-*.json <<'PYTHON'
+import json, pathlib, sys
+
+out, *parts = map(pathlib.Path, sys.argv[1:])
+found = [json.loads(part.read_text()) for part in parts if part.exists()]
+merged = {key: [x for part in found for x in part[key]] for key in ("rows", "ratios")}
+out.write_text(json.dumps(merged, indent=1) + "\n")
+PYTHON
+}
+
+all() {
+  step build 70 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+    --disable-pip-version-check --target "$work/site" .
+  step doctor 20 "${sslus[@]}" doctor
+  step tests 40 "$python" -m pytest -m gpu -q -p no:cacheprovider
+  step kernels 85 "$python" -m pytest -k "$kernels" -m 'not gpu' -q -p no:cacheprovider \
+    "${spread[@]}"
+  step synth 25 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
+  step shard 15 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$device" \
+    --labels "$work/videos/labels.csv"
+  step train 45 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
+    --device "$device" --run "$work/run"
+  [ ! -f "$work/run/metrics.jsonl" ] || cp "$work/run/metrics.jsonl" "$out/metrics.jsonl"
+  # Compiling each method's step would take most of the time.
+  step train-all 70 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" --step eager \
+    --device "$device" --run "$work/runs"
+  # The last three have nothing on the GPU.
+  for stage in losses:110 decode:30 shard:30 train:40 augment:10 loader:8 store:8; do
+    # With the clips just made; without them (synth failed) bench/run.py makes its own.
+    data=()
+    { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")
+    name=${stage%:*}
+    step "bench-$name" "${stage#*:}" "$python" bench/run.py --stage "$name" --device "$device" \
+      "${small[@]}" "${data[@]}" --json "$work/bench-$name.json"
+    gather
+  done
+  step roofline 8 "$python" bench/roofline.py "$out/bench.json" -o "$out/roofline.png"
+}
+all
+adding=
+all
 
 if [ -z "$dry" ]; then
   printf '\n%-14s %-20s %8s\n' step result seconds | tee -a "$out/gpu_check.log"

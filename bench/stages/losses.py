@@ -1,18 +1,27 @@
-"""two batches of projections -> loss and gradients
+"""two batches of projections -> loss and gradients; images -> masked images and masked error
 
-Against the definition in plain PyTorch with autograd, and lightly's losses where lightly can be
-imported (`pip install --no-deps --target FOLDER lightly`, then PYTHONPATH=FOLDER).
-Floor: the chosen form's matrix products alone. Memory: what a step needs beyond its inputs.
+Against the definition in plain PyTorch with autograd, on a GPU also under torch.compile, and
+lightly's losses where lightly can be imported (`pip install --no-deps --target FOLDER lightly`,
+then PYTHONPATH=FOLDER). Floor: the chosen form's matrix products alone; bench/roofline.py draws
+them. Memory: what a step needs beyond its inputs. Masks: against a mask tensor and F.mse_loss.
+
+On a GPU a measurement is as many steps as take 0.05 s, issued one after the other and waited for
+at the end: the larger of what the host needs to launch them and the device to run them. The
+definition multiplies in float32, whatever its inputs are, as the ops do to the last digits; TF32
+is there as a row of its own. What does not fit the device's memory is left out, with a line.
 """
 
 import functools
 import importlib.util
 import multiprocessing
 import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import Bench, Work
+from harness import Bench, Timed, Work
 
 SCALARS = {
     "vicreg": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},
@@ -27,49 +36,130 @@ TARGETS = {
     "barlow": {(256, 8192): 40, (1024, 8192): 7, (4096, 2048): 1},
 }
 LIGHTLY = {"vicreg": "VICRegLoss", "barlow": "BarlowTwinsLoss", "ntxent": "NTXentLoss"}
+# On a GPU what has a target comes first, in case the time runs out.
+GPU_SIZES = (
+    (256, 8192), (1024, 8192), (4096, 8192), (4096, 2048), (4096, 16384), (1024, 16384),
+    (256, 2048), (256, 16384), (1024, 2048),
+)  # fmt: skip
+GPU_TARGETS = {"definition": 10, "torch.compile": 4}  # at N = 256, D = 8192
+OF_MATMUL_RATE = 0.7  # where N >= 1024 and D >= 8192
+COPY = 1 << 28  # bytes; no cache holds it
+FLOOR = "floor: the products"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss on tensors of these shapes."""
+
+    name: str
+    shapes: tuple[tuple[int, int], ...]
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+    @property
+    def text(self) -> str:
+        """Where the device is a GPU, with the type: bench/roofline.py reads it."""
+        n, d = self.shapes[0]
+        size = f"N={n} D={d}"
+        if self.name not in TARGETS:
+            size = ", ".join(f"{r} x {c}" for r, c in dict.fromkeys(self.shapes))
+        return f"{self.name} {size}" + (f" {self.dtype}" if self.device != "cpu" else "")
+
+
+def form_flops(n: int, d: int, dtype: str | None) -> float:
+    """Operations of the products of a form: x x^T by its triangle, and (x x^T) x, of both views.
+
+    That is 3 N^2 D multiplications, and 3 N D^2 where N >= D; an operation is half of one. dtype:
+    of inputs on a GPU, where every product of fp32 is three of TF32, and of bf16 three of bf16
+    planes, or four for x x^T where N < D. None: on a CPU.
+    """
+    planes = {None: 1, "fp32": 3, "bf16": 10 / 3 if n < d else 3}[dtype]
+    return 6 * planes * n * d * min(n, d)
+
+
+def form_bytes(n: int, d: int, dtype: str | None) -> float:
+    """What a form's passes move, each tensor once a pass, if no pass finds it in a cache.
+
+    Inputs are read for the planes and for the gradient's pull, gradients written; planes, four
+    bytes an entry, are written, and read for x x^T and for the gradient, where N >= D for every
+    512 columns; N x N or D x D matrices, in float32, are written and read.
+    """
+    strips = 1 if n < d else -(-d // 512)
+    side = min(n, d)
+    given = (2 if dtype == "bf16" else 4) * 6 * n * d
+    return given + 4 * (2 * n * d * (1 + 2 * strips) + 4 * side * side)
+
+
+def floor_flops(name: str, n: int, d: int, dtype: str | None) -> float:
+    """Operations of `products`."""
+    if dtype is not None:
+        return 8 * n * d * min(n, d)
+    return (6 if name == "barlow" and n >= d else 7) * n * d * min(n, d)
+
+
+# ---------------------------------------------------------------- what is timed
 
 
 @functools.lru_cache(maxsize=1)
-def tensors(shapes):
+def tensors(shapes, device="cpu", dtype="fp32"):
     import torch
 
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=g).requires_grad_(i < 2) for i, s in enumerate(shapes)]
+    g = torch.Generator(device).manual_seed(0)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    return [
+        torch.randn(s, generator=g, device=device).to(kind).requires_grad_(i < 2)
+        for i, s in enumerate(shapes)
+    ]
 
 
-@functools.cache
-def loss_of(name, who):
+def inputs(case: Case):
+    return tensors(case.shapes, case.device, case.dtype)
+
+
+def loss_of(case: Case, who: str) -> Callable:
     if who == "lightly":
         import lightly.loss
 
-        arguments = {"temperature": 0.1} if name == "ntxent" else {}
-        return getattr(lightly.loss, LIGHTLY[name])(**arguments)
+        arguments = {"temperature": 0.1} if case.name == "ntxent" else {}
+        return getattr(lightly.loss, LIGHTLY[case.name])(**arguments)
     from sslus.kernels.op import load_all
 
-    which = "reference" if who == "definition" else "cpu"
-    return partial(load_all()[name].run, which, **SCALARS[name])
+    ours = "gpu" if case.device == "cuda" else "cpu"
+    which = ours if who == "sslus" else "reference"
+    loss = partial(load_all()[case.name].run, which, **SCALARS[case.name])
+    if who == "torch.compile":
+        import torch
+
+        torch.compiler.reset()  # after eight shapes it would run what it was given uncompiled
+        return torch.compile(loss, dynamic=False)
+    return loss
 
 
-def step(name, who, shapes, threads) -> int:
+def step(case: Case, loss: Callable) -> int:
     """One loss and its gradients, as the backward of a projector asks for them."""
     import torch
 
-    torch.set_num_threads(threads)
-    inputs = tensors(shapes)
-    num_gradients = 1 if name == "infonce_queue" else 2
-    torch.autograd.grad(loss_of(name, who)(*inputs), inputs[:num_gradients])
+    torch.set_num_threads(case.threads)
+    given = inputs(case)
+    num_gradients = 1 if case.name == "infonce_queue" else 2
+    torch.autograd.grad(loss(*given), given[:num_gradients])
     return 1
 
 
-def products(name, shapes, threads) -> int:
+def products(case: Case) -> int:
     """The chosen form's multiplications: Gram matrices (N < D) or D x D ones, made whole."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(case.threads)
     with torch.no_grad():
-        n, d = shapes[0]
-        views = [z if n < d else z.T for z in tensors(shapes)]
-        if name == "barlow" and n >= d:  # C is not symmetric
+        n, d = case.shapes[0]
+        views = [z if n < d else z.T for z in inputs(case)]
+        if case.device != "cpu":  # plain products, once, for the rate
+            for x in views:
+                (x @ x.T) @ x
+            return 1
+        if case.name == "barlow" and n >= d:  # C is not symmetric
             c = views[0] @ views[1].T
             c @ views[0], c @ views[1]
             return 1
@@ -81,11 +171,82 @@ def products(name, shapes, threads) -> int:
     return 1
 
 
-def extra_mib(name, who, shapes, threads) -> float:
+def in_tf32(run: Callable[[], object]) -> None:
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The same as a CUDA graph: the host launches once."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class Often:
+    """Times as many calls as take `seconds` together; the first time, it counts them."""
+
+    def __init__(self, run, device="cpu", amount=1.0, seconds=0.0):
+        self.run, self.device, self.amount, self.seconds = run, device, amount, seconds
+        self.count = 1
+
+    def __call__(self) -> Timed:
+        each = self._each()
+        if self.seconds:
+            each = self._each()  # the first one loads, and compiles
+            self.count = max(1, min(1000, round(self.seconds / each)))
+            self.seconds = 0
+        return Timed(self.amount, each)
+
+    def _each(self) -> float:
+        wait(self.device)
+        start = time.perf_counter()
+        for _ in range(self.count):
+            self.run()
+        wait(self.device)
+        return (time.perf_counter() - start) / self.count
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def warmed(run: Callable[[], float], small: Callable[[], object]) -> Callable[[], float]:
+    """A peer that takes seconds: what it does first, to warm up, is small."""
+    first = iter([small])
+
+    def work() -> float:
+        next(first, run)()
+        return 1.0
+
+    return work
+
+
+# ---------------------------------------------------------------- memory
+
+
+def extra_mib(case: Case, who: str) -> float:
     """Peak memory of a step beyond its inputs, in a fresh process, after a small step."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_extra, args=(theirs, name, who, shapes, threads))
+    process = context.Process(target=_extra, args=(theirs, case, who))
     process.start()
     theirs.close()
     try:
@@ -94,58 +255,199 @@ def extra_mib(name, who, shapes, threads) -> float:
         process.join()
 
 
-def _extra(pipe, name, who, shapes, threads) -> None:
-    step(name, who, tuple((8, 16) for _ in shapes), threads)
-    tensors(shapes)
+def _extra(pipe, case, who) -> None:
+    loss = loss_of(case, who)
+    step(smaller(case), loss)
+    inputs(case)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
-    step(name, who, shapes, threads)
+    step(case, loss)
     pipe.send((_status("VmHWM") - before) / 1024)
     pipe.close()
+
+
+def smaller(case: Case) -> Case:
+    return Case(case.name, tuple((8, 16) for _ in case.shapes), case.threads)
 
 
 def _status(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def extra_mib_on_gpu(run: Callable[[], object]) -> float:
+    """Peak memory of the device during a call, beyond what is allocated before."""
+    import torch
+
+    run()  # compiles, and keeps what it keeps
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# ---------------------------------------------------------------- the stage
+
+
 def measure(bench: Bench) -> None:
-    threads = min(2, bench.cores)
-    peer = importlib.util.find_spec("lightly") is not None
+    threads = 1 if bench.quick else min(2, bench.cores)
+    copy(bench, threads)
+    if bench.device == "cuda":
+        on_gpu(bench)
+    else:
+        on_cpu(bench, threads)
+    for dtype in ("bf16", "fp32") if bench.device == "cuda" else ("fp32",):
+        others(bench, threads, dtype)
+        masks(bench, threads, dtype)
+
+
+def has_lightly() -> bool:
+    return importlib.util.find_spec("lightly") is not None
+
+
+def copy(bench: Bench, threads: int) -> None:
+    """The memory's bandwidth, reading and writing: the slanted roof of bench/roofline.py."""
+    import torch
+
+    torch.set_num_threads(threads)
+    num_bytes = COPY >> 8 if bench.quick else COPY
+    a = torch.ones(num_bytes // 4, device=bench.device)
+    b = torch.zeros_like(a)
+    run = Often(partial(b.copy_, a), bench.device, 2 * num_bytes / 1e9, often(bench, 0.2))
+    works = {"floor: a large copy": Work(run, threads, bench.device, fresh=False)}
+    bench.compare("memory bandwidth", f"{num_bytes >> 20} MiB", "GB/s", works)
+
+
+def often(bench: Bench, seconds: float) -> float:
+    return 0.0 if bench.quick else seconds
+
+
+def on_cpu(bench: Bench, threads: int) -> None:
+    peers = ["definition", *(["lightly"] if has_lightly() else [])]
     for name, targets in TARGETS.items():
         for (n, d), at_least in {(16, 64): 1}.items() if bench.quick else targets.items():
-            shapes = ((n, d), (n, d))
-            case = f"{name} N={n} D={d}"
-            works = {
-                who: Work(partial(step, name, who, shapes, threads), threads, fresh=False)
-                for who in ("sslus", "definition", *(["lightly"] if peer else []))
-            }
-            floor = partial(products, name, shapes, threads)
-            works["floor: the products"] = Work(floor, threads, fresh=False)
-            rows = bench.compare("forward and backward", case, "s", works, repeats=3)
-            bench.ratio(f"{case}: definition / sslus", rows["definition"], rows["sslus"])
-            bench.ratio(f"{case}: sslus / floor", rows["sslus"], rows["floor: the products"])
-            if peer:
-                text = f"{case}: lightly / sslus"
-                bench.ratio(text, rows["lightly"], rows["sslus"], at_least=at_least)
+            case = Case(name, ((n, d),) * 2, threads)
+            works = {}
+            for who in ("sslus", *peers):
+                loss = loss_of(case, who)
+                run = partial(step, case, loss)
+                if who == "sslus":
+                    run = Often(run, seconds=often(bench, 0.3))
+                else:
+                    run = warmed(run, partial(step, smaller(case), loss))
+                works[who] = Work(run, threads, fresh=False)
+            floor = Often(partial(products, case), seconds=often(bench, 0.3))
+            works[FLOOR] = Work(floor, threads, fresh=False)
+            # At N = 1024 a step of a peer takes up to 13 s.
+            repeats = 2 if n == 1024 else 3
+            rows = bench.compare("forward and backward", case.text, "s", works, repeats)
+            for who in peers:
+                least = at_least if who == "lightly" else None
+                text = f"{case.text}: {who} / sslus"
+                bench.ratio(text, rows[who], rows["sslus"], at_least=least)
+            bench.ratio(f"{case.text}: sslus / floor", rows["sslus"], rows[FLOOR])
             if not bench.quick:
-                memory(bench, name, shapes, threads, case)
-    others(bench, threads)
+                memory(bench, case)
 
 
-def memory(bench: Bench, name, shapes, threads, case) -> None:
-    (n, d), _ = shapes
-    rows = [
-        bench.add("peak extra memory", who, case, "MiB", [value], threads=threads)
-        for who, value in [
-            ("sslus", extra_mib(name, "sslus", shapes, threads)),
-            ("definition", extra_mib(name, "definition", shapes, threads)),
-            ("4 (N^2 + N D) floats", 16 * (n * n + n * d) / 2**20),
-        ]
-    ]
-    bench.ratio(f"{case}: extra memory / 4 (N^2 + N D) floats", rows[0], rows[2], at_most=1)
+def memory(bench: Bench, case: Case) -> None:
+    n, d = case.shapes[0]
+    whos = ["sslus", *(["definition"] if n == 256 else [])]  # it is D x D whatever N is
+    values = {who: extra_mib(case, who) for who in whos}
+    values["4 (N^2 + N D) floats"] = 16 * (n * n + n * d) / 2**20
+    rows = {
+        who: bench.add(
+            "peak extra memory", who, case.text, "MiB", [value], threads=case.threads
+        )
+        for who, value in values.items()
+    }  # fmt: skip
+    bench.ratio(f"{case.text}: extra memory / 4 (N^2 + N D) floats",
+                rows["sslus"], rows["4 (N^2 + N D) floats"], at_most=1)  # fmt: skip
 
 
-def others(bench: Bench, threads) -> None:
+def on_gpu(bench: Bench) -> None:
+    for n, d in ((16, 64),) if bench.quick else GPU_SIZES:
+        for name in TARGETS:
+            for dtype in ("bf16", "fp32"):
+                measure_on_gpu(bench, Case(name, ((n, d),) * 2, 1, bench.device, dtype))
+
+
+def measure_on_gpu(bench: Bench, case: Case) -> None:
+    n, d = case.shapes[0]
+    target = bench.quick or (n, d) == GPU_SIZES[0]
+
+    def bare(who: str) -> Callable[[], object]:
+        return partial(step, case, loss_of(case, who))
+
+    makers = {
+        "sslus": partial(bare, "sslus"),
+        FLOOR: lambda: partial(in_tf32, partial(products, case)),
+        "definition": partial(bare, "definition"),
+        "definition, TF32": lambda: partial(in_tf32, bare("definition")),
+        "torch.compile": partial(bare, "torch.compile"),
+    }
+    if has_lightly():
+        makers["lightly"] = partial(bare, "lightly")
+    if target:  # where launches are most of the time
+        for who in ("sslus", "definition"):
+            makers[f"{who}, CUDA graph"] = lambda who=who: graphed(bare(who))
+    works = {}
+    for who, make in makers.items():
+        tried = what_fits(f"{case.text}: {who}", make)
+        if tried is None:
+            continue
+        run, extra = tried
+        run = Often(run, case.device, seconds=often(bench, 0.05))
+        works[who] = Work(run, device=case.device, fresh=False)
+        if who in ("sslus", "definition", "torch.compile", "lightly"):
+            bench.add("peak extra memory", who, case.text, "MiB", [extra], device=case.device)
+    if "sslus" not in works:
+        return
+    rows = bench.compare("forward and backward", case.text, "s", works)
+    for who, row in rows.items():
+        if who not in ("sslus", FLOOR, "sslus, CUDA graph"):
+            least = GPU_TARGETS.get(who) if target else None
+            mine = "sslus, CUDA graph" if who.endswith("graph") else "sslus"
+            if mine in rows:
+                bench.ratio(f"{case.text}: {who} / {mine}", row, rows[mine], at_least=least)
+    if FLOOR in rows:
+        rates = {
+            who: bench.add(
+                "rate of matrix products", who, case.text, "TFLOP/s",
+                [flops / s / 1e12 for s in (rows[who].median, rows[who].low, rows[who].high)],
+                device=case.device,
+            )
+            for who, flops in (
+                ("sslus", form_flops(n, d, case.dtype)),
+                (FLOOR, floor_flops(case.name, n, d, case.dtype)),
+            )
+        }  # fmt: skip
+        least = OF_MATMUL_RATE if n >= 1024 and d >= 8192 else None
+        bench.ratio(f"{case.text}: rate of sslus / of bare products",
+                    rates["sslus"], rates[FLOOR], at_least=least)  # fmt: skip
+
+
+def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
+    """What `make` makes and its extra memory; None, and a line, where it cannot run."""
+    import torch
+
+    try:
+        run = make()
+        return run, extra_mib_on_gpu(run)
+    except torch.OutOfMemoryError:
+        why = "it does not fit the device's memory"
+    except Exception as e:
+        if what.endswith(": sslus"):
+            raise
+        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    torch.cuda.empty_cache()
+    print(f"left out: {what}: {why}", flush=True)
+    return None
+
+
+def others(bench: Bench, threads: int, dtype: str) -> None:
     """For information."""
     n, d, m = (8, 16, 64) if bench.quick else (1024, 128, 65536)
     for name, shapes in {
@@ -154,13 +456,91 @@ def others(bench: Bench, threads) -> None:
         "byol": ((n, 2 * d),) * 4,
     }.items():
         whos = ["sslus", "definition"]
-        if name in LIGHTLY and importlib.util.find_spec("lightly"):
+        if name in LIGHTLY and has_lightly():
             whos.append("lightly")
+        case = Case(name, shapes, threads, bench.device, dtype)
         works = {
-            who: Work(partial(step, name, who, shapes, threads), threads, fresh=False)
+            who: Work(
+                Often(partial(step, case, loss_of(case, who)), case.device,
+                      seconds=often(bench, 0.05)),
+                threads, case.device, fresh=False,
+            )
             for who in whos
-        }
-        case = f"{name} {', '.join(f'{r} x {c}' for r, c in dict.fromkeys(shapes))}"
-        rows = bench.compare("forward and backward", case, "s", works)
+        }  # fmt: skip
+        rows = bench.compare("forward and backward", case.text, "s", works)
         for who in whos[1:]:
-            bench.ratio(f"{name}: {who} / sslus", rows[who], rows["sslus"])
+            bench.ratio(f"{case.text}: {who} / sslus", rows[who], rows["sslus"])
+
+
+# ---------------------------------------------------------------- masks
+
+
+def masks(bench: Bench, threads: int, dtype: str) -> None:
+    """Three quarters of an image's patches hidden, and the error in the hole, for information.
+
+    The peers hold the mask as a tensor; `ready`: its making is not timed. Theirs are patches
+    anywhere in the image, which is drawn as MAE does.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from sslus.kernels.mask import Mask, mask_fill, mask_ids, masked_mse
+
+    torch.set_num_threads(threads)
+    gpu = bench.device == "cuda"
+    b, size = (2, 64) if bench.quick else (256 if gpu else 64, 224)
+    image, guess = tensors(((b * size, size),) * 2, bench.device, dtype)
+    image, guess = (x.detach().view(b, 1, size, size) for x in (image, guess))
+    guess.requires_grad_()
+    ids = mask_ids(torch.arange(b, device=bench.device), seed=0, epoch=0)
+    anywhere, sector = Mask(), Mask(background=0.0)
+    ready = mask_tensor(image, anywhere)
+    out = torch.empty_like(image)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, guess)
+
+    def by_tensor(hidden):
+        hole = hidden.to(image.dtype)
+        return (F.mse_loss(guess, image, reduction="none") * hole).sum() / hole.sum()
+
+    def tensor_of():
+        return mask_tensor(image, anywhere)
+
+    case = f"{b} x {size} x {size}" + (f" {dtype}" if gpu else "")
+    for name, runs in {
+        "mask: fill": {
+            "sslus": lambda: mask_fill(image, ids, anywhere),
+            "sslus, in the sector": lambda: mask_fill(image, ids, sector),
+            "mask tensor": lambda: torch.where(tensor_of(), 0, image),
+            "ready mask tensor": lambda: torch.where(ready, 0, image),
+            "floor: a copy": lambda: out.copy_(image),
+        },
+        "mask: error, forward and backward": {
+            "sslus": lambda: gradient(masked_mse(guess, image, ids, anywhere)),
+            "sslus, in the sector": lambda: gradient(masked_mse(guess, image, ids, sector)),
+            "F.mse_loss, mask tensor": lambda: gradient(by_tensor(tensor_of())),
+            "F.mse_loss, ready mask tensor": lambda: gradient(by_tensor(ready)),
+            "floor: read two, write one": lambda: torch.add(image, guess.detach(), out=out),
+        },
+    }.items():
+        works = {
+            who: Work(Often(run, bench.device, seconds=often(bench, 0.1)), threads, bench.device,
+                      fresh=False)
+            for who, run in runs.items()
+        }  # fmt: skip
+        rows = bench.compare(name, case, "s", works)
+        for who in runs:
+            if "tensor" in who:
+                bench.ratio(f"{name} {case}: {who} / sslus", rows[who], rows["sslus"])
+
+
+def mask_tensor(image, mask):
+    """(B, 1, H, W) bool: the share of the cells, by the order of random numbers."""
+    import torch
+
+    rows, columns = (side // mask.patch for side in image.shape[2:])
+    noise = torch.rand(len(image), rows * columns, device=image.device)
+    hidden = noise.argsort(1).argsort(1) < round(mask.ratio * rows * columns)
+    hidden = hidden.view(-1, 1, rows, columns)
+    return hidden.repeat_interleave(mask.patch, 2).repeat_interleave(mask.patch, 3)
