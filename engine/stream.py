@@ -141,10 +141,11 @@ class Reader:
 
     A shard is fetched when `read_ahead` first names one of its frames, and dropped when all that
     were named are read. Frames and labels do not depend on `threads`, which decode. `device`:
-    "cpu" for simplejpeg; "cuda" for nvJPEG, whose values may be a grey level off. For one thread.
+    "cpu" for simplejpeg; "cuda" for nvJPEG on GPU `number`, whose values may be a grey level off.
+    For one thread.
     """
 
-    def __init__(self, store: StreamStore, threads: int = 1, device: str = "cpu"):
+    def __init__(self, store: StreamStore, threads: int = 1, device: str = "cpu", number: int = 0):
         self.store, self.threads = store, threads
         self.entries = store.manifest.shards
         counts = [entry["num_frames"] for entry in self.entries]
@@ -154,7 +155,7 @@ class Reader:
         self.wanted: Counter[int] = Counter()
         self.checked: set[int] = set()
         self.frames = np.empty((0, store.size, store.size), np.uint8)
-        self.gpu = _GpuDecoder(threads) if device == "cuda" else None
+        self.gpu = _GpuDecoder(threads, number) if device == "cuda" else None
         self.fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="shards")
         self.decoding = ThreadPoolExecutor(threads, thread_name_prefix="jpeg")
 
@@ -352,8 +353,8 @@ class _GpuDecoder:
     `Reader` reads, and DALI decodes.
     """
 
-    def __init__(self, threads: int, device: str = "mixed"):
-        self.threads, self.device, self.pipes = threads, device, {}
+    def __init__(self, threads: int, number: int = 0, device: str = "mixed"):
+        self.threads, self.number, self.device, self.pipes = threads, number, device, {}
 
     def __call__(self, jpegs: list[memoryview]):
         pipe = self.pipes.get(len(jpegs)) or self._build(len(jpegs))
@@ -364,7 +365,7 @@ class _GpuDecoder:
 
         @pipeline_def(
             batch_size=num, num_threads=self.threads, prefetch_queue_depth=1,
-            device_id=0 if self.device == "mixed" else None,
+            device_id=self.number if self.device == "mixed" else None,
         )  # fmt: skip
         def pipeline():
             jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)

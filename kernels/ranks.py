@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CHECKED: set[tuple[str, str]] = set()
+
 
 def group_name(group: dist.ProcessGroup | None) -> str:
     """A name that a custom op can carry: the group's, or that of all ranks; "" if there is one."""
@@ -46,6 +48,11 @@ class Ranks:
         """
         if not self.group:
             return
+        # On a GPU reading the answer waits for it: once for each op, at the first call of all.
+        if z.is_cuda:
+            if (self.group.group_name, name) in _CHECKED:
+                return
+            _CHECKED.add((self.group.group_name, name))
         shapes = self._gathered(torch.tensor(z.shape[:2], device=z.device))
         if len({tuple(s.tolist()) for s in shapes}) > 1:
             raise ValueError(

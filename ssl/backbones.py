@@ -208,6 +208,14 @@ def fold(
     }
 
 
+def step_of(path: Path) -> int | None:
+    """The step of the run at which `save` has written `path`; None where it is not there."""
+    if not path.exists():
+        return None
+    with safetensors.safe_open(path, "pt") as f:
+        return json.loads((f.metadata() or {}).get("step", "null"))
+
+
 def save(backbone: nn.Module, path: Path, about: dict) -> None:
     """Write the weights as safetensors, with `about` as JSON strings in the file's header.
 

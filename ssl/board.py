@@ -4,15 +4,18 @@ from pathlib import Path
 
 
 class Board:
-    """Writes the lines of metrics.jsonl as scalars into <run>/tensorboard; else does nothing."""
+    """Writes the lines of metrics.jsonl after `step` as scalars into <run>/tensorboard.
 
-    def __init__(self, run: Path):
+    Does nothing where TensorBoard is not installed.
+    """
+
+    def __init__(self, run: Path, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # an extra that a user may install
             self.writer = None
             return
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: dict) -> None:
         if self.writer:

@@ -16,7 +16,8 @@ def draw(metrics: list[dict], path: Path) -> None:
         "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "uniformity",
         "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
     }  # fmt: skip
-    terms = [k for k in (metrics[0] if metrics else {}) if k not in known]
+    first = next((m for m in metrics if "loss" in m), {})
+    terms = [k for k in first if k not in known]
     online = [k for k in ("knn_macro_f1", "probe_macro_f1") if any(k in m for m in metrics)]
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, rate), (alive, speed) = figure.subplots(2, 2)

@@ -183,7 +183,7 @@ class Loader:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
         if self.tier == "stream":
-            self.reader = Reader(store, threads, device.type)
+            self.reader = Reader(store, threads, device.type, device.index or 0)
         else:
             with warnings.catch_warnings():  # the map is read-only, which PyTorch cannot express
                 warnings.simplefilter("ignore", UserWarning)
@@ -288,19 +288,28 @@ class Loader:
             frames, labels = self.frames, self.store.label[batch.first]
         weights = None if batch.weights is None else torch.from_numpy(batch.weights)
         rest = (weights, ids[:num], torch.from_numpy(labels.astype(np.int64)))
+        if on_gpu:
+            with torch.cuda.stream(self.stream):
+                rest = tuple(x if x is None else self._send(x) for x in rest)
         options = {"size": self.size, "mean": self.store.mean, "std": self.store.std}
         if not frames.is_cuda:
             shape = (len(index), 1, self.size, self.size)
             # Pinned memory lets the copy to the GPU run beside its work.
             out = torch.empty(shape, pin_memory=True) if on_gpu else self.memory.tensor(shape)
             views(frames, index, params, out=out, threads=self.threads, **options)
-            return out, rest, None
+            if not on_gpu:
+                return out, rest, None
         with torch.cuda.stream(self.stream):  # beside the step that runs on the main stream
-            index, params = (x.pin_memory().to(self.device, non_blocking=True)
-                             for x in (index, params))  # fmt: skip
-            out = views(frames, index, params, **options)
+            if frames.is_cuda:
+                out = views(frames, self._send(index), self._send(params), **options)
+            else:
+                out = out.to(self.device, non_blocking=True)
             ready = self.stream.record_event()
         return out, rest, ready
+
+    def _send(self, x: Tensor) -> Tensor:
+        """To the GPU without waiting for it, which needs pinned memory."""
+        return x.pin_memory().to(self.device, non_blocking=True)
 
     def _on_gpu(self, frames) -> Tensor:
         """A copy of what DALI has decoded, whose memory it will use again."""
@@ -315,10 +324,9 @@ class Loader:
         if ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(ready)
-            out.record_stream(current)  # its memory is not given away before the step is done
-        if self.device.type == "cuda":
-            out = out.to(self.device, non_blocking=True)
-            rest = [x if x is None else x.to(self.device) for x in rest]
+            for x in (out, *rest):
+                if x is not None:
+                    x.record_stream(current)  # its memory is kept until the step is done
         return Views(*out.contiguous(memory_format=torch.channels_last).chunk(2), *rest)
 
 

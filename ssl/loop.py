@@ -63,10 +63,11 @@ class Loop:
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):
             raise InputError("--online-every: frames are streamed, their labels are not known yet")
-        if options.online_every and self.world.is_main:
-            self.online = Online(store, settings.image_size, settings.seed, self.device)
-            if why := self.online.why_not:
-                raise InputError(f"--online-every: {why}")
+        if options.online_every:  # every rank judges alike, the first one looks
+            online = Online(store, settings.image_size, settings.seed, self.device)
+            if online.why_not:
+                raise InputError(f"--online-every: {online.why_not}")
+            self.online = online if self.world.is_main else None
 
     def run_to_end(self) -> None:
         s, state = self.settings, self.state
@@ -102,9 +103,13 @@ class Loop:
                 if self.report and self.world.is_main:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
                 stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
-                if self.online_is_due() or (self.online and done):
+                look = self.online_is_due(done)
+                if look and self.online:
+                    self.log.flush()
+                    self.check_finite()
                     self.log.add(self.online(state.backbone))
-                if state.step % self.options.checkpoint_every == 0 or done or stop:
+                # What was looked at is kept if it is the best.
+                if state.step % self.options.checkpoint_every == 0 or done or stop or look:
                     self.checkpoint()
                 if stop == _TIME_IS_UP:
                     break
@@ -120,9 +125,9 @@ class Loop:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.started > limit
 
-    def online_is_due(self) -> bool:
-        if self.online is None:
-            return False
+    def online_is_due(self, done: bool) -> bool:
+        if not self.options.online_every or done:
+            return bool(self.options.online_every)
         every = self.options.online_every * self.per_epoch
         return int(self.state.step / every) > int((self.state.step - 1) / every)
 
@@ -168,6 +173,7 @@ class Loop:
         if not self.world.is_main:
             return
         checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
+        self.log.best = None
         if time.monotonic() - self.drawn > CURVES_EVERY_SECONDS:
             curves.draw(
                 checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png"
@@ -246,13 +252,13 @@ class _Log:
         self.loop, self.state = loop, loop.state
         self.pending: deque[_Pending] = deque()
         self.best: float | None = None  # what the best checkpoint is chosen by: higher is better
-        self.last_health = self.state.step
+        self.last_health = self.state.step - self.state.step % loop.options.log_every
 
     def __enter__(self) -> "_Log":
         self.file = self.board = None
         if self.loop.world.is_main:
             self.file = (self.loop.run / "metrics.jsonl").open("a")
-            self.board = board.Board(self.loop.run)
+            self.board = board.Board(self.loop.run, self.state.step)
         self.restart()
         return self
 
@@ -264,7 +270,7 @@ class _Log:
             self.board.close()
 
     def restart(self) -> None:
-        self.tick, self.waited = time.monotonic(), 0.0
+        self.tick, self.waited, self.began = time.monotonic(), 0.0, self.state.step
 
     def line(self, features: Tensor) -> None:
         """Begin a line with the means since the last one."""
@@ -274,7 +280,7 @@ class _Log:
             "step": state.step,
             "epoch": round(state.step / loop.per_epoch, 4),
             "lr": loop.learning_rate(state.step - 1),
-            "samples_per_second": state.window_steps * s.batch_size * s.accumulate / seconds,
+            "samples_per_second": (state.step - self.began) * s.batch_size * s.accumulate / seconds,
             "data_wait": self.waited / seconds,
         }
         due = (
@@ -315,7 +321,7 @@ class _Log:
         self.loop.finite(p.names, values)
         means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
         line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
-        if p.features is not None:
+        if p.features is not None and self.file:
             found, warning = health.look(p.features)
             line |= found
             if warning and not self.loop.warnings:

@@ -1,5 +1,6 @@
 """Everything of a run that changes from step to step, saved and put back exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,15 @@ class State:
         world: World,
         num_classes: int = 0,
         grey: tuple[float, float] = (0.0, 1.0),
+        initialise: Callable[[nn.Module], None] | None = None,
     ) -> "State":
         """settings: train.Settings, resolved. num_classes: of the labels in the shards. grey: the
-        mean and std, 0 to 1, that views are normalised by."""
+        mean and std, 0 to 1, that views are normalised by. initialise: gives the backbone its
+        first weights, before a method copies it for a teacher."""
         s = settings
         backbone = backbones.build(s.backbone, s.image_size, s.seed)
+        if initialise:
+            initialise(backbone)
         torch.manual_seed(s.seed + 1)  # + 1: the backbone has used the seed itself
         method = methods.load(s.method).Method(backbone, method_config, s.image_size)
         if hasattr(method, "normalised_by"):
@@ -84,10 +89,12 @@ class State:
         state = checkpoints.load(path)
         try:
             self.method.load_state_dict(state["method"])
-            rates = [group["lr"] for group in self.optimizer.param_groups]
+            # What belongs to the device stays: the rate's tensor, set before each step.
+            groups = self.optimizer.param_groups
+            own = [{k: g[k] for k in ("lr", "capturable") if k in g} for g in groups]
             self.optimizer.load_state_dict(state["optimizer"])
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate  # the tensor on the GPU; its value is set before each step
+            for group, kept in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(kept)
         except (KeyError, RuntimeError, ValueError) as e:
             raise InputError(f"checkpoint {path}: is of another model: {e}") from e
         window = state["window"]

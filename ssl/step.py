@@ -7,6 +7,7 @@ import contextlib
 import copy
 import inspect
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,7 @@ class Step:
         self.graph: _Graph | None = None
         self.way = way
         self.names: tuple[str, ...] = ()
+        self.running: deque[torch.cuda.Event] = deque()
 
     def __call__(self, batches: list[Views], lr: float) -> Tensor:
         from sslus.ssl.optimizers import set_lr
@@ -63,6 +65,12 @@ class Step:
         state.add(self.names, numbers)
         state.step += 1
         state.method.after_step(state.step, self.settings.max_steps)
+        if self.device.type == "cuda":
+            # Two steps on their way at most: more would only hold memory, and signals up.
+            self.running.append(torch.cuda.Event(blocking=True))
+            self.running[-1].record()
+            if len(self.running) > 2:
+                self.running.popleft().synchronize()
         return features
 
     def update(self, batches: list[Views]) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,8 @@ class _Graph:
                 step.update([self.views])
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # The loader's thread may allocate meanwhile, which is no business of the capture's.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.out = step.update([self.views])
         before.restore()
 

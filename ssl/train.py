@@ -121,6 +121,8 @@ class Settings:
                 f"{settings.method} learns from single frames: leave out --pairs nearby and"
                 " --pair-weights"
             )
+        if settings.pair_weights and settings.pairs == "same":
+            raise InputError("--pair-weights: weighs --pairs nearby, which is not given")
         if hasattr(module, "check_views"):
             module.check_views(*views)
         for name, choices in (
@@ -164,14 +166,16 @@ def open_run(run: Path, resume: bool) -> dict | None:
     A process that torchrun has started again resumes without being told. Raises InputError where
     there is nothing to resume, or something that is not to be touched.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    resume = resume or (restarts > 0 and (run / "config.json").exists())
     try:
         recorded = json.loads((run / "config.json").read_text())
     except FileNotFoundError:
         recorded = None
     except (OSError, ValueError) as e:
         raise InputError(f"{run / 'config.json'}: cannot be read: {e}") from e
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    # Only what this torchrun, the parent in all its attempts, has begun itself.
+    if restarted and recorded is not None and recorded.get("launcher") == os.getppid():
+        resume = True
     if resume and recorded is None:
         raise InputError(f"--resume: {run} holds no run; leave --resume out to start one")
     if not resume and run.exists() and any(run.iterdir()):
@@ -231,15 +235,21 @@ def train(
     if recorded is not None:
         _refuse_changes(run, recorded, config)
     grey = store.mean, store.std
-    state = State.build(settings, method_config, world, len(store.label_names), grey)
-    if (run / "checkpoint.pt").exists():
-        state.load(run / "checkpoint.pt")
-        say(f"resumed at step {state.step} of {settings.max_steps}")
-    else:  # a new run, or one stopped before its first checkpoint
+
+    def initialise(backbone) -> None:
         backbones.initialise(
-            state.backbone, settings.init, settings.backbone, say,
+            backbone, settings.init, settings.backbone, say,
             image_size=settings.image_size, grey=grey,
         )  # fmt: skip
+
+    saved = (run / "checkpoint.pt").exists()  # not so for a run stopped before its first one
+    state = State.build(
+        settings, method_config, world, len(store.label_names), grey, None if saved else initialise
+    )
+    if saved:
+        state.load(run / "checkpoint.pt")
+        say(f"resumed at step {state.step} of {settings.max_steps}")
+    loop = Loop(run, store, plan, settings, state, options, tier, report, say)
     world.barrier()  # all have looked at the folder before one changes it
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
@@ -249,10 +259,9 @@ def train(
     was_finished = state.step == settings.max_steps
 
     started = time.monotonic()
-    loop = Loop(run, store, plan, settings, state, options, tier, report, say)
     if not was_finished:
         loop.run_to_end()
-    if world.is_main and (not was_finished or not (run / "backbone.safetensors").exists()):
+    if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
         loop.export()
     world.barrier()
     return TrainResult(
@@ -287,6 +296,11 @@ def _plan(settings: Settings, store: Store, world: World) -> Plan:
         raise InputError(
             f"--batch-size {settings.batch_size} is not a multiple of the {world.size} processes"
         )
+    if settings.batch_size < 2 * world.size:
+        raise InputError(
+            f"--batch-size {settings.batch_size}: want at least 2 frames for each of the"
+            f" {world.size} processes"
+        )
     return plan_of(store, settings.batch_size, settings.seed, world.rank, world.size)
 
 
@@ -310,6 +324,7 @@ def _config(
         if world.device.type == "cuda"
         else platform.machine(),
         "processes": world.size,
+        "launcher": os.getppid(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

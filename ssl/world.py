@@ -1,12 +1,17 @@
 """The processes of one run: one a GPU, started by torchrun, or this one alone."""
 
+import functools
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from sslus.engine.errors import InputError
+
+# Rank 0 may decode for hours before the others' first step; a process that dies is noticed anyway.
+WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@functools.cache
 def enter(device: str) -> World:
     """Join the processes that torchrun started; one process alone needs none of it.
 
-    device: auto, cpu or cuda; with cuda each process takes the GPU of its local rank.
+    device: auto, cpu or cuda; with cuda each process takes the GPU of its local rank. Called
+    again it gives the same, until `leave`.
     """
     where = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,6 +115,14 @@ def enter(device: str) -> World:
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size,
+            timeout=WAIT,
         )  # fmt: skip
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=WAIT)
     return World(where, dist.get_rank(), size, control)
+
+
+def leave() -> None:
+    """Part from the other processes at the end of the command."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    enter.cache_clear()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sslus.engine.errors import InputError
@@ -139,7 +140,7 @@ def test_the_dual_task_is_the_loss_plus_the_cross_entropy_of_labelled_frames():
 
 
 def test_the_dual_task_learns_the_labels_and_wants_some(shards, clips, tmp_path):
-    settings = dataclasses.replace(SMALL, dual_task=20.0, max_steps=40, lr=1e-2)
+    settings = dataclasses.replace(SMALL, dual_task=20.0, max_steps=80, lr=1e-2)
     lines = run_train(shards, tmp_path / "run", settings).metrics
     first, last = (np.mean([m["cross_entropy"] for m in part]) for part in (lines[:4], lines[-4:]))
     assert last < 0.8 * first
@@ -158,7 +159,9 @@ def test_a_look_on_the_way_at_labelled_frames(shards, tmp_path):
     losses = [[m["loss"] for m in r.metrics if "loss" in m] for r in (plain, looked)]
     assert losses[0] == losses[1]  # a look changes nothing
     best = json.loads((tmp_path / "looked" / "checkpoints" / "best.json").read_text())
-    assert best["score"] == found[-1]["knn_accuracy"]
+    scores = {m["step"]: m["knn_accuracy"] for m in found}
+    assert best["score"] == max(scores.values()) == scores[best["step"]]
+    assert checkpoints.load(tmp_path / "looked" / "checkpoints" / "best.pt")["step"] == best["step"]
 
 
 def test_knn_follows_the_near_ones():
@@ -174,7 +177,7 @@ def test_the_time_limit_saves_and_resume_ends_the_run(shards, tmp_path, capsys):
     run = tmp_path / "run"
     base = ["train", str(shards), "--run", str(run), "--device", "cpu", "--threads", "1"]
     small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 6 --projector 32-32"
-    assert main([*base, *small.split(), "--time-limit", "0", "--log-every", "1"]) == 0
+    assert main([*base, *small.split(), "--time-limit", "0"]) == 0  # before the first line
     out = capsys.readouterr().out
     assert "time was up at step 1" in out and f"Next: sslus train --resume --run {run}" in out
     assert main([*base, "--resume", "--log-every", "1"]) == 0
@@ -217,6 +220,19 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys):
     assert main([*base, *small.split(), "--log-every", "1", "--resume"]) == 0
     again = {p: p.stat().st_mtime_ns for p in folder.glob("*/backbone.safetensors")}
     assert {p.parent.name for p in times if times[p] != again[p]} == {last}
+
+
+def test_a_teacher_starts_from_the_initial_weights(shards, tmp_path):
+    first = run_train(shards, tmp_path / "first").run / "backbone.safetensors"
+    settings = dataclasses.replace(SMALL, method="byol", init=str(first), max_steps=1, lr=1e-9)
+    config = methods.recipe("byol", "default")[1]
+    run = train(shards, settings, config, tmp_path / "byol", device="cpu", threads=1).run
+    state = checkpoints.load(run / "checkpoint.pt")["method"]
+    teacher = {k: v for k, v in state.items() if k.startswith("teacher") and k.endswith("weight")}
+    for name, value in load_file(first).items():
+        if name.endswith("weight"):
+            ours = [v for k, v in teacher.items() if k.endswith(name) and v.shape == value.shape]
+            assert any(torch.allclose(v, value, atol=1e-5) for v in ours), name
 
 
 def test_recipes_reach_the_run_and_options_win(shards, tmp_path):

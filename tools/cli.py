@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         # One of several processes speaks, and `sslus train --gpus`, which has started them,
         # learns the code: to torchrun any failure is a process to be started again.
         file = os.environ.get("SSLUS_EXIT_CODE_FILE")
-        if file and code != 70:
+        if file and (code != 70 or Path(file).exists()):  # 70 then: the others have left it alone
             with contextlib.suppress(FileExistsError), Path(file).open("x") as f:
                 click.echo(f"Error: {message}", err=True)
                 f.write(str(code))
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         if e.errno == errno.ENOSPC:
             return fail(
                 f"no space left on the disk of{where or ' the output'}; nothing half-written was"
-                " kept. Free some space and run the same command again",
+                " kept. Free some space and run the same command again (train: with --resume)",
                 1,
             )
         return fail(f"{e.strerror or e}{where and ':'}{where}", 1)

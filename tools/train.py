@@ -186,6 +186,8 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
     """
     from pathlib import Path
 
+    from sslus.ssl.world import leave
+
     if gpus is not None:
         ctx.exit(_torchrun(gpus))
     run = Path(run or f"runs/{given['method']}")
@@ -194,6 +196,7 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
         _train_all(shards, run, given)
     else:
         _show(_train(shards, run, given))
+    leave()
 
 
 # Options that change what is told and kept, not the result.
@@ -207,11 +210,13 @@ def _train(shards: str, run, given: dict):
 
     from click.core import ParameterSource
 
+    from sslus.engine.errors import InputError
     from sslus.engine.stream import is_url
     from sslus.ssl import methods
     from sslus.ssl import train as loop
     from sslus.ssl.loader import open_store
     from sslus.ssl.loop import Options
+    from sslus.ssl.world import enter
     from sslus.tools.screen import progress
 
     given = dict(given)
@@ -221,6 +226,7 @@ def _train(shards: str, run, given: dict):
         given.pop(name) for name in ("resume", "device", "tier", "threads")
     )
     options = Options(**{name: given.pop(name) for name in OPTIONS})
+    enter(device)  # before the frame store is built: whoever waits for it hears if that fails
     named = {
         name: value
         for name, value in given.items()
@@ -229,7 +235,15 @@ def _train(shards: str, run, given: dict):
     config = loop.open_run(run, resume)
     if config is None:
         values, method_config = methods.recipe(given["method"], recipe)
+        # An option that is given takes those of the recipe with it that belong to another value.
+        if "base_lr" in named:
+            values.pop("lr", None)
+        if "optimizer" in named and named["optimizer"] != values.get("optimizer", "adamw"):
+            for name in ("lr", "base_lr", "weight_decay"):
+                values.pop(name, None)
         settings = loop.Settings(**{**_settings(given), **values})
+    elif recipe != "default":
+        raise InputError("--recipe: a run that is resumed has its values already; leave it out")
     else:  # the run's settings, but for what this command line names: the loop compares them
         settings, method_config = loop.settings_from(config)
         if ctx.get_parameter_source("method") is not ParameterSource.COMMANDLINE:
@@ -276,16 +290,23 @@ def _settings(values: dict) -> dict:
 
 def _train_all(shards: str, folder, given: dict) -> None:
     """The methods one after the other, each in its own folder; a finished one is not touched."""
+    import time
+
+    from sslus.engine.errors import InputError
     from sslus.ssl import methods
     from sslus.tools.screen import summary
 
-    rows, warnings = {}, []
+    if given["recipe"] != "default":
+        raise InputError("--method all: an equal number of steps is not what the recipes have")
+    rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
     for name in methods.names():
         run = folder / name
         mine = given | {
             "method": name,
             "resume": given["resume"] and (run / "config.json").exists(),
         }
+        if limit is not None:
+            mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
         click.echo(f"{name} -> {run}", err=True)
         result = _train(shards, run, mine)
         warnings += [f"{name}: {line}" for line in result.warnings]
@@ -337,7 +358,7 @@ def _torchrun(num: int) -> int:
             time.sleep(0.2)
             if code.exists():  # one has given up: the others may wait for it for long
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(60)
+                    process.wait(10)
                 process.terminate()
         return int(code.read_text()) if code.exists() else process.returncode
 
@@ -361,21 +382,27 @@ def _next(result) -> str:
     return f"sslus evaluate {result.run} --labels labels.csv"
 
 
+def _logged(result) -> list[dict]:
+    """The lines with a loss; a run whose time was up before the first has an empty one."""
+    nothing = {"step": 0, "loss": float("nan"), "samples_per_second": 0.0, "data_wait": 0.0}
+    return [m for m in result.metrics if "loss" in m] or [nothing]
+
+
 def _lines(result) -> tuple[dict, dict]:
     """The first and the last line of metrics, with what was last known of the features."""
-    lines = [m for m in result.metrics if "loss" in m]
+    lines = _logged(result)
     healthy = [m for m in lines if "rankme" in m] or [{"rankme": 0.0, "feature_std": 0.0}]
     return lines[0], healthy[-1] | lines[-1]
 
 
 def _speed(result) -> float:
-    speeds = sorted(m["samples_per_second"] for m in result.metrics if "loss" in m)
+    speeds = sorted(m["samples_per_second"] for m in _logged(result))
     return speeds[len(speeds) // 2]
 
 
 def _rows(result) -> dict[str, str]:
     first, last = _lines(result)
-    waits = sorted(m["data_wait"] for m in result.metrics if "loss" in m)
+    waits = sorted(m["data_wait"] for m in _logged(result))
     rows = {"run": str(result.run)}
     if result.was_finished:
         rows["state"] = f"was finished already ({result.step} steps); nothing was done"
