@@ -10,4 +10,4 @@ export TRITON_INTERPRET=1  # Triton kernels run without a GPU
 "$python" -m ruff format --check .
 # A file of tests to each core at a time; PyTorch's threads would only wait for each other.
 export OMP_NUM_THREADS=1
-"$python" -m pytest --numprocesses "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
+"$python" -m pytest --numprocesses "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder "$@"
