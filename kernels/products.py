@@ -15,7 +15,7 @@ from sslus.kernels.ranks import Ranks
 TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
 # Entries: what is made of a block of columns is used while a cache holds it. Smaller blocks fit
 # nearer caches, but their many short parallel loops wait for each other on a busy machine.
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 
 # The Gram form takes a sum without its diagonal as all minus diagonal. When less than this part
 # is left, rounding of float32 would show, and the same is done again in float64.
