@@ -195,7 +195,8 @@ def choose(state: State, settings, views: Callable[[], Views], say: Callable[[st
         except Exception as e:  # a compiler's errors are of any kind; eager does not need it
             if way == "eager":
                 raise
-            say(f"step: {way} does not work here ({type(e).__name__}: {str(e).splitlines()[0]})")
+            why = str(e).partition("\n")[0]
+            say(f"step: {way} does not work here ({type(e).__name__}: {why})")
         before.restore()
     best = min(seconds, key=seconds.__getitem__)
     trial = ", ".join(f"{way} {1e3 * t:.1f} ms" for way, t in seconds.items())

@@ -438,10 +438,11 @@ def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
         return run, extra_mib_on_gpu(run)
     except torch.OutOfMemoryError:
         why = "it does not fit the device's memory"
-    except Exception as e:
+    except Exception as e:  # a peer's and a compiler's errors are of any kind; it is told below
         if what.endswith(": sslus"):
             raise
-        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        first, _, _ = str(e).partition("\n")
+        why = f"{type(e).__name__}: {first}"
     torch.cuda.empty_cache()
     print(f"left out: {what}: {why}", flush=True)
     return None
