@@ -76,6 +76,7 @@ def test_method_is_documented_in_the_help(name):
     result = CliRunner().invoke(sslus, ["train", "--method", name, "--help"])
     text = " ".join(result.output.split())
     assert result.exit_code == 0 and "arXiv" in text
+    assert f"{', '.join(NAMES)}; or all" in text
     for f in dataclasses.fields(methods.load(name).Config):
         assert f"--{f.name.replace('_', '-')}" in text and f.metadata["help"] in text
 

@@ -15,6 +15,8 @@ class TrainCommand(click.Command):
         from sslus.ssl import methods
 
         self.params = self.params[: self.num_common]
+        method = next(p for p in self.params if p.name == "method")
+        method.help = f"{', '.join(methods.names())}; or {ALL}: in turn, equally many steps each."
         if (name := _named(args)) != ALL:
             module = methods.load(name)
             _, config = methods.recipe(name, "default")
@@ -50,12 +52,7 @@ def _option(f, default) -> click.Option:
 
 @click.command("train", cls=TrainCommand)
 @click.argument("shards", type=click.Path(), default="shards")
-@click.option(
-    "--method",
-    default=METHOD,
-    show_default=True,
-    help="How to learn without labels; `all`: one after the other, by an equal number of steps.",
-)
+@click.option("--method", default=METHOD, show_default=True)  # its help names the methods there are
 @click.option(
     "--recipe",
     type=click.Choice(["default", "paper", "study"]),
@@ -182,7 +179,8 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
     sslus train --max-steps 300 --run runs/quick        a short one
     sslus train --resume --run runs/quick               go on after an interruption
     sslus train --gpus 4 --batch-size 1024              four GPUs, one batch
-    torchrun --nproc-per-node 4 -m sslus.tools train    the same; more machines: see torchrun
+    torchrun --nproc-per-node 4 -m -- sslus.tools train --batch-size 1024
+                                                        the same; more machines: see torchrun
     """
     from pathlib import Path
 
