@@ -60,7 +60,7 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
         shards, settings, config, run, resume=resume, device=args.device, threads=args.threads
     )
     percents = [float(p) for p in args.fractions.split(",")]
-    judged = evaluate(run, args.labels, percents=percents, num_seeds=1, device=args.device)
+    judged = evaluate(run, args.labels, percents=percents, num_seeds=3, device=args.device)
     lines = [
         {
             "method": row.backbone, "seed": seed, "percent": row.percent,

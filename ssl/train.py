@@ -26,6 +26,7 @@ from sslus.engine.stream import StreamStore, is_url
 from sslus.ssl import backbones, checkpoints, methods, optimizers
 from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loop import Loop, Options
+from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.state import State
 from sslus.ssl.step import WAYS, possible
 from sslus.ssl.versions import versions
@@ -223,6 +224,8 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world = enter(device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if not world.is_main or say is None:
         say = _nothing
     recorded = open_run(run, resume)

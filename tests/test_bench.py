@@ -122,7 +122,7 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
         by_stage.setdefault(row["stage"], []).append(row)
     assert set(by_stage) == {path.stem for path in (BENCH / "stages").glob("*.py")}
     peers = {"decode": "PyAV, no conversion", "shard": "PyAV decode + simplejpeg encode",
-             "store": "simplejpeg", "train": "ceiling: ready views", "losses": "definition",
+             "store": "simplejpeg", "train": "ceiling", "losses": "definition",
              "augment": "torchvision v2", "loader": "the op alone"}  # fmt: skip
     for stage, rows in by_stage.items():
         names = {row["implementation"] for row in rows}

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from harness import Bench, Timed, Work
+from harness import Bench, Row, Timed, Work
 
 AT_LEAST = 0.97  # of the ceiling
+CPU_BATCH, TURNS = 32, 18  # seven methods in some minutes
 USUAL = ("vicreg", "barlowtwins", "simclr")  # whose usual loops are measured too: they are slow
 
 
@@ -102,6 +103,33 @@ class Setting:
         ) as loader:  # fmt: skip
             frames = np.arange(s.batch_size)
             return loader.at_once(Batch(0, frames, frames))
+
+    def in_turns(self) -> tuple[list[float], list[float]]:
+        """Seconds of each of the loop's steps, and of a bare step between any two of them.
+
+        Repeats of whole runs differ by more on a CPU than what is looked for. The loader makes a
+        batch when one is taken, so it works during the loop's steps, not during the bare ones.
+        """
+        from sslus.ssl.train import Options, train
+
+        shutil.rmtree(self.run, ignore_errors=True)
+        loop, bare, views = [], [], self.ready
+
+        def turn(samples: int, total: int, note: str) -> None:
+            nonlocal left
+            loop.append(time.perf_counter() - left)
+            start = time.perf_counter()
+            self.step(views)
+            left = time.perf_counter()
+            bare.append(left - start)
+
+        left = time.perf_counter()
+        train(
+            self.shards, self.settings, self.method_config, self.run, device=self.device,
+            threads=self.threads, options=Options(checkpoint_every=self.steps + 1, keep=0),
+            report=turn,
+        )  # fmt: skip
+        return loop[self.log_every :], bare[self.log_every :]
 
     def ceiling(self) -> Timed:
         ready = self.ready
@@ -258,7 +286,8 @@ def measure_method(bench: Bench, name: str) -> None:
     from sslus.ssl.train import Settings
 
     num = len(FrameStore.open(bench.shards))
-    steps, log_every = (40, 10) if bench.device == "cuda" and not bench.quick else (6, 2)
+    cuda = bench.device == "cuda"
+    steps, log_every = (40, 10) if cuda and not bench.quick else (6, 2)
     # PyTorch's threads wait for each other by spinning: on a shared machine tiny layers crawl.
     threads = 1 if bench.quick else None
     if threads:
@@ -269,6 +298,8 @@ def measure_method(bench: Bench, name: str) -> None:
         wanted = replace(wanted, backbone="resnet10t", image_size=32, batch_size=4)
         if hasattr(method_config, "projector"):
             method_config = replace(method_config, projector="64-64-64")
+    elif not cuda:
+        wanted = replace(wanted, batch_size=CPU_BATCH)
     settings = wanted.resolved(torch.device(bench.device), num)
     one = Setting(
         bench.shards, bench.scratch / "run", bench.device, steps, log_every, threads, settings,
@@ -278,34 +309,52 @@ def measure_method(bench: Bench, name: str) -> None:
         f"{settings.method}, {settings.backbone}, {settings.image_size} px, batch"
         f" {settings.batch_size}, {settings.precision}"
     )
-    workers = 1 if bench.quick else min(bench.cores, 16)
-    peers = name in USUAL and (not bench.quick or name == USUAL[0])
     work = partial(
-        Work, threads=torch.get_num_threads(), device=bench.device,
-        fresh=peers and bench.device == "cpu" and not bench.quick,
-    )  # fmt: skip
-    works = {
-        "sslus": work(one.sslus, peak_mib=gpu_peak_mib(one)),
-        "ceiling: ready views": work(one.ceiling),
-    }
-    if peers:
-        flops = one.flops_per_sample()
-        works["floor: bare matrix products"] = replace(
-            work(partial(one.products, flops)), fresh=False
+        Work, threads=torch.get_num_threads(), device=bench.device, fresh=not (cuda or bench.quick)
+    )
+    sslus = work(one.sslus, peak_mib=gpu_peak_mib(one))
+    if cuda:
+        works = {"sslus": replace(sslus, fresh=False), "ceiling": work(one.ceiling)}
+        rows = bench.compare("steps", case, "samples/s", works, repeats=3)
+    else:
+        rows = steps_in_turns(bench, case, replace(one, steps=TURNS if not bench.quick else 6))
+    bench.ratio(f"{name}: sslus / ceiling", rows["sslus"], rows["ceiling"], at_least=AT_LEAST)
+    if name in USUAL and (not bench.quick or name == USUAL[0]):
+        against_usual_loops(bench, name, case, one, sslus, work)
+
+
+def steps_in_turns(bench: Bench, case: str, one: Setting) -> dict[str, Row]:
+    import torch
+
+    one = replace(one, settings=replace(one.settings, max_steps=one.steps))
+    loop, bare = one.in_turns()
+    rows = {
+        key: bench.add(
+            "steps, in turns", key, case, "samples/s",
+            [one.settings.batch_size / s for s in seconds], threads=torch.get_num_threads(),
         )
-        works["definition + DataLoader"] = work(partial(one.usual, "definition", workers))
-        if importlib.util.find_spec("lightly"):
-            fresh = replace(one)  # a model of its own, with lightly's head
-            works["lightly + DataLoader"] = work(partial(fresh.usual, "lightly", workers))
-    rows = bench.compare("steps", case, "samples/s", works, repeats=3)
-    ceiling = rows["ceiling: ready views"]
-    bench.ratio(f"{name}: sslus / ceiling", rows["sslus"], ceiling, at_least=AT_LEAST)
+        for key, seconds in (("sslus", loop), ("ceiling", bare))
+    }  # fmt: skip
+    bench.save(bench)
+    return rows
+
+
+def against_usual_loops(bench: Bench, name: str, case: str, one: Setting, sslus, work) -> None:
+    workers = 1 if bench.quick else min(bench.cores, 16)
+    flops = one.flops_per_sample()
+    works = {
+        "sslus": sslus,
+        "floor: bare matrix products": replace(work(partial(one.products, flops)), fresh=False),
+        "definition + DataLoader": work(partial(one.usual, "definition", workers)),
+    }
+    if importlib.util.find_spec("lightly"):
+        other = replace(one)  # a model of its own, with lightly's head
+        works["lightly + DataLoader"] = work(partial(other.usual, "lightly", workers))
+    rows = bench.compare("steps", case, "samples/s", works, repeats=2)
     for peer in ("definition + DataLoader", "lightly + DataLoader"):
         if peer in rows:
             bench.ratio(f"{name}: sslus / {peer}", rows["sslus"], rows[peer])
-    if peers:
-        floor = rows["floor: bare matrix products"]
-        bench.ratio(f"{name}: ceiling / floor", ceiling, floor)
+    bench.ratio(f"{name}: sslus / floor", rows["sslus"], rows["floor: bare matrix products"])
 
 
 def gpu_peak_mib(one: Setting) -> float | None:
