@@ -18,23 +18,27 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO]:
     """A file that appears under `path` only when the block ends without an exception.
 
     Written as `<path>.tmp`, synced, renamed. On any exception the temporary file is removed
-    and what was at `path` before is untouched.
+    and what was at `path` before is untouched. Without `durable` nothing is synced: a killed
+    process loses nothing, but after a power cut the file may be there with other content, which
+    whoever reads it must notice.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open(mode) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                os.fsync(f.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -447,6 +447,23 @@ def test_killed_in_the_second_pass_it_goes_on(place, clips, tmp_path, key):
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
+def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key, monkeypatch):
+    make(clips, tmp_path / "straight", key)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("sslus.engine.shard._write_all", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(clips, out, key)
+    work = out / "local" / "work"
+    first, second, third, *rest = sorted(work.glob("*.jpegs"))
+    first.write_bytes(b"")  # its name came to the disk, its content did not
+    second.write_bytes(bytes(second.stat().st_size))
+    third.with_suffix(".json").write_bytes(b"\0" * 100)
+    again = make(clips, out, key)
+    assert again.resumed == len(rest) > 0
+    assert public_bytes(out) == public_bytes(tmp_path / "straight")
+
+
 def test_full_disk(clip, pattern, tmp_path, small_disk):
     videos = tmp_path / "videos"
     videos.mkdir()
