@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sslus.engine import phantom
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.labels import read_labels
 from sslus.engine.phantom import (
@@ -22,8 +21,10 @@ from sslus.engine.phantom import (
     Sector,
     Settings,
     clips,
+    overlay,
     synth,
 )
+from sslus.engine.phantom.film import random_complex
 from sslus.tools.cli import main
 
 TINY = Settings(videos=6, patients=3, seed=5, size=96, seconds=(0.2, 0.3))
@@ -71,7 +72,7 @@ def test_speckle_of_even_tissue_is_rayleigh_with_the_same_power_at_every_depth(m
     i, j = np.meshgrid(np.arange(rows), np.arange(beams), indexing="ij")
     depth = sector.depth[0] + (i.ravel() + rng.uniform(0, 1, i.size)) * sector.mm
     angle = sector.angle[0] + (j.ravel() + rng.uniform(0, 1, i.size)) * sector.step
-    weights = phantom._random_complex(rng, i.size)
+    weights = random_complex(rng, i.size)
     echo = sector.echo(sector.at(depth, angle).astype(np.float32), weights, 20.0)
     level = np.hypot(*echo)[20:-20, 20:-20]
     # Rayleigh: mean / std = sqrt(pi / (4 - pi)) = 1.913.
@@ -197,7 +198,7 @@ def test_every_plane_gives_pictures_that_change(label):
 def test_the_overlay_stays_outside_a_sector_that_is_black_around(number):
     patient = Patient.draw(0, f"p{number:02d}")
     sector = Sector(patient.machine, 90.0)
-    canvas = phantom.overlay(sector, patient)
+    canvas = overlay(sector, patient)
     assert canvas.shape == (patient.machine.height, patient.machine.width)
     y, x = np.nonzero(sector.inside)
     # The sector by its definition: between two arcs about the same centre, left = right.
