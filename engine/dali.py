@@ -52,7 +52,8 @@ def why_not(device: str) -> str | None:
     except InputError as e:
         return str(e)
     except ImportError as e:
-        return f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use PyAV"
+        instead = "--device cpu" if device == "cuda" else "--decoder pyav"
+        return f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use {instead}"
     return None
 
 

@@ -7,6 +7,7 @@ Here the order is arithmetic on the manifest's frame counts, and only .jpg and .
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import mmap
@@ -141,8 +142,8 @@ class Reader:
 
     A shard is fetched when `read_ahead` first names one of its frames, and dropped when all that
     were named are read. Frames and labels do not depend on `threads`, which decode. `device`:
-    "cpu" for simplejpeg; "cuda" for nvJPEG on GPU `number`, whose values may be a grey level off.
-    For one thread.
+    "cpu" for simplejpeg; "cuda" for nvJPEG on GPU `number`, whose values may be a grey level off,
+    where DALI is installed: else `gpu` is None, and it is simplejpeg. For one thread.
     """
 
     def __init__(self, store: StreamStore, threads: int = 1, device: str = "cpu", number: int = 0):
@@ -155,7 +156,8 @@ class Reader:
         self.wanted: Counter[int] = Counter()
         self.checked: set[int] = set()
         self.frames = np.empty((0, store.size, store.size), np.uint8)
-        self.gpu = _GpuDecoder(threads, number) if device == "cuda" else None
+        on_gpu = device == "cuda" and _has_dali()
+        self.gpu = _GpuDecoder(threads, number) if on_gpu else None
         self.fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="shards")
         self.decoding = ThreadPoolExecutor(threads, thread_name_prefix="jpeg")
 
@@ -344,6 +346,13 @@ def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
         raise InputError(
             f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again"
         ) from e
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the folder that it would be in
+        return False
 
 
 class _GpuDecoder:

@@ -184,6 +184,8 @@ class Loader:
             self.stream = torch.cuda.Stream(device)
         if self.tier == "stream":
             self.reader = Reader(store, threads, device.type, device.index or 0)
+            if device.type == "cuda" and not self.reader.gpu:
+                self.why += "; DALI is not installed: decoded on the CPU"
         else:
             with warnings.catch_warnings():  # the map is read-only, which PyTorch cannot express
                 warnings.simplefilter("ignore", UserWarning)
@@ -282,7 +284,7 @@ class Loader:
             if batch.second is not batch.first and (batch.second != batch.first).any():
                 raise ValueError("loader: in the stream tier both views are of the same frame")
             frames, labels = self.reader.read(batch.first)
-            frames = self._on_gpu(frames) if on_gpu else torch.from_numpy(frames)
+            frames = self._on_gpu(frames) if self.reader.gpu else torch.from_numpy(frames)
             index = torch.arange(num).repeat(2)
         else:
             frames, labels = self.frames, self.store.label[batch.first]

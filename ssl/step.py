@@ -7,6 +7,7 @@ import contextlib
 import copy
 import inspect
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 
@@ -46,6 +47,8 @@ class Step:
             )
         if way == "compile":
             self.model = torch.compile(self.model)
+        # What a graph can hold is not slower without one: PyTorch's AdamW warns that it might be.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         self.graph: _Graph | None = None
         self.way = way
         self.names: tuple[str, ...] = ()
@@ -116,11 +119,20 @@ class _Graph:
         with torch.cuda.stream(side):
             for _ in range(3):
                 step.update([self.views])
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # The loader's thread may allocate meanwhile, which is no business of the capture's.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.out = step.update([self.views])
+        current = torch.cuda.current_stream()
+        current.wait_stream(side)
+        self.graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # The loader's thread may allocate meanwhile, which is no business of the capture's.
+            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+                self.out = step.update([self.views])
+        except Exception:
+            # An invalid capture is left half open by torch: on its own stream, and with memory
+            # that another stream has used never free again.
+            torch.cuda.set_stream(current)
+            with contextlib.suppress(RuntimeError):  # it was not invalid
+                torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            raise
         before.restore()
 
     def __call__(self, views: Views) -> tuple[Tensor, Tensor]:
@@ -147,6 +159,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         state = self.state
+        state.optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left some
         for k, v in state.method.state_dict().items():
             v.copy_(self.method[k])
         # Momenta that were not there yet are zero, from which all three optimisers begin.

@@ -156,7 +156,7 @@ def compiled(capability, store=256, size=(224, 224)):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {"frames": "*u8", "index": "*i64", "params": "*fp32", "out": "*bf16"}
+    pointers = {"frames": "*u8", "index": "*i64", "table": "*fp32", "out": "*bf16"}
     scalars = {"num_frames": "i32", "num_views": "i32", "white": "fp32", "black": "fp32"}
     meta = gpu.plan(store, size) | {"DEVICE": True}
     signature = pointers | {"scratch": "*fp16"} | scalars | dict.fromkeys(meta, "constexpr")

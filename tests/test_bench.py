@@ -209,7 +209,8 @@ def test_the_roofline_is_drawn(tmp_path):
 
     cpu, gpu = tmp_path / "cpu.json", tmp_path / "gpu.json"
     cpu.write_text(json.dumps({"rows": rows_of("a CPU")[1:]}))  # none of bandwidth
-    gpu.write_text(json.dumps({"rows": rows_of("a GPU", " bf16") + rows_of("a GPU", " fp32")}))
+    cut = rows_of("a GPU", " fp32")[:2]  # one of VICReg, none of Barlow Twins
+    gpu.write_text(json.dumps({"rows": rows_of("a GPU", " bf16") + cut}))
     committed = sorted((BENCH / "results").glob("*/losses.json"))
     sizes = {}
     for path in [cpu, gpu, *committed]:
@@ -267,11 +268,14 @@ SCRIPT = BENCH.parent / "tools" / "gpu_check.sh"
 
 
 def test_the_gpu_check_knows_every_stage():
-    done = subprocess.run(["bash", str(SCRIPT), "--dry-run"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--dry-run"],
+        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     steps = {line.split()[0] for line in done.stdout.splitlines()}
-    assert {"build", "tests", "kernels", "shard", "train", "train-all", "roofline"} <= steps
+    assert {"build", "tests", "kernels", "shard", "train-eager", "train-graph", "roofline"} <= steps
     seconds = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert 520 < sum(seconds) <= 540 and min(seconds) >= 5  # all of nine minutes
     assert {s for s in steps if s.startswith("bench-")} == {
@@ -284,7 +288,7 @@ case "$*" in
   *"bench/run.py --stage decode"*) exit 3 ;;
   *bench/run.py*) for out in "$@"; do :; done
     echo '{"rows": [{"stage": "'$3'"}], "ratios": []}' >"$out" ;;
-  "-m pytest -m gpu"*) echo "no such device"; exit 1 ;;
+  "-m pytest "*"-m gpu"*) echo "no such device"; exit 1 ;;
   -c* | "- "*) exec @PYTHON@ "$@" ;;
 esac
 """
@@ -303,7 +307,30 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     lines = [line.split("\t") for line in (out / "summary.tsv").read_text().splitlines()]
     results = {name: result for name, result, _ in lines}
     assert results.pop("tests") == "failed (1)" and results.pop("bench-decode") == "failed (3)"
-    assert set(results.values()) == {"ok"} and len(results) == 14
+    assert set(results.values()) == {"ok"} and len(results) == 16
     stages = {row["stage"] for row in json.loads((out / "bench.json").read_text())["rows"]}
     assert stages == {path.stem for path in (BENCH / "stages").glob("*.py")} - {"decode"}
     assert "no such device" in (out / "gpu_check.log").read_text()
+
+
+def test_the_gpu_check_leaves_out_what_is_not_installed(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *nvidia.dali*) exit 1 ;; esac\n')
+    python.chmod(0o755)
+
+    def steps(*options: str) -> dict[str, str]:
+        done = subprocess.run(
+            ["bash", str(SCRIPT), "--dry-run", *options],
+            env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+
+    found = steps()
+    assert {k for k, v in found.items() if "left out: no nvidia.dali" in v} == {
+        "bench-decode", "bench-shard",
+    }  # fmt: skip
+    assert "--device cpu" in found["shard"] and "--device cuda" in found["train"]
+    assert set(steps("--only", "kernels,train-*")) == {
+        "build", "kernels", "train-eager", "train-graph", "train-auto",
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from sslus.tools import doctor
 from sslus.tools.cli import main
@@ -26,8 +27,6 @@ def test_one_screen_says_what_each_stage_will_do(capsys):
     assert len(screen.splitlines()) <= 24
     for name in ("sslus", "torch ", "cpu", "gpu", "nvdec", "h264", "libx264", "shard", "train"):
         assert name in screen
-    import torch
-
     if not torch.cuda.is_available():
         assert "PyAV on the CPU" in screen and "resnet18, 96 px" in screen
         because = next(x for x in screen.splitlines() if x.startswith("shard")).split("because")[1]
@@ -109,16 +108,28 @@ def test_the_path_is_the_one_that_sharding_chooses(monkeypatch, chosen, says):
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_named_with_what_it_decodes(capsys):
-    from sslus.engine.dali import why_not
-
-    why = why_not("cuda")
-    if why and os.environ.get("SSLUS_REQUIRE_GPU") != "1":
-        pytest.skip(why)
+def test_a_gpu_is_named(capsys):
+    if not torch.cuda.is_available():
+        if os.environ.get("SSLUS_REQUIRE_GPU") == "1":
+            pytest.fail(f"SSLUS_REQUIRE_GPU=1, but {doctor.why_no_cuda()}")
+        pytest.skip("no CUDA device")
     code, checks = report(capsys)
 
     assert code == 0
     assert "driver" in checks["gpu"]["says"] and "CUDA" in checks["gpu"]["says"]
+    assert checks["train"]["says"].startswith("GPU; bf16")
+    assert checks["views"]["says"].startswith("Triton on the GPU")
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_decodes_is_named(capsys):
+    from sslus.engine.dali import why_not
+
+    pytest.importorskip("nvidia.dali")
+    why = why_not("cuda")
+    if why and os.environ.get("SSLUS_REQUIRE_GPU") != "1":
+        pytest.skip(why)
+    _, checks = report(capsys)
+
     assert {"h264", "hevc"} <= set(checks["nvdec"]["says"].split())
     assert checks["shard"]["says"].startswith("NVDEC on the GPU")
-    assert checks["train"]["says"].startswith("GPU; bf16")

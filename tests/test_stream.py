@@ -312,3 +312,8 @@ def test_dali_decodes_what_simplejpeg_does(made):
     for part in (slice(0, 16), slice(16, 32), slice(3, 7)):
         got = np.array(decode(jpegs[part]))[..., 0]
         assert np.abs(got.astype(int) - frames[part]).max() <= 1
+
+
+def test_a_gpu_without_dali_reads_as_the_cpu_does(made, monkeypatch):
+    monkeypatch.setattr(stream, "_has_dali", lambda: False)
+    np.testing.assert_array_equal(read(made, device="cuda"), read(made))

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# What CI cannot check without a GPU: bash tools/gpu_check.sh [--minutes 9] [--out DIR] [--dry-run]
+# What CI cannot check without a GPU: bash tools/gpu_check.sh [--minutes 9] [--only STEP,...] [...]
 #
 # Builds and installs this checkout into a temporary folder without a network, runs the tests that
 # need a GPU (there, one that would skip fails), trains every method on synthetic shards, and
 # measures. Every step runs, whatever became of the ones before, and has a share of the minutes;
 # what it leaves, the ones after it share. A stage that is cut keeps the rows it has. Python and the
-# packages that sslus needs must be there (PYTHON, PYTHONPATH).
+# packages that sslus needs must be there (PYTHON, PYTHONPATH); without DALI, or without PyAV and
+# simplejpeg, what needs them is left out, and said.
 #
 #   --minutes N   for everything (default 9)
+#   --only A,B    these steps alone, and build; *: any letters (kernels,bench-*)
 #   --out DIR     log, summary.tsv, bench.json, roofline.png, metrics.jsonl
 #                 (default $OUT or build/gpu_check)
 #   --device cpu  the same steps without a GPU, small, to try this script out
@@ -17,7 +19,7 @@ set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-minutes=9 out=${OUT:-$root/build/gpu_check} device=cuda dry=
+minutes=9 out=${OUT:-$root/build/gpu_check} device=cuda dry= only='*'
 
 usage() {
   sed -n '2,/^# Exits/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -26,6 +28,7 @@ usage() {
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:?--minutes wants a number}; shift 2 ;;
+    --only) only=${2:?--only wants names of steps}; shift 2 ;;
     --out) out=${2:?--out wants a folder}; shift 2 ;;
     --device) device=${2:?--device wants cuda or cpu}; shift 2 ;;
     --dry-run) dry=1; shift ;;
@@ -57,12 +60,37 @@ else
 fi
 cd "$root" || exit 1
 
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$1'))" 2>/dev/null; }
+missing=
+for package in av simplejpeg nvidia.dali; do has "$package" || missing+=" $package"; done
+
+wanted() {
+  local name names
+  IFS=, read -ra names <<<"build,$only"
+  for name in "${names[@]}"; do
+    # shellcheck disable=SC2053 # a pattern
+    [[ $1 == $name ]] && return
+  done
+  return 1
+}
+
 # step NAME SHARE COMMAND...: within its share of the time that is left. `total` is the shares of
-# the steps to come; while they are added up (`adding`), nothing else is done.
-total=0 adding=1
+# the steps to come; while they are added up (`adding`), nothing else is done. `needs`: packages.
+total=0 adding=1 needs=
 step() {
-  local name=$1 share=$2 left=$((end - SECONDS)) start=$SECONDS limit status result
+  local name=$1 share=$2 left=$((end - SECONDS)) start=$SECONDS limit status result package
   shift 2
+  wanted "$name" || return
+  for package in $needs; do
+    [[ " $missing " == *" $package "* ]] || continue
+    [ -z "$adding" ] || return
+    if [ -n "$dry" ]; then
+      printf '%-14s left out: no %s\n' "$name" "$package"
+    else
+      printf '%s\tleft out: no %s\t0\n' "$name" "$package" >>"$out/summary.tsv"
+    fi
+    return
+  done
   if [ -n "$adding" ]; then
     total=$((total + share))
     return
@@ -92,20 +120,21 @@ step() {
 
 sslus=("$python" -m sslus.tools)
 if [ "$device" = cuda ]; then
-  clips=(--videos 42 --patients 14) steps=(--max-steps 200) few=(--max-steps 20)
+  clips=(--videos 42 --patients 14) steps=(--max-steps 200) few=(--max-steps 20) captured=graph
 else
-  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1)
+  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1) captured=eager
   steps=(--max-steps 4 --batch-size 8 --image-size 32) few=("${steps[@]}")
 fi
-# The kernels' tests mostly wait for Triton's compiler: on many cores, if pytest-xdist is there.
-# Those that only compile need no GPU: CI runs them.
+# The kernels' tests mostly wait for Triton's compiler: on all cores, if pytest-xdist is there.
+# Those that only compile need no GPU: CI runs them. A test file that cannot be read is one error.
+pytest=("$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
 spread=()
-if "$python" -c 'import xdist' 2>/dev/null; then spread=(--numprocesses 8); fi
+if has xdist; then spread=(--numprocesses "$(nproc)"); fi
 kernels="gpu and not compiles_without_spills and not test_bench"
 
 # The rows of all stages so far, in one file.
 gather() {
-  [ -z "$adding$dry" ] || return
+  [ -z "$adding$dry" ] && wanted "bench-$name" || return
   "$python" - "$out/bench.json" "$work"/bench-*.json <<'PYTHON'
 import json, pathlib, sys
 
@@ -117,31 +146,47 @@ PYTHON
 }
 
 all() {
-  step build 70 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+  local files="av simplejpeg" shard_on=$device
+  [[ $missing != *nvidia.dali* ]] || shard_on=cpu
+  needs=
+  # All others need it; what it leaves is theirs.
+  step build 150 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
     --disable-pip-version-check --target "$work/site" .
-  step doctor 20 "${sslus[@]}" doctor
-  step tests 40 "$python" -m pytest -m gpu -q -p no:cacheprovider
-  step kernels 85 "$python" -m pytest -k "$kernels" -m 'not gpu' -q -p no:cacheprovider \
-    "${spread[@]}"
-  step synth 25 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
-  step shard 15 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$device" \
+  step doctor 15 "${sslus[@]}" doctor
+  step kernels 110 "${pytest[@]}" -k "$kernels" -m 'not gpu' "${spread[@]}"
+  step tests 50 "${pytest[@]}" -m gpu "${spread[@]}"
+  needs=$files
+  step synth 20 "${sslus[@]}" synth "$work/videos" "${clips[@]}"
+  step shard 12 "${sslus[@]}" shard "$work/videos" -o "$work/shards" --device "$shard_on" \
     --labels "$work/videos/labels.csv"
-  step train 45 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
-    --device "$device" --run "$work/run"
+  step train 30 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
+    --step "$captured" --device "$device" --run "$work/run"
   [ ! -f "$work/run/metrics.jsonl" ] || cp "$work/run/metrics.jsonl" "$out/metrics.jsonl"
-  # Compiling each method's step would take most of the time.
-  step train-all 70 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" --step eager \
-    --device "$device" --run "$work/runs"
+  # Every method: as it is, and as a graph.
+  step train-eager 50 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" --step eager \
+    --device "$device" --run "$work/eager"
+  step train-graph 50 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" \
+    --step "$captured" --device "$device" --run "$work/graph"
+  # It compiles the step, which takes a minute.
+  step train-auto 60 "${sslus[@]}" train "$work/shards" --method vicreg "${few[@]}" \
+    --device "$device" --run "$work/auto"
   # The last three have nothing on the GPU.
-  for stage in losses:110 decode:30 shard:30 train:40 augment:10 loader:8 store:8; do
+  for stage in losses:90 decode:20 shard:20 train:40 augment:8 loader:8 store:8; do
     # With the clips just made; without them (synth failed) bench/run.py makes its own.
     data=()
     { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")
     name=${stage%:*}
+    case $name in
+      losses) needs= ;;
+      decode) needs="$files nvidia.dali" ;; # a peer of it even on the CPU
+      shard) needs=$files; [ "$device" = cpu ] || needs+=" nvidia.dali" ;;
+      *) needs=$files ;;
+    esac
     step "bench-$name" "${stage#*:}" "$python" bench/run.py --stage "$name" --device "$device" \
       "${small[@]}" "${data[@]}" --json "$work/bench-$name.json"
     gather
   done
+  needs=
   step roofline 8 "$python" bench/roofline.py "$out/bench.json" -o "$out/roofline.png"
 }
 all
@@ -149,9 +194,9 @@ adding=
 all
 
 if [ -z "$dry" ]; then
-  printf '\n%-14s %-20s %8s\n' step result seconds | tee -a "$out/gpu_check.log"
+  printf '\n%-14s %-26s %8s\n' step result seconds | tee -a "$out/gpu_check.log"
   while IFS=$'\t' read -r name result seconds; do
-    printf '%-14s %-20s %8s\n' "$name" "$result" "$seconds"
+    printf '%-14s %-26s %8s\n' "$name" "$result" "$seconds"
   done <"$out/summary.tsv" | tee -a "$out/gpu_check.log"
 fi
 [ "$failed" = 0 ]

@@ -202,7 +202,7 @@ def _noise(seed, y, x4):
 
 @triton.jit(do_not_specialize=["num_frames", "num_views"])
 def augment_kernel(
-    frames, index, params, out, scratch, num_frames, num_views, white, black,
+    frames, index, table, out, scratch, num_frames, num_views, white, black,
     S: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     A_PITCH: tl.constexpr, B_PITCH: tl.constexpr, SCRATCH: tl.constexpr,
     BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -216,7 +216,7 @@ def augment_kernel(
     for view in tl.range(tl.program_id(0), num_views, tl.num_programs(0), disable_licm=True):
         v = tl.cast(view, tl.int64)
         # In the order of reference.PARAMS.
-        p = params + v * _NUM_COLUMNS
+        p = table + v * _NUM_COLUMNS
         top, left, height, width = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
         flip, brightness = tl.load(p + 4) > 0, tl.load(p + 5)
         factor, gamma, sigma = tl.load(p + 6), tl.load(p + 7), tl.load(p + 8)
@@ -352,9 +352,10 @@ def augment_gpu(
         cores = torch.cuda.get_device_properties(frames.device).multi_processor_count
     programs = min(num_views, PROGRAMS * cores)
     scratch = torch.empty((programs, meta["SCRATCH"]), dtype=torch.float16, device=frames.device)
-    augment_kernel[(programs,)](
-        frames, index, params, out, scratch, len(frames), num_views,
-        1 / (255 * std), -mean / std, **meta,
-        DEVICE=isinstance(augment_kernel, triton.JITFunction),  # not the interpreter
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(frames):  # Triton launches on the current device
+        augment_kernel[(programs,)](
+            frames, index, params, out, scratch, len(frames), num_views,
+            1 / (255 * std), -mean / std, **meta,
+            DEVICE=isinstance(augment_kernel, triton.JITFunction),  # not the interpreter
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip

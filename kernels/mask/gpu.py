@@ -281,10 +281,11 @@ def mask_fill(
     p = plan(*x.shape[-2:], background=background, **scalars)
     parts = _parts(len(x), p, x.device)
     table = torch.empty((len(x) * parts, 4 * p.num + p.cells), dtype=torch.int32, device=x.device)
-    fill_kernel[(len(x), parts)](
-        x, target, ids, out, table, background, p.share, p.ratio, *_sides(p), fill,
-        **_constants(p), TILE=TILE, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        fill_kernel[(len(x), parts)](
+            x, target, ids, out, table, background, p.share, p.ratio, *_sides(p), fill,
+            **_constants(p), TILE=TILE, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def masked_mse(
