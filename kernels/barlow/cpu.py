@@ -4,11 +4,12 @@ With a, b the standardised views, sa, sb what divided them, d_j = C_jj, l = off_
 
     form   when     off-diagonal sum                          products       extra floats
     Gram   N < D    <a a^T, b b^T> / N^2 - sum_j d_j^2        3.25 N^2 D     2 N^2 + 2 N D
-    tiled  N >= D   |tiles of a^T b / N, diagonal 0|^2        3 N D^2        4 N D + 512 D
+    tiled  N >= D   |tiles of a^T b / N, diagonal 0|^2        3 N D^2        3 N D + (N + 2 D) T
 
 A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 3 N D^2. The
-Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients.
-Where the Gram form's difference cancels, it is made again in float64.
+Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients; T is
+a tile's width, at most 1024 and D / 2. Where the Gram form's difference cancels, it is made again
+in float64.
 
 Gradient: dL/da = b M^T / N and dL/db = a M / N, where M = dL/dC has 2 l C_ij off its diagonal and
 2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, m_j the mean over the rows of a_ij dL/da_ij.
@@ -27,11 +28,9 @@ from torch import Tensor
 from sslus.kernels.barlow.reference import check
 from sslus.kernels.products import (
     LEFT,
-    TILE,
     add_gram,
     blocks,
     centred,
-    centred_rows,
     dot,
     mirror,
     work,
@@ -39,6 +38,9 @@ from sslus.kernels.products import (
 from sslus.kernels.ranks import Ranks
 
 EPS = 1e-5
+# Columns of a tile, where D / 2 is not fewer: with 512 BLAS is slower, and every elementwise pass
+# over a tile's columns is one more place where threads wait for each other.
+WIDEST = 1024
 
 
 def barlow(
@@ -96,36 +98,54 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
 
 
 def tiled(za, zb, n, off_diagonal, ranks, dtype):
-    """Across ranks each keeps its rows, and the tiles are added as they are made."""
-    d = za.shape[1]
-    (a, va), (b, vb) = (centred_rows(z, dtype, n, ranks) for z in (za, zb))
-    for v in (va, vb):
-        v.div_(n).add_(EPS)
-    ra, rb = va.rsqrt(), vb.rsqrt()
-    low = torch.empty_like(va)  # d - 1
-    for cols in blocks(len(a), d):
-        pair = a[:, cols].mul_(ra[cols]), b[:, cols].mul_(rb[cols])
-        low[cols] = (pair[0] - pair[1]).square_().sum(0)
-    low = (ranks.sum_(low) / n + EPS / va + EPS / vb) / -2
+    """Across ranks each keeps its rows, and the tiles are added as they are made.
 
-    loss = low.double().square().sum()
-    ga, gb = torch.empty_like(a), torch.empty_like(b)
-    ma = low * (1 + low) * 2  # the sums over the rows of C * M, and over its columns
-    mb = ma.clone()
-    for s in range(0, d, TILE):
-        e = min(s + TILE, d)
-        tile = ranks.sum_(a.T @ b[:, s:e]).div_(n)
-        diagonal = tile[s:e].diagonal()
+    Half of a step's time beyond the products would be fresh memory and passes over (N, D). So b
+    is standardised a tile's columns at a time, in memory used again, and a is only centred: what
+    it and its gradient would be scaled by, the tile is, which is smaller.
+    """
+    d = za.shape[1]
+    width = min(WIDEST, -(-d // 2))
+    ga, gb = (torch.empty_like(z, dtype=dtype) for z in (za, zb))
+    a = torch.empty_like(ga)
+    va = centre(za, a, gb, n, ranks)
+    ra = va.rsqrt()
+    ma = torch.zeros_like(va)  # the sums over the rows of C * M; mb: over its columns
+    loss = va.new_zeros((), dtype=torch.float64)
+    room = a.new_empty(len(a), width)
+    for s in range(0, d, width):
+        cols = slice(s, min(s + width, d))
+        b, spare = room[:, : cols.stop - s], gb[:, cols]  # spare until the gradient is made
+        vb = centre(zb[:, cols], b, spare, n, ranks)
+        rb = vb.rsqrt()
+        b *= rb
+        low = torch.addcmul(b, a[:, cols], ra[cols], value=-1, out=spare).square_().sum(0)
+        low = (ranks.sum_(low) / n + EPS / va[cols] + EPS / vb) / -2  # d - 1
+
+        tile = ranks.sum_(a.T @ b).mul_(ra[:, None] / n)
+        diagonal = tile[cols].diagonal()
         diagonal.zero_()  # no sum from which it would have to be subtracted again
         squares = tile.square()
-        loss += off_diagonal * squares.sum(dtype=torch.float64)
+        mb = squares.sum(0)
+        loss += low.double().square().sum() + off_diagonal * mb.sum(dtype=torch.float64)
+        mb.mul_(2 * off_diagonal).add_(low * (1 + low), alpha=2)
         ma.add_(squares.sum(1), alpha=2 * off_diagonal)
-        mb[s:e].add_(squares.sum(0), alpha=2 * off_diagonal)
-        tile *= 2 * off_diagonal
-        diagonal.copy_(2 * low[s:e])
-        ga.addmm_(b[:, s:e], tile.T, beta=0 if s == 0 else 1)
-        torch.mm(a, tile, out=gb[:, s:e])
-    for g, x, m, r in ((ga, a, ma, ra), (gb, b, mb, rb)):
-        for cols in blocks(len(x), d):
-            g[:, cols].addcmul_(x[:, cols], m[cols], value=-1).mul_(r[cols] / n)
+        ma[cols].add_(low * (1 + low), alpha=2)
+
+        tile *= ra[:, None] * (2 * off_diagonal / n)
+        diagonal.copy_(low * ra[cols] * (2 / n))
+        ga.addmm_(b, tile.T, beta=0 if s == 0 else 1)
+        tile *= rb
+        torch.mm(a, tile, out=gb[:, cols]).addcmul_(b, mb * rb, value=-1 / n)
+    ga.addcmul_(a, ma / va, value=-1 / n)
     return loss, ga, gb
+
+
+def centre(z, out, spare, n, ranks):
+    """z minus its means over the n rows of all ranks, into `out`; returns the variances + EPS.
+
+    In few passes over all rows, where `centred_rows` has many over blocks: threads meet less often.
+    """
+    torch.sub(z, ranks.sum_(z[:1].to(out.dtype, copy=True)).div_(ranks.world), out=out)
+    out -= ranks.sum_(out.sum(0)).div_(n)
+    return ranks.sum_(torch.square(out, out=spare).sum(0)).div_(n).add_(EPS)

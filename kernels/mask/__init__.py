@@ -15,6 +15,7 @@ loss, in one pass over prediction and target. Sum w, over all ranks, must be kno
 mask is drawn first, which reads the target once more where the sector decides, and nothing else.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -64,6 +65,13 @@ class Mask:
         want(self.background < math.inf, "a finite background, or -inf for none", self.background)
 
 
+FIELDS = tuple(f.name for f in dataclasses.fields(Mask))
+
+
+def _constants(mask: Mask) -> dict[str, object]:
+    return {name: getattr(mask, name) for name in FIELDS}  # torch 2.11 does not compile vars(mask)
+
+
 def mask_ids(samples: Tensor, *, seed: int, epoch: int) -> Tensor:
     """The ids of samples (B,) int64 in an epoch: (B,) int64, different for different samples."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
@@ -72,7 +80,7 @@ def mask_ids(samples: Tensor, *, seed: int, epoch: int) -> Tensor:
 
 def draw_mask(target: Tensor, ids: Tensor, mask: Mask) -> Tensor:
     """The pixels that `mask_fill` and `masked_mse` take as hidden: (B, H, W) bool. For pictures."""
-    return reference.mask(target, ids, **vars(mask))
+    return reference.mask(target, ids, **_constants(mask))
 
 
 def mask_fill(
@@ -95,7 +103,7 @@ def mask_fill(
     _check(x, target, ids, (torch.float32, torch.bfloat16))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     # The compiled borders refuse strided input; the copy is made here, once, in sight.
-    _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **vars(mask), fill=fill)
+    _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **_constants(mask), fill=fill)
     return out
 
 
@@ -121,7 +129,7 @@ def masked_mse(
     exact = torch.float64 in (prediction.dtype, target.dtype)
     types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)
     _check(prediction, target, ids, types)
-    return _loss(prediction, target, ids, group=group, **vars(mask), hole=hole, rest=rest)
+    return _loss(prediction, target, ids, group=group, **_constants(mask), hole=hole, rest=rest)
 
 
 def _check(x: Tensor, target: Tensor, ids: Tensor, types: tuple[torch.dtype, ...]) -> None:
