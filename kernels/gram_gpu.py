@@ -11,8 +11,9 @@ D x D matrix; the equations and what is subtracted where are in the docstrings o
     3 gram_sum   K: parts added, mirrored, squared     36: 32 x 32, on and below the diagonal
     4 exact      where all minus diagonal cancels      256 x 2, which as a rule do nothing
     5 *_apply    gradients from K x; the loss          VICReg 128 x 4 x 2, BarlowTwins 256 x 2
+    6 backward   times the upstream gradient, in the inputs' type: scale_gpu.py
 
-    tiled (N >= D): 1, then for every 512 columns      at N = 4096, D = 2048: 13 launches
+    tiled (N >= D): 1 and 6, and for every 512 columns at N = 4096, D = 2048: 14 launches
     2 multiply   partial C, D x 512
     3 strip_sum  C: parts added, diagonal 0, squared
     5 apply      gradients of these columns from x C; the loss so far
@@ -25,7 +26,8 @@ becomes two planes of bfloat16, x = hi + lo, with 16 bits in all: x as one plane
 2^-9, and K by as much, while the loss of the definition is exact to float32. K and C are kept in
 such planes too. A product is hi hi + hi lo + lo hi, added in float32; K gets lo lo besides, whose
 diagonal is all of one sign. Scalar parts are added in float64. The covariance term alone is then
-within 2e-6 of itself where one entry is nearly all of it, else within 1e-6.
+within 1e-6 of itself, as long as its rounding errors average out: with fewer than FEW rows or
+columns, one of which may dominate, half precision takes planes of float32, as float32 does.
 
 The Gram form has |K|^2 minus a sum of squared diagonal entries; both are made of the same rounded
 planes, and cancel as equals. Where less than LEFT is left, K is too coarse for the gradient also,
@@ -37,9 +39,9 @@ BarlowTwins the same in the Gram form, and tiled 2 x (1 + 1) each. Tiled BarlowT
 by columns and by rows, so that no gradient is added up in memory. Half precision does 4 (Gram)
 or 3 products of bfloat16 for each.
 
-Memory besides the gradients, in floats: planes 2 N D; Gram: 2 (parts + 1) N^2, and in half
-precision 2 N D that only `exact`, and BarlowTwins with N > 256, write to; tiled: 2 (parts + 1) D x
-512. Parts are as many as fill 264 programs: 14 at N = 256, 1 at N > 1024.
+Memory, never more than 4 (N^2 + N D) floats: planes 2 N D; gradients, float32 until backward has
+scaled them, 2 N D; Gram: K 2 N^2, its parts lie where the gradients will; tiled: 2 (parts + 1) D x
+512. Parts are as many as fill 264 programs and find room: 14 at N = 256, D = 8192.
 
 Across ranks the Gram form works on all rows of D / world columns and adds K; the tiled form on
 its own rows and adds C. There the host does look whether the sum cancels, since `exact` needs all
@@ -58,6 +60,7 @@ from sslus.kernels.aot import Build
 from sslus.kernels.products import LEFT
 from sslus.kernels.ranks import Ranks
 
+FEW = 64  # with less, launches are nearly all of the time, whatever is multiplied
 WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
 PROGRAMS = 264  # two for each multiprocessor of the largest
 _LEFT = tl.constexpr(LEFT)
@@ -284,12 +287,12 @@ def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr):
 
 @triton.jit(do_not_specialize=["other"])
 def multiply(
-    hi, lo, parts, N, D, start, width, chunk, other,
+    hi, lo, parts_a, parts_b, N, D, start, width, chunk, other,
     STRIP: tl.constexpr, LOW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one part of x x^T (N, N), or of x^T y (D, width); (2, parts, ., .) float32.
+    """A tile of one part of x x^T (N, N), or of x^T y (D, width).
 
-    x and y are one view; if `other`, x is the other one.
+    y is view a for parts_a (parts, ., .) float32, b for parts_b; x the same, if `other` the other.
     """
     part = tl.program_id(1)
     view = tl.program_id(2)
@@ -327,14 +330,15 @@ def multiply(
         else:
             xl, yl = xh, yh
         z = _dot(xh, xl, yh, yl, z, LOW)
-    parts += (view.to(tl.int64) * tl.num_programs(1) + part) * height * width
+    parts = parts_a if view == 0 else parts_b
+    parts += part.to(tl.int64) * height * width
     inside = (r[:, None] < height) & (c[None, :] < width)
     tl.store(parts + r[:, None].to(tl.int64) * width + c[None, :], z, mask=inside)
 
 
 @triton.jit
 def gram_sum(
-    parts, kh, kl, sums, N, P, num_parts, m,
+    parts_a, parts_b, kh, kl, sums, N, P, num_parts, m,
     BARLOW: tl.constexpr, LOW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Planes kh, kl (2, N, N) of K from its parts on and below the diagonal; sums of squares."""
@@ -348,8 +352,8 @@ def gram_sum(
     a = tl.zeros((BS, BS), tl.float32)
     b = tl.zeros((BS, BS), tl.float32)
     for s in range(num_parts):
-        a += tl.load(parts + s * square + place, mask=inside, other=0)
-        b += tl.load(parts + (num_parts + s) * square + place, mask=inside, other=0)
+        a += tl.load(parts_a + s * square + place, mask=inside, other=0)
+        b += tl.load(parts_b + s * square + place, mask=inside, other=0)
     _store(kh, kl, place, a, inside, LOW)
     _store(kh + square, kl + square, place, b, inside, LOW)
     if i != j:
@@ -489,21 +493,21 @@ def apply(
     inside = (r[:, None] < kept) & ok[None, :]
     out = ga if view == 0 else gb
     place = r[:, None].to(tl.int64) * D + at[None, :]
-    tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+    tl.store(out + place, g, mask=inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (view == 0):
         _write_loss(sums, loss, P, off, num_columns, num_tiles, num_exact, strip, BARLOW)
 
 
 @triton.jit
 def barlow_apply(
-    kh, kl, hi, lo, col, sums, loss, ga, gb, wa, wb,
+    kh, kl, hi, lo, col, sums, loss, ga, gb,
     N, D, P, num_columns, num_tiles, num_exact, scale, off,
     LOW: tl.constexpr, ONE: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Whole columns of a gradient from scale K x, K of the other view: the mean needs all rows.
 
-    ONE: they fit into one tile. Else dL/dx waits in wa, wb (N, D) float32.
+    ONE: they fit into one tile. Else dL/dx waits where the gradient will be.
     """
     view = tl.program_id(1)
     v = view.to(tl.int64)
@@ -513,7 +517,6 @@ def barlow_apply(
     own = v * N * D
     other = (1 - v) * N * D
     out = ga if view == 0 else gb
-    work = wa if view == 0 else wb
     to_other = tl.load(col + 2 * D + c, mask=ok, other=0)[None, :]
     root = tl.load(col + view * D + c, mask=ok, other=0)
     kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, True))  # see `apply`
@@ -529,7 +532,7 @@ def barlow_apply(
         g = _to_input(g, x, mean, root, PAIR)
         inside = (r[:, None] < kept) & ok[None, :]
         place = r[:, None].to(tl.int64) * D + c[None, :]
-        tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+        tl.store(out + place, g, mask=inside)
     else:
         for start in range(0, N, BN):
             r = start + tl.arange(0, BN)
@@ -540,32 +543,32 @@ def barlow_apply(
             mean += tl.sum(g * _planes(hi + own, lo + own, r, c, N, D, LOW), 0)
             inside = (r[:, None] < kept) & ok[None, :]
             place = r[:, None].to(tl.int64) * D + c[None, :]
-            tl.store(work + place, g, mask=inside)
+            tl.store(out + place, g, mask=inside)
         mean /= tl.cast(N, tl.float32)
         tl.debug_barrier()  # threads of the program read what others of it wrote
         for start in range(0, N, BN):
             r = start + tl.arange(0, BN)
             inside = (r[:, None] < kept) & ok[None, :]
             place = r[:, None].to(tl.int64) * D + c[None, :]
-            g = tl.load(work + place, mask=inside, other=0)
+            g = tl.load(out + place, mask=inside, other=0)
             x = _planes(hi + own, lo + own, r, c, N, D, LOW)
             g = _to_input(g, x, mean, root, False)
-            tl.debug_barrier()  # float32 waits where it is to be written
-            tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+            tl.debug_barrier()  # nobody writes before all have read
+            tl.store(out + place, g, mask=inside)
     if (tl.program_id(0) == 0) & (view == 0):
         _write_loss(sums, loss, P, off, num_columns, num_tiles, num_exact, 0, True)
 
 
 @triton.jit
 def exact(
-    hi, lo, za, zb, weights, col, sums, ga, gb, wa, wb, N, D, P, num_columns, num_tiles,
-    m, slope, pull, off,
+    hi, lo, za, zb, weights, col, sums, ga, gb, N, D, P, num_columns, num_tiles, m, slope,
+    pull, off,
     BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The Gram form's columns from tiles of C, if its sum cancels; slow, and so is the definition.
 
-    A program makes the tiles of its columns one after the other, and adds x C up in wa, wb.
+    A program makes the tiles of its columns one after the other, and adds x C up in ga or gb.
     """
     view = tl.program_id(1)
     if _cancels(sums, P, view, num_columns, num_tiles, BARLOW) != 0:
@@ -574,7 +577,7 @@ def exact(
         ok = c < D
         own = v * N * D
         left = (1 - v if BARLOW else v) * N * D
-        work = wa if view == 0 else wb
+        out = ga if view == 0 else gb
         squares = tl.zeros((BD,), tl.float32)
         for k0 in range(0, D, BK):
             k = k0 + tl.arange(0, BK)
@@ -608,12 +611,11 @@ def exact(
                     xl = tl.load(lo + from_x, mask=in_x, other=0)
                 place = r[:, None].to(tl.int64) * D + c[None, :]
                 inside = (r[:, None] < N) & ok[None, :]
-                g = tl.load(work + place, mask=inside & (k0 > 0), other=0)
+                g = tl.load(out + place, mask=inside & (k0 > 0), other=0)
                 g = _dot(xh, xl, high, low, g, LOW)
                 tl.debug_barrier()  # nobody writes before all have read, or reads before
-                tl.store(work + place, g, mask=inside)
+                tl.store(out + place, g, mask=inside)
                 tl.debug_barrier()
-        out = ga if view == 0 else gb
         mean = squares  # for VICReg unused
         if BARLOW:
             mean = (tl.load(col + 4 * D + c, mask=ok, other=0) + 2 * off * squares) / N
@@ -621,7 +623,7 @@ def exact(
             r = start + tl.arange(0, BN)
             place = r[:, None].to(tl.int64) * D + c[None, :]
             inside = (r[:, None] < N) & ok[None, :]
-            g = slope * tl.load(work + place, mask=inside, other=0)
+            g = slope * tl.load(out + place, mask=inside, other=0)
             x = _planes(hi + own, lo + own, r, c, N, D, LOW)
             if BARLOW:
                 other = (1 - v) * N * D
@@ -633,7 +635,7 @@ def exact(
                 g -= x * tl.load(col + (2 + view) * D + c, mask=ok, other=0)[None, :]
                 g += pull * _pull(za, zb, weights, r, c, view, N, D, WEIGHTED)
             tl.debug_barrier()
-            tl.store(out + place, g.to(ga.dtype.element_ty), mask=inside)
+            tl.store(out + place, g, mask=inside)
         part = sums + (view + _EXACT) * P + tl.program_id(0)
         tl.store(part, tl.sum(squares.to(tl.float64), 0))
 
@@ -669,12 +671,17 @@ def _size(name: str, block: str, half: bool) -> int:
     return _blocks(name, half)[0][block]
 
 
-def _parts(name: str, tiles: int, length: int, half: bool) -> tuple[int, int]:
+def _parts(name: str, tiles: int, length: int, half: bool, most: int) -> tuple[int, int]:
     """Into how many parts, and how long ones, a contraction is split to fill the device."""
     step = _size(name, "BK", half)
-    parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step)))
+    parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step), most))
     chunk = triton.cdiv(length, parts * step) * step
     return triton.cdiv(length, chunk), chunk
+
+
+def _in_half(z: Tensor, loss: Loss) -> bool:
+    """Whether planes are bfloat16."""
+    return z.dtype != torch.float32 and min(loss.n, loss.d) >= FEW
 
 
 def _triangular(n: int) -> int:
@@ -719,7 +726,7 @@ def gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
     rows = za, zb, weights
-    half = za.dtype != torch.float32
+    half = _in_half(za, loss)
     za, zb = ranks.to_columns(za), ranks.to_columns(zb)
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
@@ -732,27 +739,28 @@ def gram(
 
     name = "multiply 128" if half and n > 512 else "multiply 64"
     pairs = _triangular(triton.cdiv(n, _size(name, "BT", half)))
-    num_parts, chunk = _parts(name, 2 * pairs, d, half)
-    parts = new((2, num_parts, n, n), dtype=torch.float32)
+    num_parts, chunk = _parts(name, 2 * pairs, d, half, d // n)
+    ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
+    # The parts are used up before the gradients are made.
+    parts = (ga, gb) if n <= d else new((2, n, n), dtype=torch.float32)
     _launch(
-        multiply, name, (pairs, num_parts, 2), hi, lo, parts, n, d, 0, 0, chunk, 0,
+        multiply, name, (pairs, num_parts, 2), hi, lo, *parts, n, d, 0, 0, chunk, 0,
         half=half, STRIP=False,
     )  # fmt: skip
     if ranks.world > 1:
-        parts, num_parts = ranks.sum_(parts.sum(1)), 1
+        added = [p.view(-1)[: num_parts * n * n].view(num_parts, n, n).sum(0) for p in parts]
+        parts, num_parts = ranks.sum_(torch.stack(added)), 1
     kh = new((2, n, n), dtype=hi.dtype)
     kl = torch.empty_like(kh) if half else kh
     _launch(
-        gram_sum, "gram_sum", (tiles,), parts, kh, kl, sums, n, P, num_parts, float(loss.m),
+        gram_sum, "gram_sum", (tiles,), *parts, kh, kl, sums, n, P, num_parts, float(loss.m),
         half=half, BARLOW=loss.barlow,
     )  # fmt: skip
 
-    ga, gb = torch.empty_like(za), torch.empty_like(zb)
-    wa, wb = new((2, n, d), dtype=torch.float32) if half else (ga, gb)
     pull = ga if weights is None else weights
     if ranks.world == 1:
         _launch(
-            exact, "exact", (exact_blocks, 2), hi, lo, za, zb, pull, col, sums, ga, gb, wa, wb,
+            exact, "exact", (exact_blocks, 2), hi, lo, za, zb, pull, col, sums, ga, gb,
             n, d, P, num_columns, tiles, float(loss.m), loss.slope, 2 * loss.pull, loss.off,
             half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None, PAIR=n == 2,
         )  # fmt: skip
@@ -768,8 +776,8 @@ def gram(
         name = "barlow_apply 256" if one else "barlow_apply 128"
         _launch(
             barlow_apply, name, (triton.cdiv(d, _size(name, "BD", half)), 2),
-            kh, kl, hi, lo, col, sums, out, ga, gb, wa, wb,
-            n, d, P, num_columns, tiles, exact_blocks, loss.slope / loss.m, loss.off,
+            kh, kl, hi, lo, col, sums, out, ga, gb, n, d, P,
+            num_columns, tiles, exact_blocks, loss.slope / loss.m, loss.off,
             half=half, ONE=one, PAIR=n == 2,
         )  # fmt: skip
     else:
@@ -795,7 +803,7 @@ def tiled(
     za: Tensor, zb: Tensor, weights: Tensor | None, loss: Loss, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by strips of C; za, zb (N, D) and weights (N,) of this rank."""
-    half = za.dtype != torch.float32
+    half = _in_half(za, loss)
     n, d = za.shape
     new = za.new_empty
     side = _size("strip_sum", "BS", half)
@@ -814,17 +822,17 @@ def tiled(
 
     name = "multiply 128" if half else "multiply 64"
     out = new((), dtype=torch.float32)
-    ga, gb = torch.empty_like(za), torch.empty_like(zb)
+    ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
     done = 0
     for start in range(0, d, WIDTH):
         width = min(WIDTH, d - start)
         bt = _size(name, "BT", half)
         pairs = triton.cdiv(d, bt) * triton.cdiv(width, bt)
-        num_parts, chunk = _parts(name, 2 * pairs, n, half)
+        num_parts, chunk = _parts(name, 2 * pairs, n, half, 2 * n * n // (d * width) - 1)
         parts = new((2, num_parts, d, width), dtype=torch.float32)
         _launch(
             multiply, name, (pairs, num_parts, 2),
-            hi, lo, parts, n, d, start, width, chunk, int(loss.barlow),
+            hi, lo, *parts, n, d, start, width, chunk, int(loss.barlow),
             half=half, STRIP=True,
         )  # fmt: skip
         if ranks.world > 1:
@@ -847,11 +855,16 @@ def tiled(
             half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None,
             PAIR=loss.barlow and loss.n == 2,
         )  # fmt: skip
+        del parts, ch, cl, squares  # or the next strip's would be made beside them
     return out, ga, gb
 
 
 def builds(barlow: bool) -> Iterator[Build]:
-    """All that a plan can choose, N and D multiples of 16. float16 is as bfloat16 from `hi` on."""
+    """All that a plan can choose, N and D multiples of 16. float16 is as bfloat16 from `hi` on.
+
+    Where they are not, numbers are loaded one by one: right, slower, and in bfloat16 some spill.
+    Half precision with FEW rows is not here either: nothing there takes long enough to matter.
+    """
     flags = {"BARLOW": barlow, "WEIGHTED": not barlow, "PAIR": False}
     for half in (True, False):
         for name, kernel, choice in [
@@ -886,7 +899,7 @@ def _type(name: str, half: bool) -> str:
         return "i32"
     if name in ("scale", "slope", "pull", "hinge", "off", "m", "rows"):
         return "fp32"
-    if name in ("weights", "col", "squares", "parts", "loss", "wa", "wb"):
+    if name in ("weights", "col", "squares", "parts", "parts_a", "parts_b", "loss", "ga", "gb"):
         return "*fp32:16"
     if name == "sums":
         return "*fp64:16"

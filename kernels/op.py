@@ -32,6 +32,10 @@ DTYPES = {
     "gpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 
+# On a GPU: the second axis of a grid has 65535 programs at most, of 64 rows or columns at least.
+# Kernels count rows, columns and what is a few times as many in 32 bits, and entries in 64.
+LONGEST = 65535 * 64
+
 OPS: dict[str, "Op"] = {}
 
 
@@ -50,6 +54,7 @@ class Op:
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
     num_gradients: int = 2  # the first tensors have a gradient, the others are constants
     num_batched: int | None = None  # the first tensors are rows of the batch; None: all are
+    wide: bool = False  # gpu returns gradients in float32, whatever the inputs are
     fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -79,6 +84,8 @@ class Op:
             return f"the tensors are on {x.device}"
         if x.dtype not in DTYPES[which]:
             return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {x.dtype}"
+        if which == "gpu" and max(x.shape, default=0) > LONGEST:
+            return f"it takes at most {LONGEST} rows and columns, not {tuple(x.shape)}"
         return None
 
     def choose(self, x: Tensor) -> str:
@@ -118,6 +125,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
 
     Its schema is the reference's. The gradient is computed with the loss; backward scales it.
     """
+    wide = op.wide and which == "gpu"
     inputs = torch.library.infer_schema(op.reference, mutates_args=()).rpartition(" -> ")[0]
     separator = "" if ", *, " in inputs else ", *"
     schema = (
@@ -130,14 +138,19 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         ranks.same_rows(op.name, tensors[0])
         # The compiled border refuses strided input; the copy is made here, once, in sight.
         dense = (t if t is None else t.contiguous() for t in tensors)
-        return implementation(*dense, ranks=ranks, **scalars)
+        with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+            return implementation(*dense, ranks=ranks, **scalars)
 
     def fake(*tensors, **_):
         loss = tensors[0].new_empty((), dtype=torch.float32)
-        return loss, *(t.new_empty(t.shape) for t in tensors[: op.num_gradients])
+        leaves = tensors[: op.num_gradients]
+        return loss, *(
+            t.new_empty(t.shape, dtype=torch.float32 if wide else t.dtype) for t in leaves
+        )
 
     def save(ctx, inputs, keyword_only_inputs, output):
         ctx.num_constants = len(inputs) - op.num_gradients
+        ctx.dtypes = [t.dtype for t in inputs[: op.num_gradients]]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else zeros are made for the gradients' gradients
         ctx.save_for_backward(*output[1:])
@@ -147,9 +160,10 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         grads = ctx.saved_tensors
         # One, unless somebody scales the loss: then the gradients are ready. On a GPU, looking
         # would wait for it.
-        unknown = torch.compiler.is_compiling() or grad_loss.device.type != "cpu"
-        if unknown or grad_loss.item() != 1:
-            grads = torch._foreach_mul(grads, grad_loss)  # float32: one launch for all
+        if which == "gpu":
+            grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes)
+        elif torch.compiler.is_compiling() or grad_loss.item() != 1:
+            grads = torch._foreach_mul(grads, grad_loss)
         return *grads, *(None,) * ctx.num_constants
 
     registered = torch.library.custom_op(
@@ -158,6 +172,23 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     registered.register_fake(fake)
     registered.register_autograd(scale, setup_context=save)
     return registered
+
+
+@torch.library.custom_op(
+    "sslus::scaled_gpu",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor factor, ScalarType[] dtypes) -> Tensor[]",
+)
+def _scaled_on_gpu(grads, factor, dtypes):
+    from sslus.kernels import scale_gpu  # triton is imported when it is needed
+
+    with torch.cuda.device_of(factor):
+        return scale_gpu.scaled(grads, factor, dtypes)
+
+
+@_scaled_on_gpu.register_fake
+def _(grads, factor, dtypes):
+    return [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=True)]
 
 
 MAPS: dict[str, "Map"] = {}

@@ -39,6 +39,26 @@ def test_a_positive_that_is_all_there_is_gives_no_gradient(dtype):
     check("ntxent", [(40, 100)] * 2, [dtype] * 2, 0.01, "near")
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_one_feature_that_dominates(temperature):
+    """All vectors are nearly parallel: positives and negatives all but cancel in the gradient."""
+    check("ntxent", [(40, 100)] * 2, [BF16] * 2, temperature, "dominant")
+
+
+@pytest.mark.parametrize("name", ["ntxent", "byol"])
+def test_gradients_too_small_for_float16_are_scaled_first(name):
+    op = parity.OPS[name]
+    case = {"tensors": [(9, 48)] * len(op.cases[0]["tensors"])}
+    tensors = [(5000 * t).to(F16) for t in parity.inputs(case, F32, DEVICE)]
+    got, want = (
+        parity.value_and_grads(op, which, given, op.cases[0]["scalars"], factor=2**18)
+        for which, given in (("gpu", tensors), ("reference", [t.double() for t in tensors]))
+    )
+    for g, w in zip(got[1:], want[1:], strict=True):
+        assert g.dtype == F16
+        assert (g - w).abs().max() <= torch.finfo(F16).eps * w.abs().max()
+
+
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, F32), (F32, F32, BF16), (BF16, F32, F16)], ids=str)
 def test_a_queue_of_another_type(dtypes):
     check("infonce_queue", [(9, 48), (9, 48), (70, 48)], dtypes, 0.05)

@@ -4,6 +4,7 @@ test_kernels.py holds their results against float64, in the interpreter or on a 
 needs no GPU, but a process in which the interpreter is off: this file, run as a script.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -14,24 +15,28 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 import sslus.kernels
 from sslus.kernels import op as ops
+from sslus.kernels.ranks import Ranks
 
 LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory of a program
 
 
 def op_modules():
-    """The gpu.py of each op that says what it compiles."""
+    """What says what it compiles: the gpu.py of each op, and what scales their gradients."""
     for info in pkgutil.iter_modules(sslus.kernels.__path__):
         name = f"sslus.kernels.{info.name}.gpu"
         if info.ispkg and importlib.util.find_spec(name):
             module = importlib.import_module(name)
             if hasattr(module, "builds"):
                 yield info.name, module
+    yield "scale", importlib.import_module("sslus.kernels.scale_gpu")
 
 
-OPS = dict(op_modules())
+MODULES = dict(op_modules())
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +51,10 @@ def compilations():
 
 
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", MODULES)
 def test_compiles_without_spills(op, arch, compilations):
     found = {label: x for (name, label, a), x in compilations.items() if (name, a) == (op, arch)}
-    assert len(found) == len(list(OPS[op].builds())), "two builds with one label"
+    assert len(found) == len(list(MODULES[op].builds())), "two builds with one label"
     for label, x in found.items():
         assert x["spills"] == 0, (label, x)
         assert x["shared_bytes"] <= LIMITS[arch], (label, x)
@@ -60,16 +65,111 @@ def test_compiles_without_spills(op, arch, compilations):
             assert x["wgmma"], (label, x)
 
 
+class Device(TorchDispatchMode):
+    """Counts what torch would launch on a device, and the most bytes held but for the inputs."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.num_launches, self.peak_bytes = 0, 0
+        self.held = WeakIdKeyDictionary({t.untyped_storage(): 0 for t in inputs})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        free = function.is_view or "empty" in function.name() or function.namespace != "aten"
+        self.num_launches += bool(made) and not free
+        for x in made:
+            self.held.setdefault(x.untyped_storage(), x.untyped_storage().nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
+        return out
+
+
+def step(monkeypatch, op, shapes, scalars, dtype):
+    """Launches, forward and backward together, and peak bytes; on a CPU, and nothing computes."""
+    from sslus.kernels.scale_gpu import scale_kernel
+
+    launched = []
+    monkeypatch.setattr(type(scale_kernel), "run", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(ops.Op, "why_not", lambda *_: None)  # CPU tensors would be refused
+    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    leaves = [t.requires_grad_() for t in tensors[: op.num_gradients]]
+    with Device(tensors) as forward:
+        op.gpu(*(t.detach() for t in tensors), ranks=Ranks(), **scalars)
+    once = len(launched)
+    loss = op.run("gpu", *tensors, **scalars)  # as an op, into which the mode does not see
+    saved = loss.grad_fn.saved_tensors
+    with Device([*tensors, *saved]) as backward:
+        grads = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
+    assert all(g.dtype == dtype for g in grads)
+    backward.peak_bytes += sum(t.nbytes for t in saved)
+    num_launches = len(launched) - once + forward.num_launches + backward.num_launches
+    return num_launches, max(forward.peak_bytes, backward.peak_bytes)
+
+
+LOSSES = [name for name, op in ops.load_all().items() if op.gpu]
+LAUNCHES = {"vicreg": 6, "barlow": 6, "ntxent": 6, "infonce_queue": 4, "byol": 3}
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES["gpu"], ids=str)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_step(name, dtype, monkeypatch):
+    op = ops.load_all()[name]
+    shapes = [(256, 8192)] * len(op.cases[0]["tensors"])
+    num_launches, _ = step(monkeypatch, op, shapes, op.cases[0]["scalars"], dtype)
+    assert num_launches == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "n, d", [(256, 8192), (1024, 2048), (512, 512), (1030, 1029), (4096, 2048)], ids=str
+)
+@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+def test_memory_of_a_step(name, n, d, dtype, monkeypatch):
+    op = ops.load_all()[name]
+    _, num_bytes = step(monkeypatch, op, [(n, d)] * 2, op.cases[0]["scalars"], dtype)
+    # Beside the matrices there are a few numbers for each column and each tile.
+    assert 0 < num_bytes <= 4 * 4 * (n * n + n * d) + 100 * (n + d)
+
+
+def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be the tensors'."""
+    from sslus.kernels.scale_gpu import scale_kernel
+
+    depth, seen = [0], []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(type(scale_kernel), "run", lambda *_, **__: seen.append(depth[0]))
+    monkeypatch.setattr(ops.Op, "why_not", lambda *_: None)
+    z = torch.empty(8, 16, requires_grad=True)
+    loss = ops.load_all()["byol"].run("gpu", z, z, z.detach(), z.detach())
+    torch.autograd.grad(loss, z)
+    assert seen == [1, 1, 1]
+
+
+def test_refuses_what_a_grid_cannot_count(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or it is refused for being on a CPU
+    z = torch.empty(ops.LONGEST + 1, 1)
+    with pytest.raises(ValueError, match=r"at most 4194240 rows and columns, not \(4194241, 1\)"):
+        ops.load_all()["barlow"].run("gpu", z, z, off_diagonal=1.0)
+
+
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def leaves_of(op, shapes, dtype=torch.bfloat16):
-    tensors = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
     return tensors, [t.requires_grad_() for t in tensors[: op.num_gradients]]
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_graph_holds_the_step(name):
     """Nothing waits for the device: a replay with other inputs is a run with them."""
     op = ops.load_all()[name]
@@ -96,26 +196,47 @@ def test_a_graph_holds_the_step(name):
         assert torch.equal(got, want)  # to the bit: sums have one order
 
 
-@on_a_gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="no CUDA device and TRITON_INTERPRET is not 1",
+)
+@pytest.mark.parametrize("name", LOSSES)
 def test_compiled_without_a_break(name):
     op = ops.load_all()[name]
-    case = op.cases[-1]
-    tensors, leaves = leaves_of(op, case["tensors"], torch.float32)
+    case = op.cases[1]
+    tensors, leaves = leaves_of(op, case["tensors"])
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
 
     def model(*tensors):
         return 3 * op.run("gpu", *tensors, **case["scalars"])
 
     want = torch.autograd.grad(model(*tensors), leaves)
-    got = torch.autograd.grad(torch.compile(model, fullgraph=True)(*tensors), leaves)
+    got = torch.autograd.grad(
+        torch.compile(model, fullgraph=True, backend=backend)(*tensors), leaves
+    )
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("name", LOSSES)
+def test_runs_on_another_device_than_the_current_one(name):
+    op = ops.load_all()[name]
+    case = op.cases[1]
+    results = []
+    tensors, _ = leaves_of(op, case["tensors"])
+    for device in ("cuda:0", "cuda:1"):
+        moved = [t.detach().to(device) for t in tensors]
+        leaves = [t.requires_grad_() for t in moved[: op.num_gradients]]
+        loss = op.run("gpu", *moved, **case["scalars"])
+        results.append([loss.cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def main():
     from sslus.kernels.aot import compiled
 
     done, rows = {}, []
-    for op, module in OPS.items():
+    for op, module in MODULES.items():
         for build in module.builds():
             for arch in LIMITS:
                 key = (

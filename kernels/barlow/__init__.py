@@ -27,6 +27,7 @@ barlow_loss = Op(
     reference=reference.barlow,
     cpu=cpu.barlow,
     gpu=_gpu,
+    wide=True,
     cases=tuple(
         {"tensors": [(n, d), (n, d)], "scalars": {"off_diagonal": 0.0051}}
         for n, d in [(2, 1), (2, 7), (7, 5), (33, 129), (64, 32), (31, 257), (130, 65)]

@@ -1,6 +1,6 @@
 """BarlowTwins on a GPU, in Triton: both forms, their launches and their cost are in gram_gpu.py.
 
-The gradients are those of cpu.py. At N = 256, D = 8192: 5 launches, forward and backward together.
+The gradients are those of cpu.py. At N = 256, D = 8192: 6 launches, forward and backward together.
 With N = 2, where the gradient is all but cancelled, what cancels is left out: see _to_input.
 """
 

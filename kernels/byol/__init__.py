@@ -23,6 +23,7 @@ byol_loss = Op(
     reference=reference.byol,
     cpu=cpu.byol,
     gpu=_gpu,
+    wide=True,
     cases=tuple(
         {"tensors": [(n, d)] * 4, "scalars": {}} for n, d in [(1, 1), (2, 7), (33, 129), (130, 65)]
     ),

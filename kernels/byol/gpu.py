@@ -1,6 +1,7 @@
 """BYOL's loss on a GPU: dL/dp = (u cos - v) 2 / (N |p|), with u, v the unit vectors.
 
-Launches, forward and backward together: both directions, a few rows a program; the loss's sum.
+Launches, forward and backward together: both directions, a few rows a program; the loss's sum;
+the gradients times the upstream one.
 Every number is read from memory once and from a cache twice more. Extra floats: one for every
 16 rows. Across ranks each keeps its rows.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sslus.kernels.aot import Build
 from sslus.kernels.byol.reference import check
-from sslus.kernels.logits_gpu import COLUMNS, KINDS, ROWS, length, load, over, total, total_build
+from sslus.kernels.logits_gpu import COLUMNS, ROWS, length, load, over, total, total_build
 from sslus.kernels.ranks import Ranks
 
 
@@ -47,7 +48,7 @@ def _direction(p, t, grad, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.cons
         g = (pull - u * along[:, None]) * (factor / size_p)[:, None]
         place = grad + i[:, None].to(tl.int64) * d + c[None, :]
         inside = (row < n)[:, None] & (c < d)[None, :]
-        tl.store(place, g.to(grad.dtype.element_ty), mask=inside)
+        tl.store(place, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -65,7 +66,7 @@ def byol(
     check(pa, pb, ta, tb)
     n, d = pa.shape
     num = n * ranks.world
-    ga, gb = torch.empty_like(pa), torch.empty_like(pb)
+    ga, gb = (torch.empty_like(p, dtype=torch.float32) for p in (pa, pb))
     programs = triton.cdiv(n, ROWS)
     losses = pa.new_empty((2, programs), dtype=torch.float32)
     byol_kernel[(programs, 2)](
@@ -75,13 +76,14 @@ def byol(
 
 
 def builds() -> Iterator[Build]:
-    names = ("pa", "pb", "ta", "tb", "ga", "gb")
+    names = ("pa", "pb", "ta", "tb")
     # The last: rows that do not all start at a multiple of 16 bytes.
-    for kind, d in (*((kind, "i32:16") for kind in KINDS.values()), ("bf16", "i32")):
+    for kind, d in (("bf16", "i32:16"), ("fp32", "i32:16"), ("bf16", "i32")):
         yield Build(
             f"byol {kind} {d}", byol_kernel,
             dict.fromkeys(names, f"*{kind}:16")
-            | {"losses": "*fp32:16", "n": "i32", "d": d, "factor": "fp32"},
+            | dict.fromkeys(("ga", "gb", "losses"), "*fp32:16")
+            | {"n": "i32", "d": d, "factor": "fp32"},
             {"ROWS": ROWS, "BD": COLUMNS},
         )  # fmt: skip
     yield total_build()

@@ -24,6 +24,7 @@ infonce_queue_loss = Op(
     reference=reference.infonce_queue,
     cpu=cpu.infonce_queue,
     gpu=_gpu,
+    wide=True,
     num_gradients=1,
     num_batched=2,
     cases=tuple(

@@ -7,9 +7,10 @@ softplus(x), exact where it is small too, and dL/dq_i = sigmoid(x) (sum_m P_im q
 
 Launches, forward and backward together:
 
-    1 mix     tiles of the queue -> of each row, in each part of the queue: m and both sums
-    2 finish  those of all parts, the positive -> loss of a few rows; gradient across q
-    3 total   the loss
+    1 mix       tiles of the queue -> of each row, in each part of the queue: m and both sums
+    2 finish    those of all parts, the positive -> loss of a few rows; gradient across q
+    3 total     the loss
+    4 backward  the gradient times the upstream one
 
 Two products of N M D multiplications up to D = 256 (float32: 128); beyond, logits are made
 again for every 256 (128) columns of the gradient. Extra floats: N D for each part, at most 264
@@ -157,7 +158,7 @@ def finish_kernel(
         g = (g - u * along[:, None]) * (factor * sigmoid / size_q)[:, None]
         place = grad + i[:, None].to(tl.int64) * d + c[None, :]
         inside = (row < n)[:, None] & (c < d)[None, :]
-        tl.store(place, g.to(grad.dtype.element_ty), mask=inside)
+        tl.store(place, g, mask=inside)
 
 
 def infonce_queue(
@@ -173,7 +174,8 @@ def infonce_queue(
     grid = (triton.cdiv(n, blocks["BM"]), parts, triton.cdiv(d, blocks["BD"]))
     mix_kernel[grid](q, queue, stats, mixed, n, m, span, d, scale, **blocks)
     programs = triton.cdiv(n, ROWS)
-    grad, losses = torch.empty_like(q), q.new_empty(programs, dtype=torch.float32)
+    grad = torch.empty_like(q, dtype=torch.float32)
+    losses = q.new_empty(programs, dtype=torch.float32)
     finish_kernel[(programs,)](
         q, k, stats, mixed, grad, losses, n, parts, d, scale, 1 / (num * temperature),
         ROWS=ROWS, BD=COLUMNS, num_warps=4,
@@ -196,14 +198,15 @@ def builds() -> Iterator[Build]:
         kind = KINDS[dtype]
         for most, blocks in table.items():
             yield mix(kind, kind, "i32:16", most, blocks)
+        if kind == "fp16":
+            continue  # as bf16
         yield mix(kind, kind, "i32", math.inf, table[math.inf])
         yield Build(
             f"finish {kind}", finish_kernel,
             {"q": f"*{kind}:16", "k": f"*{kind}:16", "stats": "*fp32:16", "mixed": "*fp32:16",
-             "grad": f"*{kind}:16", "losses": "*fp32:16", "n": "i32", "parts": "i32",
+             "grad": "*fp32:16", "losses": "*fp32:16", "n": "i32", "parts": "i32",
              "d": "i32:16", "scale": "fp32", "factor": "fp32"},
             {"ROWS": ROWS, "BD": COLUMNS},
         )  # fmt: skip
-    for pair in (("bf16", "fp32"), ("fp32", "bf16")):
-        yield mix(*pair, "i32:16", math.inf, TABLES[torch.float32][math.inf])
+    yield mix("bf16", "fp32", "i32:16", math.inf, TABLES[torch.float32][math.inf])
     yield total_build()

@@ -23,6 +23,7 @@ ntxent_loss = Op(
     reference=reference.ntxent,
     cpu=cpu.ntxent,
     gpu=_gpu,
+    wide=True,
     cases=tuple(
         {"tensors": [(n, d), (n, d)], "scalars": {"temperature": t}}
         for n, d, t in [

@@ -11,7 +11,8 @@ Launches, forward and backward together:
     2 statistics  tiles of s -> of each row, in each part of the columns: maximum, sum, positive
     3 combine     those of all parts -> lse, lse - s_p, loss
     4 gradient    tiles of s again, as weights times rows: a part's share of the gradient
-    5 finish      the shares' sum, across u, in the inputs' type
+    5 finish      the shares' sum, across u
+    6 backward    times the upstream gradient, in the inputs' type
 
 Three products of 4 N^2 D multiplications up to D = 256 (128 unless bfloat16), as autograd of the
 definition takes; beyond, tiles are made again for every 256 (float32: 128) gradient columns.
@@ -156,6 +157,9 @@ def gradient_kernel(
     drawn = tl.exp2(-tl.load(gap + i)) + tl.exp2(-tl.load(gap + partner)) - 2.0
     acc = tl.zeros((BM, BD), tl.float32)
     c = tl.program_id(2) * BD + tl.arange(0, BD)
+    if tl.program_id(1) == 0:  # the positive in float32: the others may all but cancel it
+        u = load(z, partner, c, width).to(tl.float32)
+        acc += u * (drawn * tl.load(scale + partner))[:, None]
     if BK == BD:
         x = load(z, i, c, width)
     start = tl.program_id(1) * span
@@ -171,8 +175,8 @@ def gradient_kernel(
         scale_k, lse_k = tl.load(scale + there), tl.load(lse + there)
         s = s * (scale_i[:, None] * scale_k[None, :])
         w = tl.exp2(s - lse_i[:, None]) + tl.exp2(s - lse_k[None, :])
-        w = tl.where(k[None, :] == partner[:, None], drawn[:, None], w)
-        w = tl.where((k[None, :] != i[:, None]) & (k < 2 * num)[None, :], w, 0.0)
+        negative = (k[None, :] != i[:, None]) & (k[None, :] != partner[:, None])
+        w = tl.where(negative & (k < 2 * num)[None, :], w, 0.0)
         acc = weigh(w * scale_k[None, :], y, acc, z.dtype.element_ty)
     place = (tl.program_id(1) * 2 * n + row)[:, None].to(tl.int64) * width + c[None, :]
     tl.store(share + place, acc, mask=(row < 2 * n)[:, None] & (c < width)[None, :])
@@ -213,10 +217,7 @@ def finish_kernel(
         g = (g - u * along[:, None]) * (factor / size)[:, None]
         place = r[:, None].to(tl.int64) * d + c[None, :]
         inside = (row < n)[:, None] & (c < d)[None, :]
-        if second == 0:
-            tl.store(ga + place, g.to(ga.dtype.element_ty), mask=inside)
-        else:
-            tl.store(gb + place, g.to(gb.dtype.element_ty), mask=inside)
+        tl.store((ga if second == 0 else gb) + place, g, mask=inside)
 
 
 def ntxent(
@@ -255,7 +256,7 @@ def ntxent(
     gradient_kernel[(*grid, chunks)](
         z, scale, lse, gap, share, n, num, first, span, width, **blocks
     )
-    ga, gb = torch.empty_like(za), torch.empty_like(zb)
+    ga, gb = (torch.empty_like(x, **single) for x in (za, zb))
     finish_kernel[(triton.cdiv(n, ROWS), 2)](
         share, z, ga, gb, n, num, first, parts, d, width, 1 / (2 * num * temperature * root), **rows
     )
@@ -274,8 +275,12 @@ def builds() -> Iterator[Build]:
                 ("statistics", statistics_kernel, ("scale", "stats")),
                 ("gradient", gradient_kernel, ("scale", "lse", "gap", "share")),
             ):
+                if name == "statistics" and kind == "fp16":
+                    continue  # as bf16
                 signature = z | dict.fromkeys(floats, "*fp32:16") | numbers
                 yield Build(f"{name} {kind} {most}", kernel, signature, blocks, *options)
+        if kind == "fp16":
+            continue  # as bf16: what follows has no products
         pair = {"za": f"*{kind}:16", "zb": f"*{kind}:16"}
         rows = {"ROWS": ROWS, "BD": COLUMNS}
         yield Build(
@@ -286,7 +291,7 @@ def builds() -> Iterator[Build]:
         )  # fmt: skip
         yield Build(
             f"finish {kind}", finish_kernel,
-            z | {"share": "*fp32:16", "ga": f"*{kind}:16", "gb": f"*{kind}:16", "n": "i32",
+            z | {"share": "*fp32:16", "ga": "*fp32:16", "gb": "*fp32:16", "n": "i32",
                  "num": "i32", "first": "i32", "parts": "i32", "d": "i32", "width": "i32:16",
                  "factor": "fp32"},
             rows,

@@ -38,6 +38,7 @@ vicreg_loss = Op(
     reference=reference.vicreg,
     cpu=cpu.vicreg,
     gpu=_gpu,
+    wide=True,
     num_gradients=2,
     cases=(
         *(
