@@ -162,7 +162,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         # would wait for it.
         if which == "gpu":
             grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes)
-        elif torch.compiler.is_compiling() or grad_loss.item() != 1:
+        elif not _is_one(grad_loss):
             grads = torch._foreach_mul(grads, grad_loss)
         return *grads, *(None,) * ctx.num_constants
 
@@ -172,6 +172,14 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     registered.register_fake(fake)
     registered.register_autograd(scale, setup_context=save)
     return registered
+
+
+def _is_one(factor: Tensor) -> bool:
+    """False also where its value cannot be looked at, because the backward is being compiled."""
+    # torch 2.11 says is_compiling() is False while it traces a backward; tensors are fake there.
+    if torch.compiler.is_compiling() or type(factor) is not Tensor:
+        return False
+    return factor.item() == 1
 
 
 @torch.library.custom_op(

@@ -19,6 +19,7 @@ def launched() -> dict[str, list[str]]:
     from triton.runtime import JITFunction
     from triton.runtime.driver import driver
 
+    from sslus.kernels import scale_gpu
     from sslus.kernels.augment import gpu as augment
     from sslus.kernels.augment.reference import identity
     from sslus.kernels.mask import Mask
@@ -47,13 +48,13 @@ def launched() -> dict[str, list[str]]:
         found[name] = []
         for case in op.cases:
             op.gpu(*(torch.zeros(s) for s in case["tensors"]), ranks=Ranks(), **case["scalars"])
+    found[name := "scale"] = []
+    scale_gpu.scaled([torch.zeros(2, 8)] * 2, torch.ones(()), [torch.float32] * 2)
     frames, ids = torch.zeros(2, 32, 32, dtype=torch.uint8), torch.arange(2)
-    name = "views"
-    found[name] = []
+    found[name := "views"] = []
     out = torch.empty(2, 1, 24, 24)
     augment.augment_gpu(frames, ids, identity(2, 32), out, mean=0.2, std=0.1)
-    name = "mask_fill"
-    found[name] = []
+    found[name := "mask_fill"] = []
     mask.mask_fill(out, out, ids, torch.empty_like(out), **vars(Mask()), fill=0.0)
     return found
 
@@ -66,7 +67,7 @@ def test_every_kernel_is_launched():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {"vicreg", "barlow", "views", "mask_fill"} <= set(found) and all(found.values())
+    assert {"vicreg", "barlow", "scale", "views", "mask_fill"} <= set(found) and all(found.values())
 
 
 if __name__ == "__main__":
