@@ -39,6 +39,15 @@ def op_modules():
 MODULES = dict(op_modules())
 
 
+def chosen(module, arch):
+    """What is compiled for `arch`. All of it takes five minutes of a core, so without
+    SSLUS_AOT_ALL=1, which CI sets, float32 is compiled for Hopper alone."""
+    builds = list(module.builds())
+    if arch == 90 or os.environ.get("SSLUS_AOT_ALL") == "1":
+        return builds
+    return [build for build in builds if "fp32" not in build.label]
+
+
 @pytest.fixture(scope="module")
 def compilations():
     """{(op, label, arch): resources}; one process for all, since importing torch takes longest."""
@@ -54,7 +63,7 @@ def compilations():
 @pytest.mark.parametrize("op", MODULES)
 def test_compiles_without_spills(op, arch, compilations):
     found = {label: x for (name, label, a), x in compilations.items() if (name, a) == (op, arch)}
-    assert len(found) == len(list(MODULES[op].builds())), "two builds with one label"
+    assert len(found) == len(chosen(MODULES[op], arch)) > 0, "two builds with one label"
     for label, x in found.items():
         assert x["spills"] == 0, (label, x)
         assert x["shared_bytes"] <= LIMITS[arch], (label, x)
@@ -237,8 +246,8 @@ def main():
 
     done, rows = {}, []
     for op, module in MODULES.items():
-        for build in module.builds():
-            for arch in LIMITS:
+        for arch in LIMITS:
+            for build in chosen(module, arch):
                 key = (
                     build.kernel.fn.__name__, tuple(build.signature.items()),
                     tuple(build.constants.items()), build.num_warps, build.num_stages, arch,
