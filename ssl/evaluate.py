@@ -30,6 +30,7 @@ from sslus.ssl.world import pick_device
 PROTOCOLS = ("linear",)
 NUM_FOLDS = 5  # fewer where a class has fewer patients
 FEATURE_BATCH = 64
+SETTLED_BY = 1024  # frames, at most, that give a random backbone its BatchNorm statistics
 # Chosen once, for standardised features, and the same for every backbone: picking it on the
 # test folds would flatter, and an inner search costs ten times the fits.
 INVERSE_REGULARISATION = 0.01
@@ -103,7 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge the backbone of `run` by a linear probe and write the report into `out`.
 
-    Features: the whole frame at the run's image size, backbone in eval mode, computed once.
+    Features: the whole frame at the run's image size, backbone in eval mode, computed once. The
+    random backbone's BatchNorm has the statistics of these frames.
     Probe: logistic regression on features standardised over the training frames, classes
     weighted by their frequency there. Split: the column `split` of `labels`; without it, for
     each seed, stratified folds by patient, whose predictions are pooled. No patient is ever
@@ -141,6 +143,8 @@ def evaluate(
             )
             if trained:
                 backbone.load_state_dict(load_file(run / "backbone.safetensors"))
+            else:
+                settle_batch_norm(backbone, store, frames.index, config, where)
             features[name] = _features(
                 backbone, store, frames.index, config, where, out,
                 lambda done, i=i: report(i * len(frames) + done, 2 * len(frames), ""),
@@ -345,6 +349,36 @@ def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
     return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
 
 
+def settle_batch_norm(
+    backbone: nn.Module, store: FrameStore, index: np.ndarray, config: dict, device: torch.device
+) -> None:
+    """Give BatchNorm the statistics of the store's frames `index` instead of a new network's.
+
+    Those, mean 0 and variance 1, hold random features down so far that a backbone of which nothing
+    but the statistics has ever changed looks trained.
+    """
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    backbone.eval().to(device, memory_format=torch.channels_last)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    seen = index[:: -(-len(index) // SETTLED_BY)]
+    with torch.no_grad():
+        for part in np.array_split(seen, max(1, len(seen) // FEATURE_BATCH)):
+            backbone(_frames(store, part, config, device))
+    backbone.eval().cpu()
+
+
+def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.device):
+    """(n, 1, h, w) float32: whole frames at the run's size, normalised as in training."""
+    shards = config["shards"]
+    size = config["settings"]["image_size"]
+    return views.whole(store.frames[index], size, shards["mean"], shards["std"]).to(device)
+
+
 def _features(
     backbone: nn.Module,
     store: FrameStore,
@@ -371,8 +405,7 @@ def _features(
     parts = []
     with torch.inference_mode():
         for start in range(0, len(index), FEATURE_BATCH):
-            batch = store.frames[index[start : start + FEATURE_BATCH]]
-            x = views.whole(batch, size, mean, std).to(device)
+            x = _frames(store, index[start : start + FEATURE_BATCH], config, device)
             parts.append(backbone(x).float().cpu().numpy())
             report(min(start + FEATURE_BATCH, len(index)))
     features = np.concatenate(parts)

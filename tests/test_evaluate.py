@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate
+from sslus.ssl import backbones, evaluate, views
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -188,6 +189,30 @@ def test_features_are_frozen(run, shards, tmp_path):
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
     assert not np.array_equal(features(index, tmp_path / "a"), together)  # other weights
+
+
+def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(
+    run, shards, videos, tmp_path
+):
+    """Its weights are those of the start, its BatchNorm has met the frames as in training."""
+    store = FrameStore.open(shards)
+    config = json.loads((run / "config.json").read_text())
+    backbone = backbones.build("test_resnet", 32, config["settings"]["seed"]).train()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    mean, std = config["shards"]["mean"], config["shards"]["std"]
+    with torch.no_grad():
+        backbone(views.whole(store.frames[:], 32, mean, std))
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(config))
+    save_file(backbone.state_dict(), copy / "backbone.safetensors")
+    judged = evaluate.evaluate(copy, videos / "labels.csv", percents=(100,), device="cpu")
+    scores = {row.backbone: row.macro_f1_of_seeds for row in judged.rows}
+    assert scores["vicreg"] == pytest.approx(scores["random init"], abs=0.01)
+    first, second = (np.load(path) for path in (copy / "evaluation").glob("features-*.npy"))
+    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-4)
 
 
 def test_the_whole_report(run, videos, tmp_path, capsys):
