@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +144,11 @@ def evaluate(
             if trained:
                 backbone.load_state_dict(load_file(run / "backbone.safetensors"))
             else:
-                settle_batch_norm(backbone, store, frames.index, config, where)
+                seen = frames.index[:: -(-len(frames) // SETTLED_BY)]
+                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
+                backbone.to(where)
+                settle_batch_norm(backbone, (_frames(store, p, config, where) for p in parts))
+                backbone.cpu()
             features[name] = _features(
                 backbone, store, frames.index, config, where, out,
                 lambda done, i=i: report(i * len(frames) + done, 2 * len(frames), ""),
@@ -349,27 +353,22 @@ def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
     return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
 
 
-def settle_batch_norm(
-    backbone: nn.Module, store: FrameStore, index: np.ndarray, config: dict, device: torch.device
-) -> None:
-    """Give BatchNorm the statistics of the store's frames `index` instead of a new network's.
+def settle_batch_norm(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Give BatchNorm the mean statistics of `batches` instead of a new network's; no weight moves.
 
     Those, mean 0 and variance 1, hold random features down so far that a backbone of which nothing
-    but the statistics has ever changed looks trained.
+    but the statistics has ever changed looks trained. Leaves the backbone in eval mode.
     """
-    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    backbone.eval().to(device, memory_format=torch.channels_last)
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    seen = index[:: -(-len(index) // SETTLED_BY)]
+    backbone.eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+            module.train()
     with torch.no_grad():
-        for part in np.array_split(seen, max(1, len(seen) // FEATURE_BATCH)):
-            backbone(_frames(store, part, config, device))
-    backbone.eval().cpu()
+        for x in batches:
+            backbone(x)
+    backbone.eval()
 
 
 def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.device):

@@ -211,8 +211,10 @@ def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(
     judged = evaluate.evaluate(copy, videos / "labels.csv", percents=(100,), device="cpu")
     scores = {row.backbone: row.macro_f1_of_seeds for row in judged.rows}
     assert scores["vicreg"] == pytest.approx(scores["random init"], abs=0.01)
-    first, second = (np.load(path) for path in (copy / "evaluation").glob("features-*.npy"))
-    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-4)
+    # One file where they are the same to the bit.
+    first, *others = (np.load(path) for path in (copy / "evaluation").glob("features-*.npy"))
+    for other in others:
+        np.testing.assert_allclose(first, other, rtol=1e-3, atol=1e-4)
 
 
 def test_the_whole_report(run, videos, tmp_path, capsys):
