@@ -208,6 +208,37 @@ def timed(work: Work) -> Timed:
     return done if isinstance(done, Timed) else Timed(done, seconds)
 
 
+class Often:
+    """Times as many calls as take `seconds` together; the first time, it counts them."""
+
+    def __init__(self, run, device="cpu", amount=1.0, seconds=0.0):
+        self.run, self.device, self.amount, self.seconds = run, device, amount, seconds
+        self.count = 1
+
+    def __call__(self) -> Timed:
+        each = self._each()
+        if self.seconds:
+            each = self._each()  # the first one loads, and compiles
+            self.count = max(1, min(1000, round(self.seconds / each)))
+            self.seconds = 0
+        return Timed(self.amount, each)
+
+    def _each(self) -> float:
+        wait(self.device)
+        start = time.perf_counter()
+        for _ in range(self.count):
+            self.run()
+        wait(self.device)
+        return (time.perf_counter() - start) / self.count
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def peak_mib(work: Work) -> float:
     """Peak memory of a fresh process that does the work once.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -147,11 +148,10 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         with path.open("rb") as f:
             views.append(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)))
 
-    def check(number: int) -> int:
+    def check(number: int) -> None:
         if hashlib.sha256(views[number]).hexdigest() != manifest.shards[number]["sha256"]:
             name = manifest.shards[number]["name"]
             raise InputError(f"{shards / name}: its digest is wrong; make the shards again")
-        return 0
 
     with (
         atomic_folder(folder) as new,
@@ -160,25 +160,26 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         ThreadPoolExecutor(1) as syncer,
     ):
 
-        def decode(start: int, places: list[tuple[str, int, int, int]]) -> int:
-            pixels = np.empty((len(places), size, size, 1), np.uint8)
-            for image, (key, number, offset, length) in zip(pixels, places, strict=True):
+        def decode(start: int, samples: list[_Sample]) -> int:
+            pixels = np.empty((len(samples), size, size, 1), np.uint8)
+            for image, sample in zip(pixels, samples, strict=True):
+                offset, length = sample.jpg
                 try:
-                    jpeg = views[number][offset : offset + length]
+                    jpeg = views[sample.shard][offset : offset + length]
                     shape = simplejpeg.decode_jpeg(jpeg, "GRAY", buffer=image).shape
                     if shape != image.shape:
                         raise ValueError(f"its size is {shape[:2]}")
                 except ValueError as e:
-                    name = manifest.shards[number]["name"]
+                    name = manifest.shards[sample.shard]["name"]
                     raise InputError(
-                        f"{shards / name}: {key}.jpg is damaged ({e}); make the shards again"
+                        f"{shards / name}: {sample.key}.jpg is damaged ({e}); make the shards again"
                     ) from e
             # Not through a mapping: its page faults take four times as long, and a full disk
             # would kill the process instead of raising.
             written, flat = 0, memoryview(pixels).cast("B")
             while written < len(flat):
                 written += os.pwrite(f.fileno(), flat[written:], start * size * size + written)
-            return len(places)
+            return len(samples)
 
         def save(name: str, content: bytes) -> None:
             with (new / name).open("wb") as side:
@@ -189,13 +190,14 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         try:
             # The space, all at once: cheaper than piece by piece, and a full disk shows now.
             os.posix_fallocate(f.fileno(), 0, num * size * size)
-            jobs = [pool.submit(check, number) for number in range(len(views))]
-            places, columns, videos = _read_indexes(shards, manifest, views)
+            samples = _samples(shards, manifest)
             chunk = max(1, CHUNK_BYTES // size**2)
-            jobs += [
-                pool.submit(decode, start, places[start : start + chunk])
+            jobs = [
+                pool.submit(decode, start, samples[start : start + chunk])
                 for start in range(0, num, chunk)
             ]
+            checks = [pool.submit(check, number) for number in range(len(views))]
+            columns, videos = _read_facts(shards, manifest, samples, views)
             index = io.BytesIO()
             np.savez(index, **columns)
             facts = {
@@ -218,50 +220,69 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 if report:
                     report(done, num, "")
             syncs.append(syncer.submit(os.fsync, f.fileno()))
-            for sync in syncs:
-                sync.result()  # a write that failed is reported to one sync only
+            for job in (*checks, *syncs):
+                job.result()  # a write that failed is reported to one sync only
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _read_indexes(shards: Path, manifest: Manifest, views: list[memoryview]):
-    """(key, shard, offset, length) of each JPEG and the index arrays, both in the store's order,
-    and the videos' ids."""
-    places, facts = [], []
+class _Sample(NamedTuple):
+    """Where a frame lies in the shards. Sorted, they are in the store's order."""
+
+    video: str
+    frame: int
+    key: str
+    shard: int
+    jpg: tuple[int, int]  # offset, length
+    json: tuple[int, int]
+
+
+def _samples(shards: Path, manifest: Manifest) -> list[_Sample]:
+    """All frames in the store's order, from the indexes alone: decoding can begin."""
+    samples = []
     for number, entry in enumerate(manifest.shards):
         for key, members in tar.read_index(shards / entry["name"]):
-            places.append((key, number, *members["jpg"]))
-            offset, length = members["json"]
-            facts.append(views[number][offset : offset + length])
-    if len(places) != manifest.num_frames:
+            video, _, frame = key.rpartition("-")
+            try:
+                place = _Sample(video, int(frame), key, number, members["jpg"], members["json"])
+            except (KeyError, ValueError) as e:
+                raise InputError(
+                    f"{shards / entry['name']}: its index is damaged at {key} ({e}); make the"
+                    " shards again"
+                ) from e
+            samples.append(place)
+    if len(samples) != manifest.num_frames:
         raise InputError(
-            f"{shards}: {len(places)} frames in the indexes, {manifest.num_frames} in the manifest"
+            f"{shards}: {len(samples)} frames in the indexes, {manifest.num_frames} in the manifest"
         )
+    return sorted(samples)
+
+
+def _read_facts(
+    shards: Path, manifest: Manifest, samples: list[_Sample], views: list[memoryview]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The index arrays and the videos' ids."""
+    parts = [views[s.shard][s.json[0] : sum(s.json)] for s in samples]
     try:
         # One parse for all: 2 us a frame less than one each.
-        facts = json.loads(b"[" + b",".join(facts) + b"]")
-        columns, order, videos = _columns(facts, manifest.labels)
-    except (KeyError, ValueError) as e:
+        facts = json.loads(b"[" + b",".join(parts) + b"]")
+        if [(f["video"], f["frame"]) for f in facts] != [s[:2] for s in samples]:
+            raise ValueError("names and facts of the frames differ")
+        videos = sorted({f["video"] for f in facts})
+        patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
+
+        def number(names: list[str], key: str) -> np.ndarray:
+            place = {name: i for i, name in enumerate(names)} | {None: -1}
+            return np.array([place[f[key]] for f in facts], np.int32)
+
+        columns = {
+            "video": number(videos, "video"),
+            "frame": np.array([f["frame"] for f in facts], np.int32),
+            "time_seconds": np.array([f["time_seconds"] for f in facts], np.float32),
+            "label": number(manifest.labels, "label"),
+            "patient": number(patients, "patient"),
+        }
+    except (KeyError, ValueError, TypeError) as e:
         raise InputError(f"{shards}: damaged shards ({e}); make them again") from e
-    return [places[i] for i in order.tolist()], columns, videos
-
-
-def _columns(facts: list[dict], labels: list[str]) -> tuple[dict, np.ndarray, list[str]]:
-    """The index arrays in the store's order, that order, and the videos' ids."""
-    videos = sorted({f["video"] for f in facts})
-    patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
-
-    def number(names: list[str], key: str) -> np.ndarray:
-        place = {name: i for i, name in enumerate(names)} | {None: -1}
-        return np.array([place[f[key]] for f in facts], np.int32)
-
-    columns = {
-        "video": number(videos, "video"),
-        "frame": np.array([f["frame"] for f in facts], np.int32),
-        "time_seconds": np.array([f["time_seconds"] for f in facts], np.float32),
-        "label": number(labels, "label"),
-        "patient": number(patients, "patient"),
-    }
-    order = np.lexsort((columns["frame"], columns["video"]))
-    return {name: column[order] for name, column in columns.items()}, order, videos
+    return columns, videos

@@ -21,6 +21,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
 from sslus.kernels.augment import COLUMNS, views
+from sslus.ssl.memory import large_pages
 from sslus.ssl.views import ViewConfig, draw
 
 # Share of the memory that is free which the whole store may take: the rest is the model's.
@@ -339,11 +340,11 @@ class _Memory:
         self.free: deque[np.ndarray] = deque()
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """Float32, uninitialised; its memory comes back when no tensor refers to it."""
+        """Float32, anything in it; its memory comes back when no tensor refers to it."""
         length = math.prod(shape)
         block = self.free.pop() if self.free else np.empty(0, np.float32)
         if len(block) < length:
-            block = torch.empty(length).numpy()
+            block = large_pages(length)
         lent = block[:length]  # an object of its own, which the tensor keeps
         weakref.finalize(lent, self.free.append, block).atexit = False
         return torch.from_numpy(lent).view(shape)

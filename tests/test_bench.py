@@ -71,6 +71,14 @@ def measure(bench):
     losses.on_gpu(bench)
 '''
 
+VIEWS_AS_ON_A_GPU = '''"""the views, as on a GPU"""
+import numpy as np
+from stages import augment
+
+def measure(bench):
+    augment.on_gpu(bench, np.zeros((2, 256, 256), np.uint8), "cpu")
+'''
+
 
 def run(bench: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -179,6 +187,24 @@ def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
                    for i in ("sslus", "floor: the products"))  # fmt: skip
     assert rates[0] == pytest.approx(20 * 16**2 * 64 / ours / 1e12, rel=2e-3)
     assert rates[1] == pytest.approx(8 * 16**2 * 64 / floor / 1e12, rel=2e-3)
+
+
+def test_the_views_of_a_gpu_are_held_against_a_copy(tmp_path):
+    bench, out = tmp_path / "bench", tmp_path / "out.json"
+    shutil.copytree(BENCH, bench, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    (bench / "stages/asongpu.py").write_text(VIEWS_AS_ON_A_GPU)
+
+    done = run(bench, "--quick", "--stage", "asongpu", "--json", str(out), OMP_NUM_THREADS="1")
+
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    mine, copy = content["rows"][:2]
+    assert (mine["implementation"], copy["implementation"]) == ("sslus, bfloat16", "floor: a copy")
+    ratios = {r["text"]: r for r in content["ratios"]}
+    of_the_copy = ratios["2 samples, bfloat16: bytes/s, sslus / a copy"]
+    assert of_the_copy["value"] == pytest.approx(mine["median"] / copy["median"], rel=1e-3)
+    assert of_the_copy["want"] == ">= 0.60"
+    assert "2 samples: sslus / torchvision v2, 13 taps" in ratios
 
 
 def rows_of(device: str, dtype: str = "") -> list[dict]:

@@ -3,7 +3,8 @@
 Crop .2-1, flip, brightness and contrast .6-1.4 with p .8, Gaussian blur sigma .1-2 with p .5,
 from decoded frames and from JPEG. Against torchvision v2, DALI on the CPU and AlbumentationsX, each
 with the fastest settings found that do the same; a library that is not installed is left out.
-Floor: the writing of as many bytes.
+Floor: the writing of as many bytes. With --device cuda the same of a batch that lies on the GPU,
+against kornia and torchvision there; floor: a copy that reads and writes as many bytes.
 """
 
 import functools
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import QUALITY, SIZE, Bench, Work
+from harness import QUALITY, SIZE, Bench, Often, Work
 
 VIEW = 224
 MEAN, STD = 0.2, 0.2
@@ -28,6 +29,14 @@ def measure(bench: Bench) -> None:
     folder.mkdir(exist_ok=True)
     num = 32 if bench.quick else 256
     save(bench, num, folder)
+    if bench.device == "cuda":
+        for times in (1, 4):
+            on_gpu(bench, np.tile(frames_of(folder), (times, 1, 1)))
+    else:
+        on_cpu(bench, folder, num)
+
+
+def on_cpu(bench: Bench, folder: Path, num: int) -> None:
     for source in ("frames", "JPEG"):
         case = f"{num} samples from {source}, {bench.kind} videos"
         jpeg = source == "JPEG"
@@ -88,6 +97,42 @@ def extras(bench: Bench, folder: Path, num: int) -> None:
     )
 
 
+def on_gpu(bench: Bench, frames: np.ndarray, device: str = "cuda") -> None:
+    """Two views of every frame of a batch; what is drawn for them is drawn before."""
+    import torch
+
+    num = len(frames)
+    frames = torch.from_numpy(frames).to(device)
+    works, copies = {}, {}
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        out_bytes = 2 * num * VIEW**2 * dtype.itemsize
+        half = torch.zeros((frames.numel() + out_bytes) // 2, dtype=torch.uint8, device=device)
+        copies[name] = f"floor: a copy|{name}"
+        works[f"sslus, {name}"] = resident(frames, dtype)
+        works[copies[name]] = partial(torch.empty_like(half).copy_, half)
+    works["torchvision v2, 13 taps"] = partial(torchvision_resident, frames)
+    if importlib.util.find_spec("kornia"):
+        works["kornia, 13 taps"] = partial(kornia_resident, frames)
+    else:
+        print("left out, not installed: pip install kornia")
+    rows = bench.compare(
+        "two views, resident", f"{num} samples, {bench.kind} videos", "samples/s",
+        {
+            key: Work(Often(run, device, num, seconds=0.1), device=device, fresh=False)
+            for key, run in works.items()
+        },
+    )  # fmt: skip
+    for name, copy in copies.items():
+        mine = rows[f"sslus, {name}"]
+        bench.ratio(f"{num} samples, {name}: bytes/s, sslus / a copy", mine, rows[copy],
+                    at_least=0.6)  # fmt: skip
+    # Both in float32, which kornia works in.
+    for key, least in (("kornia, 13 taps", 20), ("torchvision v2, 13 taps", None)):
+        if key in rows:
+            bench.ratio(f"{num} samples: sslus / {key}", rows["sslus, float32"], rows[key],
+                        at_least=least)  # fmt: skip
+
+
 # ---------------------------------------------------------------- inputs
 
 
@@ -135,11 +180,21 @@ def samples(folder: Path, jpeg: bool):
 
 @functools.cache
 def views_of(num: int, view: int = VIEW, half: bool = False):
-    """Where the views go: written before, so that no one pays for the pages."""
+    """Where the views go, the loader's memory: used before, so that no one pays for the pages."""
     import torch
 
-    dtype = torch.bfloat16 if half else torch.float32
-    return torch.zeros(2 * num, 1, view, view, dtype=dtype)
+    from sslus.ssl.memory import large_pages
+
+    out = torch.from_numpy(large_pages(2 * num * view * view))
+    if half:
+        out = out.view(torch.bfloat16)[: len(out)]
+    return out.view(2 * num, 1, view, view)
+
+
+@functools.cache
+def decoded(num: int) -> np.ndarray:
+    """Where JPEGs are decoded to; used again, as the loader's memory and DALI's is."""
+    return np.zeros((num, SIZE, SIZE), np.uint8)
 
 
 # ---------------------------------------------------------------- works
@@ -181,7 +236,7 @@ def ours(
 
     frames = frames_of(folder)
     if jpeg:
-        frames = np.empty_like(frames)
+        frames = decoded(len(frames))
         with ThreadPoolExecutor(threads) as pool:  # a share for each: no hand-over an image
             shares = np.array_split(np.arange(len(frames)), threads)
             list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
@@ -197,10 +252,22 @@ def ours(
 
 def by_torchvision(folder: Path, jpeg: bool, taps: int) -> int:
     import torch
-    from torchvision.transforms import v2
 
     torch.set_num_threads(1)
-    pipe = v2.Compose([  # bytes until the end: the fastest that it offers
+    pipe, num = torchvision_pipe(taps), len(jpegs_of(folder))
+    out = views_of(num)
+    for i, frame in enumerate(samples(folder, jpeg)):
+        x = torch.from_numpy(frame[..., 0])[None]
+        out[i], out[num + i] = pipe(x), pipe(x)
+    return num
+
+
+@functools.cache
+def torchvision_pipe(taps: int):
+    import torch
+    from torchvision.transforms import v2
+
+    return v2.Compose([  # bytes until the end: the fastest that it offers
         v2.RandomResizedCrop(VIEW, scale=AREA, ratio=ASPECT, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(brightness=FACTOR, contrast=FACTOR)], JITTER),
@@ -208,12 +275,6 @@ def by_torchvision(folder: Path, jpeg: bool, taps: int) -> int:
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([MEAN], [STD]),
     ])  # fmt: skip
-    num = len(jpegs_of(folder))
-    out = views_of(num)
-    for i, frame in enumerate(samples(folder, jpeg)):
-        x = torch.from_numpy(frame[..., 0])[None]
-        out[i], out[num + i] = pipe(x), pipe(x)
-    return num
 
 
 def by_albumentations(folder: Path, jpeg: bool, taps: int) -> int:
@@ -288,6 +349,47 @@ def dali_pipe(folder: Path, jpeg: bool):
     built = pipe()
     built.build()
     return built
+
+
+def resident(frames, dtype):
+    import torch
+
+    from sslus.kernels.augment import views
+
+    num, device = len(frames), frames.device
+    return partial(
+        views, frames, torch.arange(num, device=device).repeat(2),
+        table(np.random.default_rng(0), 2 * num, BLUR, False, 0.0).to(device), size=VIEW,
+        mean=MEAN, std=STD, dtype=dtype,
+    )  # fmt: skip
+
+
+def torchvision_resident(frames) -> None:
+    """Frame by frame: on a batch it draws once for all."""
+    pipe = torchvision_pipe(13)
+    for frame in frames:
+        pipe(frame[None]), pipe(frame[None])
+
+
+def kornia_resident(frames) -> None:
+    pipe, x = kornia_pipe(), frames[:, None].float() / 255
+    pipe(x), pipe(x)
+
+
+@functools.cache
+def kornia_pipe():
+    import kornia.augmentation as K
+    import torch
+    from torch import nn
+
+    return nn.Sequential(
+        K.RandomResizedCrop((VIEW, VIEW), scale=AREA, ratio=ASPECT),
+        K.RandomHorizontalFlip(p=0.5),
+        K.RandomBrightness(FACTOR, p=JITTER),
+        K.RandomContrast(FACTOR, p=JITTER),
+        K.RandomGaussianBlur((13, 13), SIGMA, p=BLUR),
+        K.Normalize(torch.tensor([MEAN]), torch.tensor([STD])),
+    )  # fmt: skip
 
 
 def decode_all(folder: Path) -> int:
