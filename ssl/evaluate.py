@@ -7,6 +7,7 @@ are judged on the same frames, folds and subsets of labels.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -82,6 +84,7 @@ class Row:
 class Evaluation:
     rows: list[Row]
     out: Path
+    shards: Path
     names: list[str]
     num_frames: int
     num_videos: int
@@ -142,7 +145,7 @@ def evaluate(
                 settings["backbone"], settings["image_size"], settings["seed"]
             )
             if trained:
-                backbone.load_state_dict(load_file(run / "backbone.safetensors"))
+                _load(backbone, run / "backbone.safetensors")
             else:
                 seen = frames.index[:: -(-len(frames) // SETTLED_BY)]
                 parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
@@ -166,6 +169,7 @@ def evaluate(
     result = Evaluation(
         rows=rows,
         out=out,
+        shards=shards,
         names=frames.names,
         num_frames=len(frames),
         num_videos=len(np.unique(frames.video)),
@@ -186,7 +190,26 @@ def _read_run(run: Path) -> dict:
                 f"{run}: has no {name}; give the folder of a run of `sslus train`"
                 " (--resume finishes an unfinished one)"
             )
-    return json.loads((run / "config.json").read_text())
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["backbone"], config["shards"]["path"]  # they are there
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
+            " train it again"
+        ) from e
+    return config
+
+
+def _load(backbone: nn.Module, path: Path) -> None:
+    try:
+        backbone.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise InputError(
+            f"{path}: not this run's weights, or damaged ({why}); copy the run again, or"
+            " train it again"
+        ) from e
 
 
 def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
@@ -198,6 +221,10 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
         raise InputError(
             f"{ledger}: is missing, and only it says which video a frame is from; copy the"
             " local/ folder beside the shards, or make the shards again here"
+        ) from e
+    except ValueError as e:
+        raise InputError(
+            f"{ledger}: damaged ({e}); make the shards again: sslus shard --force"
         ) from e
     ids = {Path(line["source"]).resolve(): line["id"] for line in lines}
     rows = read_labels(labels)
@@ -410,8 +437,10 @@ def _features(
     features = np.concatenate(parts)
     if not np.isfinite(features).all():
         raise InputError("the backbone gives features that are not finite; train it again")
+    content = io.BytesIO()
+    np.save(content, features)  # which on a full disk would not say that the disk is full
     with atomic_file(path) as f:
-        np.save(f, features)
+        f.write(content.getbuffer())
     return features
 
 

@@ -24,7 +24,7 @@ def test_one_screen_says_what_each_stage_will_do(capsys):
     screen = capsys.readouterr().out
 
     assert code == 0, screen
-    assert len(screen.splitlines()) <= 24
+    assert len(screen.splitlines()) <= 24 and "\nNext: sslus shard videos/\n" in screen
     for name in ("sslus", "torch ", "cpu", "gpu", "nvdec", "h264", "libx264", "shard", "train"):
         assert name in screen
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_scores_by_hand():
     assert accuracy == pytest.approx((0.8 + 0.75) / 3)
 
 
-def test_features_are_frozen(run, shards, tmp_path):
+def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     """BatchNorm neither drifts nor lets one frame's feature depend on the others."""
     store = FrameStore.open(shards)
     config = json.loads((run / "config.json").read_text())
@@ -185,7 +186,9 @@ def test_features_are_frozen(run, shards, tmp_path):
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
     alone = np.concatenate([features(index[i : i + 1], tmp_path / "b") for i in range(5)])
     np.testing.assert_allclose(together[:5], alone, rtol=1e-4, atol=1e-6)
-    assert np.array_equal(features(index, tmp_path / "a"), together)  # from the cache
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_frames", None)  # what is in the cache is not computed again
+        assert np.array_equal(features(index, tmp_path / "a"), together)
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
     assert not np.array_equal(features(index, tmp_path / "a"), together)  # other weights
@@ -217,12 +220,13 @@ def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(
         np.testing.assert_allclose(first, other, rtol=1e-3, atol=1e-4)
 
 
-def test_the_whole_report(run, videos, tmp_path, capsys):
+def test_the_whole_report(run, shards, videos, tmp_path, capsys):
     out = tmp_path / "report"
     command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
     assert main([*command, "--fractions", "10,100", "--seeds", "2", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "random init" in shown and "majority class" in shown and "4 folds by patient" in shown
+    assert f"\nNext: sslus train {shards} --method" in shown
     results = json.loads((out / "results.json").read_text())
     rows = {(r["backbone"], r["percent"]): r for r in results["rows"]}
     assert set(rows) == {(b, p) for b in ("vicreg", "random init") for p in (10, 100)} | {
@@ -291,6 +295,13 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
     for percents in ((), (0.0,), (101.0,)):
         with pytest.raises(InputError, match="fractions above 0 up to 100"):
             judge(good, percents=percents)
+    damaged = tmp_path / "damaged"
+    for name in ("backbone.safetensors", "config.json"):
+        shutil.copytree(run, damaged, dirs_exist_ok=True)
+        (damaged / name).write_bytes(b"\xff\x00" * 99)
+        with pytest.raises(InputError, match=rf"{name}: .*damaged \(.*train it again") as e:
+            judge(good, run=damaged)
+        assert "\n" not in str(e.value)
     shared = tmp_path / "shared"  # shards as they are passed on: without local/
     shared.mkdir()
     for path in shards.iterdir():
@@ -298,6 +309,15 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
             (shared / path.name).symlink_to(path)
     with pytest.raises(InputError, match=r"ledger.jsonl: is missing.*copy the local/ folder"):
         judge(good, shards=shared)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, videos, small_disk, capsys):
+    (small_disk / "filler").write_bytes(bytes((4 << 20) - 16384))  # the features take more
+    command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "--device", "cpu"]
+    assert main([*command, "-o", str(small_disk / "report")]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("Error: no space left on the disk") and "run the same command" in last
+    assert list((small_disk / "report").iterdir()) == []
 
 
 def test_unlabelled_and_refused_videos_are_counted(shards, videos, tmp_path):

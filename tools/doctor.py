@@ -78,9 +78,11 @@ def command(as_json):
         summary({c.name: c.says for c in machine})
         print("\nWhat each stage does here")
         warnings = [f"{c.name}: {c.says}" for c in missing]
-        summary({c.name: c.says for c in paths}, warnings=warnings)
-        if not missing:
-            print("\nEverything needed is here.")
+        rows = {c.name: c.says for c in paths}
+        if missing:
+            summary(rows, warnings=warnings, next_command="sslus doctor   (when that is mended)")
+        else:
+            summary(rows | {"missing": "nothing"}, next_command="sslus shard videos/")
     return 1 if missing else 0
 
 

@@ -68,4 +68,5 @@ def command(run, labels, protocol, fractions, seeds, out, shards, device):
             "picture": str(result.out / "confusion.png"),
         },
         warnings=result.warnings,
+        next_command=f"sslus train {result.shards} --method all   (the same for every method)",
     )

@@ -1,0 +1,51 @@
+"""The command line: the names that scripts rely on, and what a long command shows."""
+
+import io
+import re
+
+import pytest
+
+from sslus.tools import cli, screen
+
+OPTIONS = {
+    "synth": "out --videos --patients --seed",
+    "shard": "paths -o --out --size --stride --rate --all --quality --labels --jobs --strict"
+    " --force --device",
+    "train": "shards --method --backbone --batch-size --epochs --max-steps --max-seconds --lr"
+    " --init --seed --run --resume --device --views --pairs --recipe --gpus --tier",
+    "evaluate": "run --labels --protocol --fractions --seeds -o --out --shards --device",
+    "views": "shards --preset -o",
+    "doctor": "--json",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_names_that_scripts_rely_on(name):
+    command = cli.sslus.get_command(None, name)
+    names = {n for p in command.params for n in (*p.opts, *p.secondary_opts)}
+    assert set(OPTIONS[name].split()) <= names
+    assert set(OPTIONS) == set(cli.COMMANDS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_long_command_shows_rate_and_time_left(stream, monkeypatch):
+    now, shown = [0.0], stream()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "120")
+    with screen.progress("decode", "frames") as report:
+        for done in (0, 300, 600, 1000):
+            report(done, 1000, "3 of 4 videos")
+            now[0] += 20
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    if stream is Terminal:
+        assert "decode" in text and "1000/1000" in text and "frames/s" in text
+        assert "3 of 4 videos" in text
+    else:
+        assert "decode: 300/1,000 frames, 15/s, 47 s left, 3 of 4 videos\n" in text
+        assert text.splitlines()[-1].startswith("decode: 1,000/1,000 frames, ")
