@@ -148,8 +148,11 @@ class Bench:
         self.rows.append(row)
         return row
 
-    def ratio(self, text: str, row: Row, to: Row, *, at_least=None, at_most=None) -> None:
-        value = row.median / to.median
+    def ratio(
+        self, text: str, row: Row, to: Row | None = None, *, at_least=None, at_most=None
+    ) -> None:
+        """What `row` is of `to`, or by itself, and what it should be."""
+        value = row.median / (to.median if to else 1)
         self.ratios.append(Ratio(self.stage, text, value, at_least, at_most, not self.quick))
 
     def content(self) -> dict:

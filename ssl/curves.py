@@ -4,56 +4,78 @@ from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
 
+KNOWN = {
+    "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "dead_features",
+    "uniformity", "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
+}  # fmt: skip
+ONLINE = ("knn_accuracy", "knn_macro_f1", "probe_accuracy", "probe_macro_f1")
+
 
 def draw(metrics: list[dict], path: Path) -> None:
-    """Loss and its terms, learning rate and gradient, health, speed; one picture.
+    """Loss and its terms, learning rate and gradient, health, speed, memory, what labels say.
 
-    metrics: lines of metrics.jsonl. Keys that are not known here count as terms of the loss.
+    metrics: lines of metrics.jsonl. Keys that are not known here count as terms of the loss. A
+    panel that has nothing to show is left out.
     """
+    figure = plot(metrics)
+    with atomic_file(path) as f:
+        figure.savefig(f, format="png", dpi=110)
+
+
+def plot(metrics: list[dict]):
+    """The matplotlib Figure of `draw`."""
     from matplotlib.figure import Figure  # 0.5 s, and not needed before the first picture
 
-    known = {
-        "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "uniformity",
-        "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
-    }  # fmt: skip
-    first = next((m for m in metrics if "loss" in m), {})
-    terms = [k for k in first if k not in known]
-    online = [k for k in ("knn_macro_f1", "probe_macro_f1") if any(k in m for m in metrics)]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    (loss, rate), (alive, speed) = figure.subplots(2, 2)
+    seen = {key for m in metrics for key in m}
+    terms = [k for k in next((m for m in metrics if "loss" in m), {}) if k not in KNOWN]
+    online = [k for k in ONLINE if k in seen]
+    pairs = [
+        ("Optimisation", ("lr", "learning rate"), ("grad_norm", "gradient norm")),
+        ("Health", ("rankme", "RankMe"), ("feature_std", "mean std of a feature")),
+        ("Views", ("alignment", "alignment"), ("uniformity", "uniformity")),
+        ("Speed", ("samples_per_second", "samples/s"), ("data_wait", "share waiting for data")),
+        ("GPU", ("gpu_memory_gib", "memory, GiB"), None),
+    ]
+    pairs = [p for p in pairs if any(side and side[0] in seen for side in p[1:])]
+    num = 1 + len(pairs) + bool(online)
+    rows = (num + 1) // 2
+    figure = Figure(figsize=(11, 3.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).ravel().tolist()
+    for axes in panels[num:]:
+        axes.remove()
+    loss, *others = panels[:num]
 
-    def line(axes, key, label, **style):
+    def line(axes, key, **style):
         points = [(m["step"], m[key]) for m in metrics if key in m]
         if points:
             marker = "." if len(points) < 40 else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
+            axes.plot(*zip(*points, strict=True), marker=marker, **style)
 
-    def two(axes, left, right, title):
-        """Two quantities with an axis each, coloured like their lines."""
-        other = axes.twinx()
-        for a, (key, label), colour in ((axes, left, "C0"), (other, right, "C1")):
-            line(a, key, label, color=colour)
-            a.set_ylabel(label, color=colour)
-            a.set_ylim(bottom=0)
-        axes.set_title(title)
-
-    line(loss, "loss", "loss", color="black")
-    for term in terms:
-        line(loss, term, term)
+    for name in ("loss", *terms):
+        line(loss, name, label=name, **({"color": "black"} if name == "loss" else {}))
     loss.set_title("Loss and its unweighted terms")
     loss.set_yscale("log")
     loss.set_ylabel("mean since the line before")
     if metrics:
         loss.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    two(rate, ("lr", "learning rate"), ("grad_norm", "gradient norm"), "Optimisation")
-    two(alive, ("rankme", "RankMe"), ("feature_std", "mean std of a feature"), "Health")
-    two(
-        speed, ("samples_per_second", "samples/s"), ("data_wait", "share waiting for data"), "Speed"
-    )
-    for key in online:  # both are shares, as is the axis of the std
-        line(alive.twinx(), key, key)
-    for axes in (loss, rate, alive, speed):
+    for axes, (title, *sides) in zip(others, pairs, strict=False):
+        axes.set_title(title)
+        # Two quantities with an axis each, coloured like their lines.
+        for side, colour in zip(sides, ("C0", "C1"), strict=True):
+            if side and side[0] in seen:
+                own = axes if colour == "C0" else axes.twinx()
+                line(own, side[0], color=colour)
+                own.set_ylabel(side[1], color=colour)
+                if side[0] != "uniformity":  # which is below 0
+                    own.set_ylim(bottom=0)
+    if online:
+        axes = others[-1]
+        for key in online:
+            line(axes, key, label=key.replace("_", " "))
+        axes.set_title("Labelled frames, by patient")
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False)
+    for axes in panels[:num]:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    with atomic_file(path) as f:
-        figure.savefig(f, format="png", dpi=110)
+    return figure

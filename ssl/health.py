@@ -37,6 +37,13 @@ def feature_std(h: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def dead_features(h: Tensor) -> float:
+    """The share of dimensions whose std over rows is below LEAST_SPREAD of the mean one."""
+    std = h.float().std(dim=0)
+    return (std <= LEAST_SPREAD * std.mean()).float().mean().item()
+
+
+@torch.no_grad()
 def alignment(ha: Tensor, hb: Tensor) -> float:
     """The mean squared distance of the two views' unit features, 0 to 4.
 
@@ -63,7 +70,10 @@ def look(features: Tensor) -> tuple[dict[str, float], str | None]:
     """All of it for (V, B, F) features of one or two views, and a line of warning or None."""
     ha = features[0]
     std, spread = feature_std(ha)
-    found = {"rankme": rankme(ha), "feature_std": std, "uniformity": uniformity(ha)}
+    found = {
+        "rankme": rankme(ha), "feature_std": std, "dead_features": dead_features(ha),
+        "uniformity": uniformity(ha),
+    }  # fmt: skip
     if len(features) > 1:
         found["alignment"] = alignment(ha, features[1])
     return found, collapse(found["rankme"], spread)
@@ -76,5 +86,30 @@ def collapse(rank: float, spread: float) -> str | None:
     return (
         f"the features have collapsed (RankMe {rank:.1f}, relative std {spread:.2g}): every frame"
         " gets nearly the same feature. Try a lower --lr, a longer --warmup-steps or a larger"
-        " --variance"
+        " --batch-size"
     )
+
+
+class Divergence:
+    """Says once when the loss has run away: three times that of the first line, or ten times the
+    lowest and more than half the first. (BYOL's and MoCo's rise by less while they learn.)"""
+
+    def __init__(self, losses: list[float]):
+        self.first = self.lowest = math.inf
+        self.said = False
+        for loss in losses:
+            self(loss)
+
+    def __call__(self, loss: float) -> str | None:
+        if self.first == math.inf:
+            self.first = loss
+        self.lowest = min(self.lowest, loss)
+        away = loss > 3 * self.first or (loss > 10 * self.lowest and loss > self.first / 2)
+        if self.said or not away or self.lowest <= 0:
+            return None
+        self.said = True
+        return (
+            f"the loss runs away: {loss:.4g}, after {self.first:.4g} at the start and"
+            f" {self.lowest:.4g} at its lowest. Try a lower --lr, a longer --warmup-steps or"
+            " --clip-norm"
+        )

@@ -175,9 +175,7 @@ class Loop:
         checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
         self.log.best = None
         if time.monotonic() - self.drawn > CURVES_EVERY_SECONDS:
-            curves.draw(
-                checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png"
-            )
+            self.draw()
             self.drawn = time.monotonic()
 
     def check_finite(self) -> None:
@@ -201,16 +199,19 @@ class Loop:
 
     def stopped(self, signum: int) -> None:
         if self.world.is_main:
-            self.export()
+            self.export_backbone()  # drawing takes seconds, which a scheduler may not give
         self.world.barrier()
         raise Interrupted(
-            f"stopped at step {self.state.step} of {self.settings.max_steps}; everything is saved."
-            f" Go on with: sslus train --resume --run {self.run}",
+            f"stopped at step {self.state.step} of {self.settings.max_steps}; everything is saved",
             signum,
         )
 
     def export(self) -> None:
         """Write what others read: the backbone and the curves."""
+        self.export_backbone()
+        self.draw()
+
+    def export_backbone(self) -> None:
         s = self.settings
         backbones.save(
             self.state.backbone,
@@ -226,7 +227,6 @@ class Loop:
                 "shards_digest": self.store.digest,
             },
         )
-        self.draw()
 
     def draw(self) -> None:
         curves.draw(checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png")
@@ -253,6 +253,9 @@ class _Log:
         self.pending: deque[_Pending] = deque()
         self.best: float | None = None  # what the best checkpoint is chosen by: higher is better
         self.last_health = self.state.step - self.state.step % loop.options.log_every
+        self.collapsed = False
+        past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
+        self.divergence = health.Divergence([m["loss"] for m in past if "loss" in m])
 
     def __enter__(self) -> "_Log":
         self.file = self.board = None
@@ -322,15 +325,22 @@ class _Log:
         means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
         line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
         if p.features is not None and self.file:
-            found, warning = health.look(p.features)
+            found, collapsed = health.look(p.features)
             line |= found
-            if warning and not self.loop.warnings:
-                self.loop.warnings.append(warning)
-                self.loop.say(f"Warning: step {line['step']}: {warning}")
+            if collapsed and not self.collapsed:
+                self.collapsed = True
+                self.warn(line, collapsed)
+            self.loop.say(f"step {line['step']}: " + ", ".join(_shown(line, p.names)))
+        if away := self.divergence(line["loss"]):
+            self.warn(line, away)
         if self.loop.online is None:
             self.best = -line["loss"]
         self.loop.note = f"loss {line['loss']:.3f}, data wait {100 * line['data_wait']:.0f} %"
         self._out(line)
+
+    def warn(self, line: dict, warning: str) -> None:
+        self.loop.warnings.append(warning)
+        self.loop.say(f"Warning: step {line['step']}: {warning}")
 
     def add(self, found: dict[str, float]) -> None:
         """A line of its own for what is measured between the others."""
@@ -347,6 +357,28 @@ class _Log:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.board.write(line)
+
+
+def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
+    """A line of metrics as it is read on a screen."""
+    terms = [n for n in names if n not in ("loss", "grad_norm")]
+    yield f"loss {line['loss']:.4g}" + (
+        f" ({', '.join(f'{n} {line[n]:.3g}' for n in terms)})" if terms else ""
+    )
+    for name, label in (
+        ("lr", "lr"),
+        ("grad_norm", "gradient norm"),
+        ("rankme", "RankMe"),
+        ("feature_std", "feature std"),
+        ("dead_features", "dead"),
+        ("alignment", "alignment"),
+        ("uniformity", "uniformity"),
+        ("samples_per_second", "samples/s"),
+        ("data_wait", "data wait"),
+        ("gpu_memory_gib", "GPU GiB"),
+    ):
+        if name in line:
+            yield f"{label} {line[name]:.3g}"
 
 
 _TIME_IS_UP = 1000  # beside the numbers of signals

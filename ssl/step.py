@@ -199,6 +199,8 @@ def choose(state: State, settings, views: Callable[[], Views], say: Callable[[st
         return Step(state, settings, settings.step)
     ways = [w for w in WAYS if possible(w, settings, world) is None]
     if world.device.type != "cuda" or world.size > 1:
+        why = "several processes" if world.size > 1 else "on a CPU compiling costs minutes"
+        say(f"step: eager ({why}; --step names another)")
         return Step(state, settings, "eager")
     before, batch = Snapshot(state), views()
     seconds: dict[str, float] = {}

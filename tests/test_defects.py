@@ -13,14 +13,16 @@ Each has a test that fails on it: here, or where the thing is tested anyway.
   test_false_means_false
 - weights of which nothing matches: test_train.py::test_initial_weights_are_checked
 - resume that repeats an epoch and drops schedule and RNG: test_train.py::test_sigterm_...,
-  ::test_sigkill_...; with a teacher or a queue: test_resume_is_exact_with_what_a_method_keeps
+  ::test_sigkill_..., ::test_a_resumed_run_draws_...; with a teacher or a queue:
+  test_resume_is_exact_with_what_a_method_keeps
 - a decoder for one size of the input, and an inpainting loss over the whole image:
   test_reconstruction.py
 - frames of mixed sizes that do not fit into a batch: test_mixed_sizes_become_one
 - labels subsampled by image: test_evaluate.py::test_a_share_keeps_whole_videos_of_every_class,
   ::test_patients_never_leak_and_every_frame_is_tested_once
 - class weights from labels that are not used:
-  test_evaluate.py::test_probe_standardises_on_the_training_part_and_weighs_classes
+  test_evaluate.py::test_probe_standardises_on_the_training_part_and_weighs_classes,
+  ::test_what_the_probe_learns_from_are_the_labels_that_are_kept
 - changes of colour on grey frames: test_every_change_of_a_view_changes_grey_frames
 - NT-Xent by broadcasting 2N x 2N x D: test_ntxent_needs_no_more_than_its_logits
 - neighbours in time as negatives only: test_views.py::test_nearby_...,

@@ -247,6 +247,23 @@ def test_the_whole_report(run, shards, videos, tmp_path, capsys):
     assert "± " in (out / "report.md").read_text()
 
 
+def test_what_the_probe_learns_from_are_the_labels_that_are_kept(
+    run, videos, tmp_path, monkeypatch
+):
+    """Standardisation and class weights too: of the share, never of the full set."""
+    sizes, probe = [], evaluate.probe
+
+    def spied(x, y, test):
+        sizes.append((len(x), len(y)))
+        return probe(x, y, test)
+
+    monkeypatch.setattr(evaluate, "probe", spied)
+    evaluate.evaluate(
+        run, videos / "labels.csv", out=tmp_path / "out", percents=(10,), num_seeds=1, device="cpu"
+    )
+    assert set(sizes) == {(18, 18)}  # three videos of six frames
+
+
 def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
     def split(rows):
         return [row | {"split": "test" if int(row["patient"][1:]) < 3 else "train"} for row in rows]

@@ -2,26 +2,31 @@
 
 import dataclasses
 import json
+import math
+import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import checkpoints, health, methods
+from sslus.ssl import checkpoints, curves, health, methods
 from sslus.ssl.dual import DualTask
 from sslus.ssl.loader import Views
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.online import knn
-from sslus.ssl.optimizers import OPTIMIZERS
+from sslus.ssl.optimizers import OPTIMIZERS, make
 from sslus.ssl.state import State
-from sslus.ssl.step import Snapshot, Step
+from sslus.ssl.step import Snapshot, Step, choose
 from sslus.ssl.train import Settings, train
 from sslus.ssl.world import World
 from sslus.tools.cli import main
@@ -204,23 +209,175 @@ def test_alignment_and_uniformity_by_hand():
     assert health.uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-5)
 
 
-def test_all_methods_one_after_the_other(shards, tmp_path, capsys):
+def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "all"
     base = ["train", str(shards), "--method", "all", "--run", str(folder), "--device", "cpu"]
     small = "--threads 1 --backbone test_resnet --image-size 32 --batch-size 8 --max-steps 2"
-    assert main([*base, *small.split(), "--log-every", "1"]) == 0
+    assert main([*base, *small.split(), "--time-limit", "0"]) == 0
+    going = capsys.readouterr().out.rpartition("Next: ")[2].split()
+    assert going == f"sslus train --method all --resume --run {folder}".split()
+    assert not (folder / methods.names()[1]).exists()
+    monkeypatch.chdir(tmp_path)  # the shards are those of the start
+    assert main(going[1:]) == 0
     out = capsys.readouterr().out
     configs = {n: json.loads((folder / n / "config.json").read_text()) for n in methods.names()}
     assert all(f"{n} " in out for n in configs)
-    budgets = {(c["settings"]["max_steps"], c["settings"]["batch_size"]) for c in configs.values()}
-    assert budgets == {(2, 8)}
+    same = ("max_steps", "batch_size", "backbone", "image_size")
+    budgets = {tuple(c["settings"][k] for k in same) for c in configs.values()}
+    assert budgets == {(2, 8, "test_resnet", 32)}
     times = {p: p.stat().st_mtime_ns for p in folder.glob("*/backbone.safetensors")}
     last = methods.names()[-1]
     for p in sorted((folder / last).rglob("*"), reverse=True):
         p.rmdir() if p.is_dir() else p.unlink()
-    assert main([*base, *small.split(), "--log-every", "1", "--resume"]) == 0
+    assert main(going[1:]) == 0
     again = {p: p.stat().st_mtime_ns for p in folder.glob("*/backbone.safetensors")}
     assert {p.parent.name for p in times if times[p] != again[p]} == {last}
+
+    stopped_at = "stopped at step 1 of 2; everything is saved"
+
+    def stopped(*args):
+        raise Interrupted(stopped_at, 15)
+
+    monkeypatch.setattr("sslus.tools.train._train", stopped)
+    assert main(going[1:]) == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"Error: autoencoder: {stopped_at}. Go on with: {' '.join(going)}"
+    assert main([*base, *small.split()]) == 1  # not over what is there
+    assert f"go on with: {' '.join(going)}" in capsys.readouterr().err
+
+
+def test_the_pairs_distance_is_not_taken_for_a_time_limit(shards, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", str(shards), "--max-seconds", "60", "--run", run]) == 1
+    assert "there is --time-limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "losses, at",
+    [
+        ([84, 615, 900, 90], 1),  # a rate far too high
+        ([50, 5, 1, 30, 40], 3),  # it was learnt, and is lost
+        ([3.3, 6, 8.3, 8.3], None),  # MoCo while its queue fills
+        ([2, 0.05, 0.3, 0.4], None),  # BYOL
+        ([math.nan], None),  # another error tells of it
+    ],
+)
+def test_a_loss_that_runs_away_is_named_once(losses, at):
+    watch = health.Divergence([])
+    said = [watch(x) for x in losses]
+    assert [i for i, x in enumerate(said) if x] == ([] if at is None else [at])
+    assert at is None or "Try a lower --lr" in said[at]
+    if at == 1:  # a resumed run has not forgotten its beginning
+        assert health.Divergence(losses[:1])(losses[1])
+
+
+def test_what_a_user_sees_of_a_run(shards, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(health.Divergence, "__call__", lambda self, loss: "the loss runs away")
+    result = train(
+        shards, SMALL, HEAD, tmp_path / "run", device="cpu", threads=1,
+        options=Options(log_every=6), say=told.append,
+    )  # fmt: skip
+    assert result.warnings == ["the loss runs away"]
+    assert told[-1] == "Warning: step 6: the loss runs away"
+    (line,) = (x for x in told if x.startswith("step 6: "))
+    for name in ("loss", "invariance", "covariance", "lr", "gradient norm", "RankMe", "feature std",
+                 "dead", "alignment", "uniformity", "samples/s", "data wait"):  # fmt: skip
+        assert re.search(rf"\b{name} -?[0-9.e-]+", line), name
+    assert any(x.startswith("step: eager (") for x in told)
+
+
+def test_tensorboard_gets_every_number(shards, tmp_path, monkeypatch):
+    got = []
+    writer = SimpleNamespace(
+        add_scalar=lambda name, value, step: got.append((name, value, step)),
+        close=lambda: got.append("closed"),
+    )
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    result = run_train(shards, tmp_path / "run", dataclasses.replace(SMALL, max_steps=2))
+    assert got.pop() == "closed"
+    want = [(k, v, m["step"]) for m in result.metrics for k, v in m.items()]
+    assert got == [x for x in want if x[0] not in ("step", "epoch")] and len(got) > 20
+
+
+def test_the_curves_show_everything_that_is_logged():
+    keys = (*curves.KNOWN, "variance", *curves.ONLINE)
+    metrics = [{"step": i, **{k: 0.5 + i for k in keys if k != "step"}} for i in (1, 2)]
+    panels = {axes.get_title(): axes for axes in curves.plot(metrics).axes if axes.get_title()}
+    assert list(panels)[1:] == [
+        "Optimisation", "Health", "Views", "Speed", "GPU", "Labelled frames, by patient"
+    ]  # fmt: skip
+    labels = [t.get_text() for t in panels["Labelled frames, by patient"].get_legend().texts]
+    assert labels == [k.replace("_", " ") for k in curves.ONLINE]
+    sides = {axes.get_ylabel() for axes in curves.plot(metrics).axes}
+    assert {"RankMe", "alignment", "uniformity", "memory, GiB", "gradient norm"} <= sides
+    assert len(curves.plot([{"step": 1, "loss": 2.0, "lr": 0.1}]).axes) == 2
+
+
+def test_the_fastest_way_that_works_is_taken(monkeypatch):
+    state = state_of(SMALL)
+    settings = SMALL.resolved(CPU, 100)
+    before, told = weights_of(state), []
+    seconds = {"eager": 3e-3, "compile": 2e-3}
+
+    def timed(step, batch):
+        with torch.no_grad():
+            next(step.state.method.parameters()).add_(1)  # as steps do
+        if step.way not in seconds:
+            raise RuntimeError("no graph today")
+        return seconds[step.way]
+
+    monkeypatch.setattr("sslus.ssl.step._timed", timed)
+    monkeypatch.setattr("sslus.ssl.step.possible", lambda *args: None)
+    state.world = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), size=1)
+    monkeypatch.setattr("sslus.ssl.step.Snapshot", lambda s: Snapshot(on_the_cpu(s)))
+    step = choose(state, settings, lambda: views_of(16), told.append)
+    assert step.way == "compile" and torch.equal(weights_of(state), before)
+    assert told[0] == "step: graph does not work here (RuntimeError: no graph today)"
+    assert told[1].startswith("step: compile (eager 3.0 ms, compile 2.0 ms")
+
+
+def on_the_cpu(state):
+    """A snapshot takes the GPU's random numbers along where there is one."""
+    copy = SimpleNamespace(**vars(state))
+    copy.world = World(CPU)
+    return copy
+
+
+class Reads(TorchDispatchMode):
+    """Counts where a value is read from a tensor: on a GPU the step would wait for it there."""
+
+    num_calls = num_reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num_calls += 1
+        self.num_reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_reads_no_value(name, monkeypatch):
+    monkeypatch.setenv("SSLUS_KERNELS", "reference")  # on a CPU the kernels may read what they like
+    settings = dataclasses.replace(SMALL, optimizer=name, lr=0.1, clip_norm=1.0)
+    step = Step(state_of(settings), settings.resolved(CPU, 100))
+    step([views_of(16)], 0.1)  # makes the momenta
+    with Reads() as seen:
+        step([views_of(16)], 0.1)
+    assert seen.num_reads == 0 and seen.num_calls > 300
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_biases_and_norms_neither_decay_nor_adapt(name):
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    first, second = make(name, module, 0.1, 0.02).param_groups
+    assert {p.ndim for p in first["params"]} == {2, 4} and first["weight_decay"] == 0.02
+    assert {p.ndim for p in second["params"]} == {1} and second["weight_decay"] == 0
+    assert len(second["params"]) == 4  # two biases, and the norm's weight and bias
+    if name == "lars":
+        assert first["adapt"] and not second["adapt"]
+    else:
+        assert first["fused"] and second["fused"]
 
 
 def test_a_teacher_starts_from_the_initial_weights(shards, tmp_path):

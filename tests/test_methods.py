@@ -117,6 +117,72 @@ def test_recipes_name_fields_that_exist(name, which):
     parse(settings.views)
 
 
+# From the papers, and from the study's public scripts (their file's name: METHOD-train.py).
+LARGE = {"backbone": "resnet50", "image_size": 224, "optimizer": "lars"}
+STUDY = {"backbone": "resnet50", "image_size": 256}
+VALUES = {
+    ("simclr", "paper"): LARGE | {
+        "lr": 6.4, "weight_decay": 1e-4, "batch_size": 4096, "epochs": 800, "final_lr": 0,
+        "temperature": 0.1, "projector": "2048-2048-128",
+    },
+    ("simclr", "study"): STUDY | {
+        "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-4, "batch_size": 160, "epochs": 10,
+        "warmup_steps": 0, "temperature": 0.5, "projector": "512-128",
+    },
+    ("moco", "paper"): LARGE | {
+        "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "batch_size": 256, "epochs": 800,
+        "warmup_steps": 0, "temperature": 0.2, "queue": 65536, "momentum": 0.999,
+    },
+    ("moco", "study"): STUDY | {
+        "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "batch_size": 288, "epochs": 20,
+        "warmup_steps": 0, "temperature": 0.5, "queue": 4096, "momentum": 0.996,
+        "init": "imagenet",
+    },
+    ("byol", "paper"): LARGE | {
+        "lr": 3.2, "weight_decay": 1.5e-6, "batch_size": 4096, "epochs": 1000,
+        "momentum": 0.996, "projector": "4096-256", "predictor": 4096,
+    },
+    ("byol", "study"): STUDY | {
+        "optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6, "batch_size": 160, "epochs": 10,
+        "warmup_steps": 0, "momentum": 0.996, "projector": "1024-256",
+    },
+    ("vicreg", "paper"): LARGE | {
+        "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,
+        "projector": "8192-8192-8192", "invariance": 25, "variance": 25, "covariance": 1,
+    },
+    ("vicreg", "study"): STUDY | {
+        "optimizer": "lars", "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,
+        "projector": "8192-8192-8192", "invariance": 25, "variance": 25, "covariance": 1,
+    },
+    ("barlowtwins", "paper"): LARGE | {
+        "lr": 1.6, "weight_decay": 1.5e-6, "batch_size": 2048, "epochs": 1000,
+        "projector": "8192-8192-8192", "off_diagonal": 0.0051,
+    },
+    ("barlowtwins", "study"): STUDY | {
+        "optimizer": "lars", "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,
+        "projector": "8192-8192-8192", "off_diagonal": 0.0051, "scale": 0.0048 / 0.2,
+    },
+    ("autoencoder", "study"): STUDY | {
+        "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 2048,
+        "epochs": 1000, "init": "imagenet",
+    },
+    ("inpainting", "study"): STUDY | {
+        "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 2048,
+        "epochs": 1000, "init": "imagenet", "rectangles": 1, "rest": 1.0,
+    },
+    ("moco", "default"): {"queue": 1024, "temperature": 0.2, "momentum": 0.99},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, which", VALUES)
+def test_recipes_have_the_values_of_their_source(name, which):
+    values, config = methods.recipe(name, which)
+    settings = Settings(method=name, **values).resolved(torch.device("cpu"), num_frames=100_000)
+    found = dataclasses.asdict(config) | dataclasses.asdict(settings)
+    for key, value in VALUES[name, which].items():
+        assert found[key] == (value if isinstance(value, str) else pytest.approx(value)), key
+
+
 TEACHERS = [name for name in NAMES if hasattr(build(name), "teacher")]
 
 

@@ -92,7 +92,11 @@ def _option(f, default) -> click.Option:
     help="nearby: the second view comes from another frame of the same video.",
 )
 @click.option(
-    "--max-seconds", type=float, default=1.5, show_default=True, help="How far away nearby is."
+    "--max-seconds",
+    type=float,
+    default=1.5,
+    show_default=True,
+    help="How far away nearby is. (A run's own limit is --time-limit.)",
 )
 @click.option("--pair-weights", is_flag=True, help="Nearby pairs count less the further apart.")
 @click.option(
@@ -184,16 +188,34 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
     """
     from pathlib import Path
 
+    from click.core import ParameterSource
+
+    from sslus.engine.errors import InputError, Interrupted
     from sslus.ssl.world import leave
 
     if gpus is not None:
         ctx.exit(_torchrun(gpus))
     run = Path(run or f"runs/{given['method']}")
-    given["ctx"], given["rebuild_store"] = ctx, rebuild_store
+    given["rebuild_store"] = rebuild_store
+    named = {
+        name
+        for name in ("shards", *given)
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if "max_seconds" in named and given["pairs"] != "nearby" and not given["resume"]:
+        raise InputError(
+            "--max-seconds: how far apart --pairs nearby may lie; to end a run after some time"
+            " there is --time-limit SECONDS"
+        )
     if given["method"] == ALL:
-        _train_all(shards, run, given)
+        _train_all(shards, run, given, named)
     else:
-        _show(_train(shards, run, given))
+        try:
+            _show(_train(shards, run, given, named))
+        except Interrupted as e:
+            raise Interrupted(
+                f"{e}. Go on with: sslus train --resume --run {run}", e.signum
+            ) from None
     leave()
 
 
@@ -201,12 +223,10 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
 
 
-def _train(shards: str, run, given: dict):
-    """One run; returns its TrainResult."""
+def _train(shards: str, run, given: dict, named: set[str]):
+    """One run; returns its TrainResult. `named`: what of `given` the command line names."""
     import contextlib
     import dataclasses
-
-    from click.core import ParameterSource
 
     from sslus.engine.errors import InputError
     from sslus.engine.stream import is_url
@@ -218,25 +238,20 @@ def _train(shards: str, run, given: dict):
     from sslus.tools.screen import progress
 
     given = dict(given)
-    ctx = given.pop("ctx")
     rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
     resume, device, tier, threads = (
         given.pop(name) for name in ("resume", "device", "tier", "threads")
     )
     options = Options(**{name: given.pop(name) for name in OPTIONS})
     enter(device)  # before the frame store is built: whoever waits for it hears if that fails
-    named = {
-        name: value
-        for name, value in given.items()
-        if name == "method" or ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
+    settled = {k: v for k, v in given.items() if k in named or k == "method"}
     config = loop.open_run(run, resume)
     if config is None:
         values, method_config = methods.recipe(given["method"], recipe)
         # An option that is given takes those of the recipe with it that belong to another value.
-        if "base_lr" in named:
+        if "base_lr" in settled:
             values.pop("lr", None)
-        if "optimizer" in named and named["optimizer"] != values.get("optimizer", "adamw"):
+        if "optimizer" in settled and settled["optimizer"] != values.get("optimizer", "adamw"):
             for name in ("lr", "base_lr", "weight_decay"):
                 values.pop(name, None)
         settings = loop.Settings(**{**_settings(given), **values})
@@ -244,15 +259,15 @@ def _train(shards: str, run, given: dict):
         raise InputError("--recipe: a run that is resumed has its values already; leave it out")
     else:  # the run's settings, but for what this command line names: the loop compares them
         settings, method_config = loop.settings_from(config)
-        if ctx.get_parameter_source("method") is not ParameterSource.COMMANDLINE:
-            named.pop("method")
-        if ctx.get_parameter_source("shards") is not ParameterSource.COMMANDLINE:
+        if "method" not in named:
+            settled.pop("method")
+        if "shards" not in named:
             shards = config["shards"]["path"]
     own = {f.name for f in dataclasses.fields(method_config)}
     method_config = dataclasses.replace(
-        method_config, **{k: v for k, v in named.items() if k in own}
+        method_config, **{k: v for k, v in settled.items() if k in own}
     )
-    settings = dataclasses.replace(settings, **_settings(named))
+    settings = dataclasses.replace(settings, **_settings(settled))
 
     if _is_main() and not is_url(shards):
         with progress("frame store", "frames") as report:
@@ -286,16 +301,46 @@ def _settings(values: dict) -> dict:
     return {k: v for k, v in values.items() if k in known}
 
 
-def _train_all(shards: str, folder, given: dict) -> None:
-    """The methods one after the other, each in its own folder; a finished one is not touched."""
-    import time
+def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
+    """The methods one after the other, each in its own folder; a finished one is not touched.
 
-    from sslus.engine.errors import InputError
+    What the command line names is kept in <folder>/all.json: resumed, the methods that had not
+    begun get the same.
+    """
+    import json
+    import os
+    import time
+    from pathlib import Path
+
+    from sslus.engine.atomic import atomic_file
+    from sslus.engine.errors import InputError, Interrupted
+    from sslus.engine.stream import is_url
     from sslus.ssl import methods
     from sslus.tools.screen import summary
 
     if given["recipe"] != "default":
         raise InputError("--method all: an equal number of steps is not what the recipes have")
+    record = folder / "all.json"
+    going = f"sslus train --method all --resume --run {folder}"
+    if given["resume"]:
+        try:
+            before = json.loads(record.read_text())
+            options = before["options"]
+        except FileNotFoundError as e:
+            raise InputError(f"--resume: {folder} holds no run of --method all") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{record}: damaged ({e}); start another with --run DIR") from e
+        given = given | {k: v for k, v in options.items() if k not in named}
+        shards = shards if "shards" in named else before["shards"]
+        named = named | set(options) | {"shards"}
+    elif _is_main():
+        if record.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            raise InputError(f"{folder} is there already; go on with: {going}")
+        folder.mkdir(parents=True, exist_ok=True)
+        options = _settings({k: v for k, v in given.items() if k in named and k != "method"})
+        where = shards if is_url(shards) else str(Path(shards).resolve())
+        with atomic_file(record, "w") as f:
+            json.dump({"shards": where, "options": options}, f, indent=2)
     rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
     for name in methods.names():
         run = folder / name
@@ -305,8 +350,12 @@ def _train_all(shards: str, folder, given: dict) -> None:
         }
         if limit is not None:
             mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
-        click.echo(f"{name} -> {run}", err=True)
-        result = _train(shards, run, mine)
+        if _is_main():
+            click.echo(f"{name} -> {run}", err=True)
+        try:
+            result = _train(shards, run, mine, named)
+        except Interrupted as e:
+            raise Interrupted(f"{name}: {e}. Go on with: {going}", e.signum) from None
         warnings += [f"{name}: {line}" for line in result.warnings]
         first, last = _lines(result)
         rows[name] = (
@@ -316,7 +365,6 @@ def _train_all(shards: str, folder, given: dict) -> None:
         if result.stopped:
             break
     if _is_main():
-        going = f"sslus train --method all --resume --run {folder}"
         summary(
             rows,
             warnings=warnings,

@@ -47,9 +47,9 @@ RECIPES = {
         "views": "barlowtwins", "projector": "8192-8192-8192", "scale": 0.024,
     },
     "study": {
-        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.2,
-        "weight_decay": 1e-6, "warmup_epochs": 10, "views": "barlowtwins",
-        "projector": "8192-8192-8192",
+        "backbone": "resnet50", "image_size": 256, "batch_size": 2048, "epochs": 1000,
+        "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1e-6, "warmup_epochs": 10,
+        "views": "barlowtwins", "projector": "8192-8192-8192", "scale": 0.024,
     },
 }  # fmt: skip
 

@@ -50,11 +50,14 @@ RECIPES = {
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 1000,
         "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
-        "views": "barlowtwins", "projector": "4096-256", "predictor": 4096, "momentum": 0.996,
+        "final_lr": 0.0, "views": "barlowtwins", "projector": "4096-256", "predictor": 4096,
+        "momentum": 0.996,
     },
     "study": {
-        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.2,
-        "views": "simclr", "projector": "1024-256", "predictor": 1024, "momentum": 0.996,
+        "backbone": "resnet50", "image_size": 256, "batch_size": 160, "epochs": 10,
+        "optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 0,
+        "final_lr": 0.0, "views": "simclr", "projector": "1024-256", "predictor": 1024,
+        "momentum": 0.996,
     },
 }  # fmt: skip
 

@@ -64,9 +64,10 @@ RECIPES = {
     # One rectangle of the area that torchvision's RandomErasing takes, .02 to .33 of the
     # picture, and the loss over the whole picture, as the study's code has it.
     "study": {
-        "backbone": "resnet50", "image_size": 256, "optimizer": "adamw", "lr": 1e-3,
-        "views": "inpainting", "rectangles": 1, "min_side": 0.14, "max_side": 0.57,
-        "background": -1, "rest": 1.0,
+        "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 2048,
+        "epochs": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6,
+        "warmup_epochs": 0, "final_lr": 1e-5, "views": "inpainting", "rectangles": 1,
+        "min_side": 0.14, "max_side": 0.57, "background": -1, "rest": 1.0,
     },
 }  # fmt: skip
 

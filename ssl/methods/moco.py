@@ -70,13 +70,15 @@ RECIPES = {
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 256, "epochs": 800,
         "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
-        "views": "simclr,min_area=0.2,brightness=0.4,contrast=0.4", "projector": "2048-128",
-        "queue": 65536, "momentum": 0.999,
+        "final_lr": 0.0, "views": "simclr,min_area=0.2,brightness=0.4,contrast=0.4",
+        "projector": "2048-128", "queue": 65536, "momentum": 0.999,
     },
+    # There the momentum of 0.996 rises to 1 by epochs, where a teacher stands still.
     "study": {
-        "backbone": "resnet50", "image_size": 256, "optimizer": "sgd", "base_lr": 0.03,
-        "views": "simclr", "projector": "2048-128", "queue": 4096, "temperature": 0.5,
-        "momentum": 0.999,
+        "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 288,
+        "epochs": 20, "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
+        "final_lr": 0.0, "views": "simclr", "projector": "2048-128", "queue": 4096,
+        "temperature": 0.5, "momentum": 0.996,
     },
 }  # fmt: skip
 

@@ -45,11 +45,12 @@ RECIPES = {
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 800,
         "optimizer": "lars", "base_lr": 0.4, "weight_decay": 1e-4, "warmup_epochs": 40,
-        "views": "simclr", "projector": "2048-2048-128", "temperature": 0.1,
+        "final_lr": 0.0, "views": "simclr", "projector": "2048-2048-128", "temperature": 0.1,
     },
     "study": {
-        "backbone": "resnet50", "image_size": 256, "optimizer": "lars", "base_lr": 0.3,
-        "views": "simclr", "projector": "2048-512-128", "temperature": 0.5,
+        "backbone": "resnet50", "image_size": 256, "batch_size": 160, "epochs": 10,
+        "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-4, "warmup_epochs": 0,
+        "final_lr": 0.0, "views": "simclr", "projector": "512-128", "temperature": 0.5,
     },
 }  # fmt: skip
 
