@@ -44,14 +44,18 @@ def read_manifest(folder: Path) -> Manifest:
         if version != FORMAT:
             raise InputError(
                 f"{path}: made by another version of sslus (format {version}, this one reads"
-                f" {FORMAT}); make the shards again with `sslus shard`"
+                f" {FORMAT}); make the shards again: sslus shard --force"
             )
         manifest = Manifest(**content)
     except FileNotFoundError as e:
         why = "no finished shards here" if path.parent.is_dir() else "no such folder"
         raise InputError(f"{path.parent}: {why}; make them with `sslus shard VIDEOS`") from e
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: damaged ({e}); make the shards again") from e
+        raise InputError(
+            f"{path}: damaged ({e}); make the shards again: sslus shard --force"
+        ) from e
     if manifest.with_digest().digest != manifest.digest:
-        raise InputError(f"{path}: was changed after it was written; make the shards again")
+        raise InputError(
+            f"{path}: was changed after it was written; make the shards again: sslus shard --force"
+        )
     return manifest

@@ -140,8 +140,8 @@ def shard(
             return ShardReport(out, *done, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
             raise InputError(
-                f"{out}: holds shards of other videos, labels or settings;"
-                " --force makes them anew, -o writes elsewhere"
+                f"{out}: holds shards of other videos, labels or settings, damaged or of another"
+                " version; --force makes them anew, -o writes elsewhere"
             )
         work = _work_folder(local, request, fresh=bool(done))
         records = _resume(sources, ids, work)
@@ -150,12 +150,16 @@ def shard(
         def kept() -> str:
             return f"{len(records)} of {len(sources)} videos are decoded"
 
-        with worker_pool(min(jobs, len(sources)), _start_worker, (backends,), kept) as workers:
-            _decode_all(workers, records, sources, ids, settings, work, report)
-            ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
-            _write_ledger(local, ledger)
-            _refuse_failure(ledger, strict)
-            manifest = _write_all(workers, out, work, sources, ids, records, marks, settings)
+        num_workers = min(jobs, len(sources))
+        try:
+            with worker_pool(num_workers, _start_worker, (backends,), kept) as workers:
+                _decode_all(workers, records, sources, ids, settings, work, report)
+                ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
+                _write_ledger(local, ledger)
+                _refuse_failure(ledger, strict)
+                manifest = _write_all(workers, out, work, sources, ids, records, marks, settings)
+        finally:
+            _remove_halves(work)
         with atomic_file(local / "request.json", "w") as f:
             json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
         manifest.write(out)
@@ -185,22 +189,20 @@ def _refuse_failure(ledger: list[dict], strict: bool) -> None:
 def _key(local: Path, given: Path | None) -> bytes:
     """The secret from which ids are made: kept in local/, so a second run gives the same ids."""
     path = local / "key"
-    if given is not None:
-        try:
-            text = Path(given).read_text().strip()
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"--key {given}: cannot be read ({e})") from e
-    elif path.exists():
-        text = path.read_text().strip()
-    else:
-        text = secrets.token_hex(KEY_BYTES)
     try:
+        if given is None and not path.exists():
+            text = secrets.token_hex(KEY_BYTES)
+        else:
+            text = Path(given or path).read_text().strip()
         key = bytes.fromhex(text)
+    except OSError as e:
+        raise InputError(f"--key {given or path}: cannot be read ({e})") from e
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:
-        raise InputError(f"{given or path}: want {2 * KEY_BYTES} hex digits")
-    if not path.exists() or path.read_text().strip() != text:
+        remedy = "" if given else "; put it back, or delete it to get a new key and new ids"
+        raise InputError(f"{given or path}: want {2 * KEY_BYTES} hex digits{remedy}")
+    if not path.exists() or path.read_bytes().strip() != text.encode():
         with atomic_file(path, "w") as f:
             f.write(text + "\n")
     return key
@@ -288,21 +290,31 @@ def _marks_digest(marks: dict[str, _Mark] | None) -> str | None:
 
 
 def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, list[dict]] | None:
-    """Manifest and ledger, if `out` holds just what is asked for."""
-    try:
-        made = json.loads((out / "local" / "request.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
+    """Manifest and ledger, if `out` holds just what is asked for, whole and of this version."""
     now = {**request, "sources": wanted, "labels": _marks_digest(marks)}
-    if made != json.loads(json.dumps(now)) or not (out / manifests.NAME).exists():
+    if _read_json(out / "local" / "request.json") != json.loads(json.dumps(now)):
         return None
-    manifest = read_manifest(out)
+    try:
+        manifest = read_manifest(out)
+        lines = (out / "local" / "ledger.jsonl").read_text().splitlines()
+        ledger = [json.loads(line) for line in lines]
+    except (OSError, ValueError):  # with it InputError and what is no UTF-8 or no JSON
+        return None
+    if len(ledger) != len(wanted):
+        return None
     for entry in manifest.shards:
         path = out / entry["name"]
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             return None
-    lines = (out / "local" / "ledger.jsonl").read_text().splitlines()
-    return manifest, [json.loads(line) for line in lines]
+    return manifest, ledger
+
+
+def _read_json(path: Path):
+    """None where there is no such file or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _write_ledger(local: Path, ledger: list[dict]) -> None:
@@ -313,14 +325,19 @@ def _write_ledger(local: Path, ledger: list[dict]) -> None:
 def _work_folder(local: Path, request: dict, fresh: bool) -> Path:
     """Where the spools lie; those of other settings, and all if `fresh`, are thrown away."""
     work, stamp = local / "work", local / "work" / "request.json"
-    if work.exists() and (fresh or not stamp.exists() or json.loads(stamp.read_text()) != request):
+    if work.exists() and (fresh or _read_json(stamp) != request):
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    for leftover in work.glob("*.tmp"):
-        leftover.unlink()
+    _remove_halves(work)  # of a run that was killed
     with atomic_file(stamp, "w") as f:
         json.dump(request, f)
     return work
+
+
+def _remove_halves(work: Path) -> None:
+    """The files that stopped workers have begun."""
+    for half in work.rglob("*.tmp"):
+        half.unlink()
 
 
 # ---------------------------------------------------------------- decoding

@@ -26,6 +26,7 @@ from sslus.engine.manifest import Manifest, read_manifest
 FORMAT = 1
 CHUNK_BYTES = 1 << 20  # pixels a task: one write of many frames costs a third less than one each
 SYNC_BYTES = 16 << 20  # written on the side, so that the fsync at the end finds little to do
+REMEDY = "make the shards again: sslus shard --force"
 COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
 
 
@@ -128,7 +129,7 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
             arrays = {name: columns[name] for name in COLUMNS}
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: is missing{remedy}") from e
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{folder}: damaged ({type(e).__name__}: {e}){remedy}") from e
     return FrameStore(
         frames, **arrays, video_ids=facts["videos"], label_names=manifest.labels,
@@ -144,14 +145,14 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     for entry in manifest.shards:
         path = shards / entry["name"]
         if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise InputError(f"{path}: missing or not whole; run `sslus shard` again")
+            raise InputError(f"{path}: missing or not whole; {REMEDY}")
         with path.open("rb") as f:
             views.append(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)))
 
     def check(number: int) -> None:
         if hashlib.sha256(views[number]).hexdigest() != manifest.shards[number]["sha256"]:
             name = manifest.shards[number]["name"]
-            raise InputError(f"{shards / name}: its digest is wrong; make the shards again")
+            raise InputError(f"{shards / name}: its digest is wrong; {REMEDY}")
 
     with (
         atomic_folder(folder) as new,
@@ -172,7 +173,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 except ValueError as e:
                     name = manifest.shards[sample.shard]["name"]
                     raise InputError(
-                        f"{shards / name}: {sample.key}.jpg is damaged ({e}); make the shards again"
+                        f"{shards / name}: {sample.key}.jpg is damaged ({e}); {REMEDY}"
                     ) from e
             # Not through a mapping: its page faults take four times as long, and a full disk
             # would kill the process instead of raising.
@@ -248,13 +249,13 @@ def _samples(shards: Path, manifest: Manifest) -> list[_Sample]:
                 place = _Sample(video, int(frame), key, number, members["jpg"], members["json"])
             except (KeyError, ValueError) as e:
                 raise InputError(
-                    f"{shards / entry['name']}: its index is damaged at {key} ({e}); make the"
-                    " shards again"
+                    f"{shards / entry['name']}: its index is damaged at {key} ({e}); {REMEDY}"
                 ) from e
             samples.append(place)
     if len(samples) != manifest.num_frames:
         raise InputError(
-            f"{shards}: {len(samples)} frames in the indexes, {manifest.num_frames} in the manifest"
+            f"{shards}: {len(samples)} frames in the indexes, {manifest.num_frames} in the"
+            f" manifest; {REMEDY}"
         )
     return sorted(samples)
 
@@ -284,5 +285,5 @@ def _read_facts(
             "patient": number(patients, "patient"),
         }
     except (KeyError, ValueError, TypeError) as e:
-        raise InputError(f"{shards}: damaged shards ({e}); make them again") from e
+        raise InputError(f"{shards}: damaged shards ({e}); {REMEDY}") from e
     return columns, videos

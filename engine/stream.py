@@ -208,7 +208,10 @@ class Reader:
             )
         if number not in self.checked:  # once: it costs a twentieth of the decoding
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise InputError(f"{name}: its digest is wrong; copy or make the shards again")
+                raise InputError(
+                    f"{name}: its digest is wrong; copy the shards again, or make them:"
+                    " sslus shard --force"
+                )
             self.checked.add(number)
         return _Shard(name, data, entry["num_frames"])
 
@@ -218,7 +221,7 @@ class Reader:
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(
                 f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e});"
-                " make the shards again"
+                " make the shards again: sslus shard --force"
             ) from e
 
     def _decode(self, shards: list, samples: list):
@@ -271,7 +274,9 @@ def _fetch(where: str, name: str):
                 return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e:  # ValueError: it is empty
             why = getattr(e, "strerror", None) or e
-            raise InputError(f"{full}: {why}; copy or make the shards again") from e
+            raise InputError(
+                f"{full}: {why}; copy the shards again, or make them: sslus shard --force"
+            ) from e
     import fsspec
 
     for wait in (*WAITS_SECONDS, None):
@@ -344,7 +349,8 @@ def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
         return simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0]
     except ValueError as e:
         raise InputError(
-            f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again"
+            f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again:"
+            " sslus shard --force"
         ) from e
 
 

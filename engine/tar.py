@@ -99,7 +99,11 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     except InputError:
         raise
     except OSError as e:
-        raise InputError(f"{e.filename}: {e.strerror}; make the shards again: sslus shard") from e
+        raise InputError(
+            f"{e.filename}: {e.strerror}; make the shards again: sslus shard --force"
+        ) from e
     except (ValueError, IndexError) as e:
-        raise InputError(f"{path}: not a {INDEX_VERSION} index; make the shards again") from e
+        raise InputError(
+            f"{path}: not a {INDEX_VERSION} index; make the shards again: sslus shard --force"
+        ) from e
     return samples

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 
 from sslus.engine.errors import Interrupted
 
@@ -18,9 +19,12 @@ class Workers:
     def __init__(self, jobs: int, start: Callable, arguments: tuple):
         self.context = multiprocessing.get_context("spawn")
         self.start, self.arguments = start, arguments
-        self.pools = [self._pool() for _ in range(jobs)]
+        self.pools = []
         try:  # a worker that cannot even start must not be blamed on a file
-            for ready in [pool.submit(_ready) for pool in self.pools]:
+            with uninterrupted():
+                self.pools = [self._pool() for _ in range(jobs)]
+                started = [pool.submit(_ready) for pool in self.pools]
+            for ready in started:
                 ready.result()
         except BrokenProcessPool as e:
             self.stop()
@@ -28,6 +32,9 @@ class Workers:
                 "worker processes cannot start; a script that calls this needs"
                 ' `if __name__ == "__main__":` around its work'
             ) from e
+        except BaseException:
+            self.stop()
+            raise
 
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self.context, _start, (self.start, self.arguments))
@@ -40,7 +47,8 @@ class Workers:
         def feed(slot: int) -> None:
             number, task = next(todo, (None, None))
             if number is not None:
-                running[self.pools[slot].submit(function, *task)] = number, slot
+                with uninterrupted():  # the first task of a new pool starts its process
+                    running[self.pools[slot].submit(function, *task)] = number, slot
 
         for slot in range(len(self.pools)):
             feed(slot)
@@ -79,6 +87,37 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _handlers() -> dict:
+    """Of the signals that stop a run; only the main thread can change them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """To start processes in: SIGINT and SIGTERM take effect when the block ends.
+
+    A terminal sends Ctrl-C to the children too. They inherit SIGINT blocked (not SIGTERM, which
+    ends them) and so are not hit before they ignore it. The block alone does not keep it from
+    this process: another thread takes the signal, and Python runs the handler in this one.
+    """
+    resource_tracker.ensure_running()  # started later, in the block, it would unblock SIGINT
+    before, mask = _handlers(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    waiting = []
+    try:
+        for s in before:
+            signal.signal(s, lambda signum, frame: waiting.append(signum))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        for signum in waiting:
+            signal.raise_signal(signum)
+
+
 @contextlib.contextmanager
 def worker_pool(jobs: int, start: Callable, arguments: tuple, kept: Callable[[], str]):
     """Workers that are gone when the block ends; SIGINT and SIGTERM become Interrupted."""
@@ -86,17 +125,18 @@ def worker_pool(jobs: int, start: Callable, arguments: tuple, kept: Callable[[],
     def stop(signum, frame):
         raise Interrupted("", signum)
 
-    before = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: the caller's handlers stay
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    workers = Workers(jobs, start, arguments)
+    before, workers = _handlers(), None
     try:
+        for s in before:
+            signal.signal(s, stop)
+        workers = Workers(jobs, start, arguments)
         yield workers
     except Interrupted as e:
         raise Interrupted(f"stopped; {kept()}; the same command goes on from here", e.signum) from e
     finally:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # a second Ctrl-C must not leave workers behind
-        workers.stop()
+        if workers:
+            workers.stop()
         for s, handler in before.items():
             signal.signal(s, handler)

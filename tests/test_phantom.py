@@ -1,6 +1,11 @@
 """The synthetic clips: physics of the speckle, anatomy, movement, files, command."""
 
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import av
@@ -279,6 +284,37 @@ def test_an_interrupted_run_is_completed_with_the_same_bytes(made, tmp_path):
     assert digests(out) == digests(made)
     with pytest.raises(InputError, match="not empty"):
         synth(out, replace(TINY, seed=9))
+    assert digests(out) == digests(made)
+
+
+def num_workers(pid: int) -> int:
+    """Its worker processes, once they are Python interpreters."""
+    children = subprocess.run(["ps", "--ppid", str(pid), "-o", "args="], capture_output=True)
+    return children.stdout.count(b"multiprocessing.spawn")
+
+
+def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
+    """A terminal sends it to the workers too, in which nothing of ours runs yet.
+
+    They finish their clips all the same.
+    """
+    out = tmp_path / "videos"
+    arguments = ["--videos", "6", "--patients", "3", "--seed", "5", "--size", "96",
+                 "--seconds", "0.2", "0.3", "--jobs", "2"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslus.tools", "synth", str(out), *arguments],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while num_workers(process.pid) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    errors = [x for x in stderr.splitlines() if x.startswith("Error: ")]
+    assert len(errors) == 1 and "3 of 6 clips are kept" in errors[0], stderr
+    assert "Traceback" not in stderr, stderr
+    synth(out, TINY)
     assert digests(out) == digests(made)
 
 

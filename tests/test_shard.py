@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
 from sslus.engine.video import decode, find_videos
+from sslus.engine.workers import uninterrupted
 
 KEY = "00112233445566778899aabbccddeeff" * 2
 SMALL = Settings(size=64, stride=3, frames_per_shard=40)
@@ -360,15 +363,35 @@ def test_other_settings_are_refused_and_force_replaces(clips, tmp_path, key):
     assert {r["id"] for r in first.ledger} == {r["id"] for r in second.ledger}  # the key is kept
 
 
-def test_a_shard_that_vanished_is_made_again(clips, tmp_path, key):
-    out = tmp_path / "out"
-    make(clips, out, key)
+def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, key):
+    out, garbage = tmp_path / "out", b"\xff\x00\x80" * 40
+    make(clips, out, key, jobs=1)
     before = public_bytes(out)
-    (out / "shard-000001.tar").unlink()
-    with pytest.raises(InputError, match="--force"):
-        make(clips, out, key)
-    make(clips, out, key, force=True)
-    assert public_bytes(out) == before
+    for name, what in [
+        ("shard-000001.tar", None),  # gone
+        ("manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 7')),
+        ("manifest.json", lambda d: d[:100]),
+        ("local/request.json", lambda d: garbage),
+        ("local/ledger.jsonl", lambda d: garbage),
+        ("local/ledger.jsonl", lambda d: d[: d.index(b"\n") + 1]),
+        ("local/ledger.jsonl", None),
+    ]:
+        if what:
+            (out / name).write_bytes(what((out / name).read_bytes()))
+        else:
+            (out / name).unlink()
+        with pytest.raises(InputError, match="damaged or of another version; --force") as e:
+            make(clips, out, key)
+        assert "\n" not in str(e.value)
+        (out / "local" / "work").mkdir()
+        (out / "local" / "work" / "request.json").write_bytes(garbage)
+        assert not make(clips, out, key, jobs=1, force=True).already
+        assert public_bytes(out) == before, name
+    (out / "local" / "key").write_bytes(garbage)
+    with pytest.raises(InputError, match="local/key: want 64 hex digits; put it back") as e:
+        make(clips, out, None)
+    assert "\n" not in str(e.value)
+    assert make(clips, out, key).already and (out / "local" / "key").read_text() == KEY + "\n"
 
 
 def test_two_runs_do_not_mix(clips, tmp_path, key):
@@ -392,32 +415,92 @@ def gone(group: int, within_seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_at_any_moment_it_goes_on(how, clips, pattern, clip, tmp_path, key):
-    videos = tmp_path / "videos"
-    videos.mkdir()
+@pytest.fixture(scope="module")
+def long_videos(clip, pattern, tmp_path_factory) -> Path:
+    """Some that take a while."""
+    folder = tmp_path_factory.mktemp("long")
     for i in range(6):
-        clip(videos / f"{i}.mp4", pattern(150, 256, 256, seed=i))
-    arguments = [videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
-                 "--size", 128, "--key", key]  # fmt: skip
+        clip(folder / f"{i}.mp4", pattern(150, 256, 256, seed=i))
+    return folder
+
+
+def workers_of(pid: int) -> list[int]:
+    """Its worker processes, once they are Python interpreters."""
+    children = subprocess.run(
+        ["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True
+    ).stdout.splitlines()
+    return [int(x.split()[0]) for x in children if "multiprocessing.spawn" in x]
+
+
+def begin(arguments: list, until: Callable[[int], object]) -> subprocess.Popen:
+    """`sslus shard` in a process group of its own, as a terminal starts it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sslus.tools", "shard", *map(str, arguments)],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    work = tmp_path / "out" / "local" / "work"
     deadline = time.monotonic() + 60
-    while not list(work.glob("*.jpegs")) and time.monotonic() < deadline:
+    while not until(process.pid) and time.monotonic() < deadline:
         time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_moment_it_goes_on(how, long_videos, tmp_path, key):
+    arguments = [long_videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
+                 "--size", 128, "--key", key]  # fmt: skip
+    work = tmp_path / "out" / "local" / "work"
+    process = begin(arguments, lambda pid: any(work.glob("*.jpegs")))
     process.send_signal(how)
     _, stderr = process.communicate(timeout=30)
     assert gone(process.pid, within_seconds=5)  # no worker is left behind
     if how != signal.SIGKILL:
         assert process.returncode == 128 + how
         assert stderr.splitlines()[-1].startswith("Error: stopped; ")
+        assert not list(work.glob("*.tmp"))
     assert public_bytes(tmp_path / "out") == {}
     assert command("shard", *arguments).returncode == 0
-    shard([videos], tmp_path / "straight", Settings(size=128, stride=1), key=key, device="cpu")
+    settings = Settings(size=128, stride=1)
+    shard([long_videos], tmp_path / "straight", settings, key=key, device="cpu")
     assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+
+
+def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, tmp_path, key):
+    """A terminal sends it to the workers too, in which nothing of ours runs yet."""
+    arguments = [long_videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
+                 "--size", 128, "--key", key]  # fmt: skip
+    for delay_seconds in (0.0, 0.1, 0.2):
+        process = begin(arguments, workers_of)
+        time.sleep(delay_seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 130 and gone(process.pid, within_seconds=5), stderr
+        errors = [x for x in stderr.splitlines() if x.startswith("Error: ")]
+        assert len(errors) == 1 and "the same command goes on" in errors[0], stderr
+        assert "Traceback" not in stderr, (delay_seconds, stderr)
+    # A worker that is hit and not stopped at once would die of it.
+    process = begin(arguments, lambda pid: len(workers_of(pid)) == 2)
+    for worker in workers_of(process.pid):
+        os.kill(worker, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    settings = Settings(size=128, stride=1)
+    shard([long_videos], tmp_path / "straight", settings, key=key, device="cpu")
+    assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+
+
+def test_a_signal_waits_while_processes_are_started():
+    """Even if another thread, such as the progress bar's, takes it."""
+    end, began = threading.Event(), []
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        began.append("all of them")
+    end.set()
+    thread.join()
+    assert began and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("place", ["_write_all", "sync_folder", "shutil.rmtree"])
@@ -486,11 +569,7 @@ def test_a_crashing_decoder_costs_one_file(clips, tmp_path, monkeypatch):
 
     def kill_one(done, total, note):
         if not killed:
-            children = subprocess.run(
-                ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="],
-                capture_output=True, text=True,
-            ).stdout.splitlines()  # fmt: skip
-            workers = [int(x.split()[0]) for x in children if "multiprocessing.spawn" in x]
+            workers = workers_of(os.getpid())
             if done == 1 and workers:
                 killed.append(workers[0])
                 os.kill(workers[0], signal.SIGKILL)

@@ -96,13 +96,14 @@ def damage(path, what):
 @pytest.mark.parametrize(
     "file, what, words",
     [
-        ("shards/shard-000000.tar", lambda d: d[:-10240], "missing or not whole"),
-        ("shards/shard-000001.tar", lambda d: d[:600] + b"x" * 99 + d[699:], "shard-000001.tar"),
-        ("shards/shard-000000.idx", lambda d: d[: len(d) // 2], "index"),
-        ("shards/manifest.json", lambda d: d[:40], "damaged"),
+        ("shards/shard-000000.tar", lambda d: d[:-10240], "missing or not whole.*--force"),
+        ("shards/shard-000001.tar", lambda d: d[:600] + b"x" * 99 + d[699:], "00001.tar.*--force"),
+        ("shards/shard-000000.idx", lambda d: d[: len(d) // 2], "index.*--force"),
+        ("shards/manifest.json", lambda d: d[:40], "damaged.*--force"),
         ("shards/store/frames.u8", lambda d: d[:-1], "--rebuild-store"),
         ("shards/store/index.npz", lambda d: d[:-9] + b"x" * 9, "--rebuild-store"),
         ("shards/store/store.json", lambda d: b"{}", "--rebuild-store"),
+        ("shards/store/store.json", lambda d: b"\xff\x00" * 99, "--rebuild-store"),
     ],
 )
 def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp_path):
@@ -161,7 +162,7 @@ def test_a_stopped_build_leaves_no_store_and_the_next_gives_the_same_bytes(how, 
 
 def test_shards_of_another_version_give_no_store(shards):
     damage(shards / "manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 7'))
-    with pytest.raises(InputError, match="another version of sslus.*format 7"):
+    with pytest.raises(InputError, match="another version of sslus.*format 7.*--force"):
         FrameStore.open(shards)
     assert not (shards / "store").exists()
 

@@ -50,7 +50,9 @@ SHOWN_PROBLEMS = 5
     " OUT/local. Give OUT/local/key of another run to get the same ids.",
 )  # fmt: skip
 @click.option("--strict", is_flag=True, help="Write nothing unless every file is whole.")
-@click.option("--force", is_flag=True, help="Replace shards made of other videos or settings.")
+@click.option(
+    "--force", is_flag=True, help="Replace shards of other videos or settings, or damaged ones."
+)
 def command(paths, out, size, stride, rate, every, quality, labels, jobs, device, decoder,
             frames_per_shard, key, strict, force):  # fmt: skip
     """Decode the videos in PATH... (folders are searched) into shards for training.

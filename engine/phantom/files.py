@@ -20,6 +20,7 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.phantom.clips import VERSION, Clip, Settings, clips
 from sslus.engine.phantom.film import Film
+from sslus.engine.workers import uninterrupted
 
 
 def write_clip(settings: Settings, clip: Clip, folder: Path) -> int:
@@ -109,17 +110,22 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
     pool = concurrent.futures.ProcessPoolExecutor(
         min(jobs, len(missing) - 1), multiprocessing.get_context("spawn"), _worker_starts
     )
+
+    def submit(number: int) -> set[concurrent.futures.Future]:
+        with uninterrupted():
+            return {
+                pool.submit(write_clip, settings, c, out) for c in itertools.islice(todo, number)
+            }
+
     with pool:
         # No clip waits in the pool's queue: after Ctrl-C only those in work are finished.
-        working = {pool.submit(write_clip, settings, c, out) for c in itertools.islice(todo, jobs)}
+        working = submit(jobs)
         while working:
             done, working = concurrent.futures.wait(
                 working, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                working.update(
-                    pool.submit(write_clip, settings, c, out) for c in itertools.islice(todo, 1)
-                )
+                working |= submit(1)
                 yield future.result()
 
 
