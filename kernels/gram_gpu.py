@@ -63,6 +63,8 @@ from sslus.kernels.ranks import Ranks
 FEW = 64  # with less, launches are nearly all of the time, whatever is multiplied
 WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
 PROGRAMS = 264  # two for each multiprocessor of the largest
+SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128
+WHOLE = 256  # rows of a column that a program of barlow_apply holds at once; ragged, half as many
 _LEFT = tl.constexpr(LEFT)
 _VICREG_EPS = tl.constexpr(1e-4)
 _BARLOW_EPS = tl.constexpr(1e-5)
@@ -93,6 +95,14 @@ class Loss:
     def slope(self) -> float:
         """d/dx of off C_ij^2 is this times C_ij y: VICReg meets each entry twice."""
         return (2 if self.barlow else 4) * self.off / self.m
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the blocks depend on besides the kernel."""
+
+    half: bool  # planes are of bfloat16, else of float32
+    ragged: bool  # 16 does not divide N and D: numbers are loaded one by one, in more registers
 
 
 @triton.jit
@@ -643,64 +653,66 @@ def exact(
 Blocks = tuple[dict[str, int], int, int]  # with num_warps and num_stages
 
 
-def _blocks(kernel: str, half: bool) -> Blocks:
-    """What compiles without spills for sm_80, sm_90 and sm_100, planes of bfloat16 or float32."""
+def _blocks(kernel: str, kind: Kind) -> Blocks:
+    """What compiles without spills for sm_80, sm_90 and sm_100."""
+    half, ragged = kind.half, kind.ragged
     n = 64 if half else 128
     return {
         "columns": ({"BN": 128, "BD": 32}, 8, 1),
-        "multiply 64": ({"BT": 64, "BK": 64 if half else 32}, 4, 3),
-        "multiply 128": ({"BT": 128, "BK": 32}, 8, 3),  # half precision only
+        "multiply 64": ({"BT": 64, "BK": 64 if half and not ragged else 32}, 8 if ragged else 4, 3),
+        "multiply 128": ({"BT": 128, "BK": 16 if ragged else 32}, 8, 3),  # half precision only
         "gram_sum": ({"BS": 32}, 4, 1),
         "strip_sum": ({"BS": 64}, 8, 1),
-        "apply": ({"BN": n, "BD": 4096 // n, "BK": 32}, n // 16, 3),
-        "barlow_apply 256": ({"BN": 256, "BD": 32, "BK": 32}, 8, 3),  # N <= 256
+        "apply": ({"BN": n, "BD": 4096 // n, "BK": 32}, 8, 3),
+        "barlow_apply 256": ({"BN": 256, "BD": 32, "BK": 32}, 8, 3),  # not ragged
         "barlow_apply 128": ({"BN": 128, "BD": 32, "BK": 32}, 8, 3),
         "exact": ({"BN": 32, "BD": 32, "BK": 32}, 8, 2),
     }[kernel]
 
 
-def _launch(kernel, name: str, grid: tuple, *args, half: bool, **flags) -> None:
-    constants, num_warps, num_stages = _blocks(name, half)
+def _launch(kernel, name: str, grid: tuple, *args, kind: Kind, **flags) -> None:
+    constants, num_warps, num_stages = _blocks(name, kind)
     kernel[grid](
-        *args, LOW=half, **flags, **constants,
+        *args, LOW=kind.half, **flags, **constants,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _size(name: str, block: str, half: bool) -> int:
-    return _blocks(name, half)[0][block]
+def _size(name: str, block: str, kind: Kind) -> int:
+    return _blocks(name, kind)[0][block]
 
 
-def _parts(name: str, tiles: int, length: int, half: bool, most: int) -> tuple[int, int]:
+def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[int, int]:
     """Into how many parts, and how long ones, a contraction is split to fill the device."""
-    step = _size(name, "BK", half)
+    step = _size(name, "BK", kind)
     parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step), most))
     chunk = triton.cdiv(length, parts * step) * step
     return triton.cdiv(length, chunk), chunk
 
 
-def _in_half(z: Tensor, loss: Loss) -> bool:
-    """Whether planes are bfloat16."""
-    return z.dtype != torch.float32 and min(loss.n, loss.d) >= FEW
+def _kind(z: Tensor, loss: Loss) -> Kind:
+    """Of rows of this length: across ranks they are not the loss's."""
+    half = z.dtype != torch.float32 and min(loss.n, loss.d) >= FEW
+    return Kind(half, ragged=any(size % 16 for size in z.shape))
 
 
 def _triangular(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def _columns(za, zb, weights, loss: Loss, num_sums: int, half: bool) -> tuple[Tensor, ...]:
+def _columns(za, zb, weights, loss: Loss, num_sums: int, kind: Kind) -> tuple[Tensor, ...]:
     """Planes hi and lo (2, n, .), col, and room for the sums; all rows of these columns."""
     n, d = za.shape
     new = za.new_empty
-    hi = new((2, n, d), dtype=torch.bfloat16 if half else torch.float32)
-    lo = torch.empty_like(hi) if half else hi
+    hi = new((2, n, d), dtype=torch.bfloat16 if kind.half else torch.float32)
+    lo = torch.empty_like(hi) if kind.half else hi
     col = new((5 if loss.barlow else 4, d), dtype=torch.float32)
-    blocks = triton.cdiv(d, _size("columns", "BD", half))
+    blocks = triton.cdiv(d, _size("columns", "BD", kind))
     sums = new((NUM_SUMS, max(blocks, num_sums)), dtype=torch.float64)
     _launch(
         columns, "columns", (blocks,), za, zb, za if weights is None else weights, hi, lo, col,
         sums, n, d, sums.shape[1], loss.pull, loss.hinge, loss.off, loss.slope,
-        half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None,
+        kind=kind, BARLOW=loss.barlow, WEIGHTED=weights is not None,
     )  # fmt: skip
     return hi, lo, col, sums, blocks
 
@@ -726,35 +738,35 @@ def gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
     rows = za, zb, weights
-    half = _in_half(za, loss)
+    kind = _kind(za, loss)
     za, zb = ranks.to_columns(za), ranks.to_columns(zb)
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
     new = za.new_empty
-    tiles = _triangular(triton.cdiv(n, _size("gram_sum", "BS", half)))
-    exact_blocks = triton.cdiv(d, _size("exact", "BD", half))
-    hi, lo, col, sums, num_columns = _columns(za, zb, weights, loss, max(tiles, exact_blocks), half)
+    tiles = _triangular(triton.cdiv(n, _size("gram_sum", "BS", kind)))
+    exact_blocks = triton.cdiv(d, _size("exact", "BD", kind))
+    hi, lo, col, sums, num_columns = _columns(za, zb, weights, loss, max(tiles, exact_blocks), kind)
     num_columns = _add_sums(sums, num_columns, ranks)
     P = sums.shape[1]
 
-    name = "multiply 128" if half and n > 512 else "multiply 64"
-    pairs = _triangular(triton.cdiv(n, _size(name, "BT", half)))
-    num_parts, chunk = _parts(name, 2 * pairs, d, half, d // n)
+    name = "multiply 128" if kind.half and n > SMALL else "multiply 64"
+    pairs = _triangular(triton.cdiv(n, _size(name, "BT", kind)))
+    num_parts, chunk = _parts(name, 2 * pairs, d, kind, d // n)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
     # The parts are used up before the gradients are made.
     parts = (ga, gb) if n <= d else new((2, n, n), dtype=torch.float32)
     _launch(
         multiply, name, (pairs, num_parts, 2), hi, lo, *parts, n, d, 0, 0, chunk, 0,
-        half=half, STRIP=False,
+        kind=kind, STRIP=False,
     )  # fmt: skip
     if ranks.world > 1:
         added = [p.view(-1)[: num_parts * n * n].view(num_parts, n, n).sum(0) for p in parts]
         parts, num_parts = ranks.sum_(torch.stack(added)), 1
     kh = new((2, n, n), dtype=hi.dtype)
-    kl = torch.empty_like(kh) if half else kh
+    kl = torch.empty_like(kh) if kind.half else kh
     _launch(
         gram_sum, "gram_sum", (tiles,), *parts, kh, kl, sums, n, P, num_parts, float(loss.m),
-        half=half, BARLOW=loss.barlow,
+        kind=kind, BARLOW=loss.barlow,
     )  # fmt: skip
 
     pull = ga if weights is None else weights
@@ -762,7 +774,7 @@ def gram(
         _launch(
             exact, "exact", (exact_blocks, 2), hi, lo, za, zb, pull, col, sums, ga, gb,
             n, d, P, num_columns, tiles, float(loss.m), loss.slope, 2 * loss.pull, loss.off,
-            half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None, PAIR=n == 2,
+            kind=kind, BARLOW=loss.barlow, WEIGHTED=weights is not None, PAIR=n == 2,
         )  # fmt: skip
     else:
         views = 1 if loss.barlow else 2
@@ -772,29 +784,29 @@ def gram(
 
     out = new((), dtype=torch.float32)
     if loss.barlow:
-        one = n <= 256
-        name = "barlow_apply 256" if one else "barlow_apply 128"
+        one = n <= (WHOLE // 2 if kind.ragged else WHOLE)
+        name = "barlow_apply 256" if one and not kind.ragged else "barlow_apply 128"
         _launch(
-            barlow_apply, name, (triton.cdiv(d, _size(name, "BD", half)), 2),
+            barlow_apply, name, (triton.cdiv(d, _size(name, "BD", kind)), 2),
             kh, kl, hi, lo, col, sums, out, ga, gb, n, d, P,
             num_columns, tiles, exact_blocks, loss.slope / loss.m, loss.off,
-            half=half, ONE=one, PAIR=n == 2,
+            kind=kind, ONE=one, PAIR=n == 2,
         )  # fmt: skip
     else:
-        grid = _apply_grid(n, d, half)
+        grid = _apply_grid(n, d, kind)
         _launch(
             apply, "apply", grid, kh, kl, hi, lo, hi, lo, za, zb, pull, col, col, sums, out, ga, gb,
             n, d, n, 0, d, P, num_columns, tiles, exact_blocks, 0, 0,
             loss.slope / loss.m, 2 * loss.pull, loss.off, float(n),
-            half=half, BARLOW=False, WEIGHTED=weights is not None, PAIR=False,
+            kind=kind, BARLOW=False, WEIGHTED=weights is not None, PAIR=False,
         )  # fmt: skip
     return out, ranks.to_rows(ga, loss.d), ranks.to_rows(gb, loss.d)
 
 
-def _apply_grid(n: int, width: int, half: bool) -> tuple[int, int, int]:
+def _apply_grid(n: int, width: int, kind: Kind) -> tuple[int, int, int]:
     return (
-        triton.cdiv(width, _size("apply", "BD", half)),
-        triton.cdiv(n, _size("apply", "BN", half)),
+        triton.cdiv(width, _size("apply", "BD", kind)),
+        triton.cdiv(n, _size("apply", "BN", kind)),
         2,
     )
 
@@ -803,56 +815,56 @@ def tiled(
     za: Tensor, zb: Tensor, weights: Tensor | None, loss: Loss, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by strips of C; za, zb (N, D) and weights (N,) of this rank."""
-    half = _in_half(za, loss)
+    kind = _kind(za, loss)
     n, d = za.shape
     new = za.new_empty
-    side = _size("strip_sum", "BS", half)
+    side = _size("strip_sum", "BS", kind)
     heights = triton.cdiv(d, side)
     tiles = heights * triton.cdiv(WIDTH, side) * triton.cdiv(d, WIDTH)
     everybody = None if weights is None else ranks.join(weights)
     hi, lo, col, sums, num_columns = _columns(
-        ranks.to_columns(za), ranks.to_columns(zb), everybody, loss, tiles, half
+        ranks.to_columns(za), ranks.to_columns(zb), everybody, loss, tiles, kind
     )
     num_columns = _add_sums(sums, num_columns, ranks)
     if ranks.world > 1:
         hi = torch.stack([ranks.to_rows(x, d) for x in hi])
-        lo = torch.stack([ranks.to_rows(x, d) for x in lo]) if half else hi
+        lo = torch.stack([ranks.to_rows(x, d) for x in lo]) if kind.half else hi
         col = _all_columns(col, d, ranks)
     P = sums.shape[1]
 
-    name = "multiply 128" if half else "multiply 64"
+    name = "multiply 128" if kind.half else "multiply 64"
     out = new((), dtype=torch.float32)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
     done = 0
     for start in range(0, d, WIDTH):
         width = min(WIDTH, d - start)
-        bt = _size(name, "BT", half)
+        bt = _size(name, "BT", kind)
         pairs = triton.cdiv(d, bt) * triton.cdiv(width, bt)
-        num_parts, chunk = _parts(name, 2 * pairs, n, half, 2 * n * n // (d * width) - 1)
+        num_parts, chunk = _parts(name, 2 * pairs, n, kind, 2 * n * n // (d * width) - 1)
         parts = new((2, num_parts, d, width), dtype=torch.float32)
         _launch(
             multiply, name, (pairs, num_parts, 2),
             hi, lo, *parts, n, d, start, width, chunk, int(loss.barlow),
-            half=half, STRIP=True,
+            kind=kind, STRIP=True,
         )  # fmt: skip
         if ranks.world > 1:
             parts, num_parts = ranks.sum_(parts.sum(1)), 1
         ch = new((2, d, width), dtype=hi.dtype)
-        cl = torch.empty_like(ch) if half else ch
+        cl = torch.empty_like(ch) if kind.half else ch
         squares = new((2, heights, width), dtype=torch.float32)
         across = triton.cdiv(width, side)
         _launch(
             strip_sum, "strip_sum", (heights, across, 2), parts, ch, cl, squares, sums,
             d, P, start, width, num_parts, done, float(loss.m),
-            half=half,
+            kind=kind,
         )  # fmt: skip
         done += heights * across
         _launch(
-            apply, "apply", _apply_grid(n, width, half),
+            apply, "apply", _apply_grid(n, width, kind),
             hi, lo, ch, cl, hi, lo, za, zb, ga if weights is None else weights, col, squares,
             sums, out, ga, gb, n, d, d, start, width, P, num_columns, done, 0, heights, 1,
             loss.slope, 2 * loss.pull, loss.off, float(loss.n),
-            half=half, BARLOW=loss.barlow, WEIGHTED=weights is not None,
+            kind=kind, BARLOW=loss.barlow, WEIGHTED=weights is not None,
             PAIR=loss.barlow and loss.n == 2,
         )  # fmt: skip
         del parts, ch, cl, squares  # or the next strip's would be made beside them
@@ -860,35 +872,44 @@ def tiled(
 
 
 def builds(barlow: bool) -> Iterator[Build]:
-    """All that a plan can choose, N and D multiples of 16. float16 is as bfloat16 from `hi` on.
+    """All that a plan can choose where 16 divides N and D. float16 is as bfloat16 from `hi` on.
 
-    Where they are not, numbers are loaded one by one: right, slower, and in bfloat16 some spill.
-    Half precision with FEW rows is not here either: nothing there takes long enough to matter.
+    Where it does not, numbers are loaded one by one: right, slower, and in more registers. Of
+    those builds only the ones are here that have spilled, and do not with the blocks they have now.
+    Half precision with FEW rows is not here at all: nothing there takes long enough to matter.
     """
     flags = {"BARLOW": barlow, "WEIGHTED": not barlow, "PAIR": False}
     for half in (True, False):
-        for name, kernel, choice in [
-            ("columns", columns, {}),
-            ("multiply 64", multiply, {"STRIP": False}),
-            ("multiply 128", multiply, {"STRIP": False}),
-            ("multiply 128" if half else "multiply 64", multiply, {"STRIP": True}),
-            ("gram_sum", gram_sum, {}),
-            ("strip_sum", strip_sum, {}),
-            ("exact", exact, {}),
-            ("apply", apply, {}),
-            *([("barlow_apply 256", barlow_apply, {"ONE": True})] if barlow else []),
-            *([("barlow_apply 128", barlow_apply, {"ONE": False})] if barlow else []),
+        for name, kernel, choice, ragged in [
+            ("columns", columns, {}, False),
+            ("multiply 64", multiply, {"STRIP": False}, False),
+            ("multiply 64", multiply, {"STRIP": False}, True),
+            ("multiply 128", multiply, {"STRIP": False}, False),
+            ("multiply 128", multiply, {"STRIP": False}, True),
+            ("multiply 128" if half else "multiply 64", multiply, {"STRIP": True}, False),
+            ("gram_sum", gram_sum, {}, False),
+            ("strip_sum", strip_sum, {}, False),
+            ("exact", exact, {}, False),
+            ("apply", apply, {}, False),
+            *([("apply", apply, {}, True)] if half and not barlow else []),
+            *([("barlow_apply 256", barlow_apply, {"ONE": True}, False)] if barlow else []),
+            *([("barlow_apply 128", barlow_apply, {"ONE": True}, True)] if barlow else []),
+            *([("barlow_apply 128", barlow_apply, {"ONE": False}, False)] if barlow else []),
         ]:
             if name == "multiply 128" and not half:
                 continue
-            blocks, num_warps, num_stages = _blocks(name, half)
+            blocks, num_warps, num_stages = _blocks(name, Kind(half, ragged))
             known = {"LOW": half} | flags | choice | blocks
             constants = {k: v for k, v in known.items() if k in kernel.arg_names}
             signature = {k: _type(k, half) for k in kernel.arg_names if k not in constants}
+            if ragged:
+                signature |= dict.fromkeys(signature.keys() & {"N", "D", "K", "width"}, "i32")
             label = " ".join(
                 [name, "bf16" if half else "fp32", *(f"{k}={v}" for k, v in choice.items())]
             )
-            yield Build(label, kernel, signature, constants, num_warps, num_stages)
+            yield Build(
+                label + " ragged" * ragged, kernel, signature, constants, num_warps, num_stages
+            )
 
 
 def _type(name: str, half: bool) -> str:

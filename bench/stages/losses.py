@@ -35,11 +35,13 @@ TARGETS = {
     "barlow": {(256, 8192): 40, (1024, 8192): 7, (4096, 2048): 1},
 }
 LIGHTLY = {"vicreg": "VICRegLoss", "barlow": "BarlowTwinsLoss", "ntxent": "NTXentLoss"}
-# On a GPU what has a target comes first, in case the time runs out.
+# On a GPU what has a target comes first, and the masks after the first size, in case the time runs
+# out.
 GPU_SIZES = (
     (256, 8192), (1024, 8192), (4096, 8192), (4096, 2048), (4096, 16384), (1024, 16384),
     (256, 2048), (256, 16384), (1024, 2048),
 )  # fmt: skip
+GPU_DTYPES = ("bf16", "fp32")
 GPU_TARGETS = {"definition": 10, "torch.compile": 4}  # at N = 256, D = 8192
 OF_MATMUL_RATE = 0.7  # where N >= 1024 and D >= 8192
 COPY = 1 << 28  # bytes; no cache holds it
@@ -264,11 +266,12 @@ def measure(bench: Bench) -> None:
     copy(bench, threads)
     if bench.device == "cuda":
         on_gpu(bench)
+        for dtype in GPU_DTYPES:
+            others(bench, threads, dtype)
     else:
         on_cpu(bench, threads)
-    for dtype in ("bf16", "fp32") if bench.device == "cuda" else ("fp32",):
-        others(bench, threads, dtype)
-        masks(bench, threads, dtype)
+        others(bench, threads, "fp32")
+        masks(bench, threads, "fp32")
 
 
 def has_lightly() -> bool:
@@ -336,10 +339,14 @@ def memory(bench: Bench, case: Case) -> None:
 
 
 def on_gpu(bench: Bench) -> None:
-    for n, d in ((16, 64),) if bench.quick else GPU_SIZES:
+    sizes = ((16, 64),) if bench.quick else GPU_SIZES
+    for size in sizes:
         for name in TARGETS:
-            for dtype in ("bf16", "fp32"):
-                measure_on_gpu(bench, Case(name, ((n, d),) * 2, 1, bench.device, dtype))
+            for dtype in GPU_DTYPES:
+                measure_on_gpu(bench, Case(name, (size,) * 2, 1, bench.device, dtype))
+        if size == sizes[0]:
+            for dtype in GPU_DTYPES:
+                masks(bench, 1, dtype)
 
 
 def measure_on_gpu(bench: Bench, case: Case) -> None:
@@ -395,6 +402,7 @@ def measure_on_gpu(bench: Bench, case: Case) -> None:
         least = OF_MATMUL_RATE if n >= 1024 and d >= 8192 else None
         bench.ratio(f"{case.text}: rate of sslus / of bare products",
                     rates["sslus"], rates[FLOOR], at_least=least)  # fmt: skip
+    bench.save(bench)  # with its ratios, should the run be cut short before the next case
 
 
 def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
