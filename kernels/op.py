@@ -54,7 +54,7 @@ class Op:
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
     num_gradients: int = 2  # the first tensors have a gradient, the others are constants
     num_batched: int | None = None  # the first tensors are rows of the batch; None: all are
-    wide: bool = False  # gpu returns gradients in float32, whatever the inputs are
+    wide: bool = False  # kernels return gradients in float32, whatever the inputs are
     fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -125,7 +125,6 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
 
     Its schema is the reference's. The gradient is computed with the loss; backward scales it.
     """
-    wide = op.wide and which == "gpu"
     inputs = torch.library.infer_schema(op.reference, mutates_args=()).rpartition(" -> ")[0]
     separator = "" if ", *, " in inputs else ", *"
     schema = (
@@ -145,7 +144,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         loss = tensors[0].new_empty((), dtype=torch.float32)
         leaves = tensors[: op.num_gradients]
         return loss, *(
-            t.new_empty(t.shape, dtype=torch.float32 if wide else t.dtype) for t in leaves
+            t.new_empty(t.shape, dtype=torch.float32 if op.wide else t.dtype) for t in leaves
         )
 
     def save(ctx, inputs, keyword_only_inputs, output):
@@ -158,12 +157,14 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     @torch.autograd.function.once_differentiable
     def scale(ctx, grad_loss, *_):
         grads = ctx.saved_tensors
-        # One, unless somebody scales the loss: then the gradients are ready. On a GPU, looking
-        # would wait for it.
         if which == "gpu":
             grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes)
-        elif not _is_one(grad_loss):
-            grads = torch._foreach_mul(grads, grad_loss)
+        else:
+            # One, unless somebody scales the loss. On a GPU, looking would wait for it.
+            one = _is_one(grad_loss)
+            pairs = zip(grads, ctx.dtypes, strict=True)
+            # Rounded to the input's type once, after the product.
+            grads = [(g if one else g * grad_loss).to(dtype) for g, dtype in pairs]
         return *grads, *(None,) * ctx.num_constants
 
     registered = torch.library.custom_op(

@@ -19,7 +19,8 @@ BLOCK = 1 << 18
 
 # The Gram form takes a sum without its diagonal as all minus diagonal. When less than this part
 # is left, rounding of float32 would show, and the same is done again in float64.
-LEFT = 1 / 16
+LEFT = 1 / 16  # BarlowTwins: the diagonal is spread over all columns, and so is its rounding
+LEFT_OF_ONE = 1 / 4  # VICReg: it may be a single column's, all of whose gradient is the difference
 
 
 def work(z: Tensor) -> Tensor:
@@ -27,13 +28,16 @@ def work(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-def blocks(n: int, d: int) -> Iterator[slice]:
+def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
     """Slices of the D columns, N x width about BLOCK.
 
     BLAS wants 256 columns at least. Not more than 2048: it adds up a row in float32 from one end
-    to the other, which is less exact than adding up blocks.
+    to the other, which is less exact than adding up blocks. Not more than half of D, as several
+    blocks are held at a time. float64, where N x N matrices take twice the memory, has an eighth:
+    it is rare, and memory comes before time.
     """
-    width = min(max(256, BLOCK // n), 2048)
+    least, entries = (64, BLOCK // 8) if dtype == torch.float64 else (256, BLOCK)
+    width = min(max(least, entries // n), max(least, -(-d // 2)), 2048)
     return (slice(s, min(s + width, d)) for s in range(0, d, width))
 
 
@@ -49,11 +53,11 @@ def centred_rows(z: Tensor, dtype: torch.dtype, n: int, ranks: Ranks) -> tuple[T
     d = z.shape[1]
     shift = ranks.sum_(z[:1].to(dtype, copy=True)).div_(ranks.world)
     x, mean = z.new_empty(z.shape, dtype=dtype), z.new_empty(d, dtype=dtype)
-    for cols in blocks(len(z), d):
+    for cols in blocks(len(z), d, dtype):
         mean[cols] = (z[:, cols] - shift[:, cols]).sum(0)
     ranks.sum_(mean).div_(n)
     squares = torch.empty_like(mean)
-    for cols in blocks(len(z), d):
+    for cols in blocks(len(z), d, dtype):
         block = (z[:, cols] - shift[:, cols]).sub_(mean[cols])
         squares[cols] = block.square().sum(0)
         x[:, cols] = block
@@ -79,7 +83,7 @@ def _bands(n: int) -> list[tuple[int, int]]:
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """sum_ij x_ij y_ij, float64, shape ()."""
-    rows = max(1, BLOCK // x.shape[1])
+    rows = max(1, BLOCK // (4 * x.shape[1]))  # the sum makes a copy of the product in float64
     total = torch.zeros((), dtype=torch.float64)
     for s in range(0, len(x), rows):
         total += (x[s : s + rows] * y[s : s + rows]).sum(dtype=torch.float64)

@@ -8,8 +8,8 @@ With a, b the standardised views, sa, sb what divided them, d_j = C_jj, l = off_
 
 A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 3 N D^2. The
 Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients; T is
-a tile's width, at most 1024 and D / 2. Where the Gram form's difference cancels, it is made again
-in float64.
+a tile's width, at most 1024 and D / 2, and blocks of columns come on top. Where the Gram form's
+difference cancels, it is made again in float64, at twice the N^2.
 
 Gradient: dL/da = b M^T / N and dL/db = a M / N, where M = dL/dC has 2 l C_ij off its diagonal and
 2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, m_j the mean over the rows of a_ij dL/da_ij.
@@ -33,7 +33,6 @@ from sslus.kernels.products import (
     centred,
     dot,
     mirror,
-    work,
 )
 from sslus.kernels.ranks import Ranks
 
@@ -49,8 +48,8 @@ def barlow(
     n, d = check(za, zb, ranks.world)
     form = gram if n < d else tiled
     dtype = torch.float64 if n == 2 else torch.float32
-    loss, *grads = form(work(za), work(zb), n, off_diagonal, ranks, dtype)
-    return loss.to(torch.float32), *(g.to(z.dtype) for g, z in zip(grads, (za, zb), strict=True))
+    loss, *grads = form(za, zb, n, off_diagonal, ranks, dtype)
+    return loss.to(torch.float32), *grads
 
 
 def gram(za, zb, n, off_diagonal, ranks, dtype):
@@ -59,42 +58,53 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     views = [ranks.to_columns(z) for z in (za, zb)]
     width = views[0].shape[1]
 
-    grads = [torch.empty_like(z, dtype=dtype) for z in views]  # first a, b, then their gradients
     v = views[0].new_empty(2, width, dtype=dtype)
     low = views[0].new_empty(width, dtype=dtype)  # d - 1
     k = views[0].new_zeros(2, n, n, dtype=dtype)
-    for cols in blocks(n, width):
+    excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K, less D
+    less = k.new_tensor(-1)
+    for cols in blocks(n, width, dtype):
         pair = [centred(z[:, cols], dtype) for z in views]
         for i, x in enumerate(pair):
             v[i, cols] = x.square().sum(0).div_(n).add_(EPS)
             x /= v[i, cols].sqrt()
             add_gram(k[i], x)
-            grads[i][:, cols] = x
+            excess[i] += torch.addcmul(less, x, x).sum(1)
         low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
         del pair, x  # or the next block would be made beside this one
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
         mirror(k[i])
     ranks.sum_(k)
+    ranks.sum_(excess)
 
     sums = torch.stack([(1 + low).double().square().sum(), low.double().square().sum()])
     diagonal, invariance = ranks.sum_(sums)
     total = dot(k[0], k[1]) / n**2
     if dtype != torch.float64 and total - diagonal < LEFT * total:
-        del grads, k
+        del k
         return gram(za, zb, n, off_diagonal, ranks, torch.float64)
 
+    # What the diagonal of K has in common, about D, stretches a, and m takes that away but for
+    # EPS / v. Taken away here, it is not there to be rounded.
+    common = excess.mean(1, keepdim=True)
+    k.diagonal(dim1=1, dim2=2).copy_(excess - common)
+    factor = 2 * off_diagonal / n**2
+    left = (EPS * factor) * (d + common).flip(0).to(dtype) / v  # of K of the other view
     w = (low - off_diagonal * (1 + low)) * (2 / n)
     scale = v.rsqrt_()
-    for cols in blocks(n, width):
-        pair = [g[:, cols].clone() for g in grads]
+    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]
+    for cols in blocks(n, width, dtype):
+        pair = [
+            centred(z[:, cols], dtype).mul_(r) for z, r in zip(views, scale[:, cols], strict=True)
+        ]
         for i, x in enumerate(pair):
-            g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=2 * off_diagonal / n**2)
-            mean = (g * x).sum(0).div_(-n)
+            g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=factor)
+            mean = (g * x).sum(0).div_(-n).add_(left[i, cols])
             torch.mul(g.addcmul_(x, mean), scale[i, cols], out=grads[i][:, cols])
         del pair, x, g
     loss = invariance + off_diagonal * (total - diagonal)
-    return loss, *(ranks.to_rows(g.to(za.dtype), d) for g in grads)
+    return loss, *(ranks.to_rows(g, d) for g in grads)
 
 
 def tiled(za, zb, n, off_diagonal, ranks, dtype):
@@ -138,7 +148,7 @@ def tiled(za, zb, n, off_diagonal, ranks, dtype):
         tile *= rb
         torch.mm(a, tile, out=gb[:, cols]).addcmul_(b, mb * rb, value=-1 / n)
     ga.addcmul_(a, ma / va, value=-1 / n)
-    return loss, ga, gb
+    return loss, ga.float(), gb.float()
 
 
 def centre(z, out, spare, n, ranks):

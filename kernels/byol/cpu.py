@@ -22,5 +22,5 @@ def byol(
         u, length = unit(work(p))
         pull = u - unit(work(t))[0]
         loss += pull.square().sum(dtype=torch.float64)
-        grads.append(unit_gradient(pull.mul_(2 / n), u, length).to(p.dtype))
+        grads.append(unit_gradient(pull.mul_(2 / n), u, length))
     return (ranks.sum_(loss) / n).to(torch.float32), *grads

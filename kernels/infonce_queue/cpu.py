@@ -40,4 +40,4 @@ def infonce_queue(
     x = total.log() + (top - positives)
     loss = ranks.sum_(F.softplus(x).sum(dtype=torch.float64)) / n
     grad = mixed.div_(total).sub_(key).mul_(x.sigmoid_().div_(n * temperature))
-    return loss.to(torch.float32), unit_gradient(grad, u, length).to(q.dtype)
+    return loss.to(torch.float32), unit_gradient(grad, u, length)

@@ -56,6 +56,6 @@ def ntxent(
     ga, gb = grad.split(n)
     return (
         loss.to(torch.float32),
-        unit_gradient(ga, ua, length_a).to(za.dtype),
-        unit_gradient(gb, ub, length_b).to(zb.dtype),
+        unit_gradient(ga, ua, length_a),
+        unit_gradient(gb, ub, length_b),
     )

@@ -3,13 +3,14 @@
 With x the centred z, v_j = |x_j|^2 / (N - 1), s_j = sqrt(v_j + 1e-4), both forms are exact:
 
     form   when     covariance term, times D                     products      extra floats
-    Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3.25 N^2 D    2 N^2 + 2 N D
+    Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3.25 N^2 D    N^2 + 2 N D
     tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3.25 N D^2    4 N D + 512 D
 
 A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 6 N D^2. Only
-5/8 of a symmetric matrix are computed. The extra floats hold the two gradients. Where the Gram
-form's difference cancels, it is made again in float64, at twice the memory and three times the
-time: few dimensions with nearly all of the variance.
+5/8 of a symmetric matrix are computed. The extra floats hold the two gradients; blocks of
+columns come on top. Where the Gram form's difference cancels for a view, that view's is made
+again in float64, at twice the N^2 and three times the time: few dimensions with most of the
+variance.
 
 Gradient: dL/dz = 2 / (N - 1) x M, where M = dL/dcov has 2 covariance / D cov_ij off its diagonal
 and -[s_j < 1] variance / (4 D s_j) on it, plus the invariance term's. x M has zero mean because
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sslus.kernels.products import (
-    LEFT,
+    LEFT_OF_ONE,
     TILE,
     add_gram,
     blocks,
@@ -47,56 +48,63 @@ def vicreg(
     n, d = check(za, zb, weights, ranks.world)
     form = gram if n < d else tiled
     loss, *grads = form(za, zb, weights, n, (invariance, variance, covariance), ranks)
-    return loss.to(torch.float32), *(g.to(z.dtype) for g, z in zip(grads, (za, zb), strict=True))
+    return loss.to(torch.float32), *grads
 
 
-def gram(za, zb, weights, n, factors, ranks, dtype=torch.float32):
+def gram(za, zb, weights, n, factors, ranks):
     """Across ranks each takes its share of the columns, and the N x N matrices are added."""
     invariance, variance, covariance = factors
     d = za.shape[1]
-    views = [ranks.to_columns(work(z)) for z in (za, zb)]
+    views = [ranks.to_columns(z) for z in (za, zb)]
     pair = None if weights is None else ranks.join(work(weights))[:, None]
     width = views[0].shape[1]
 
-    grads = [torch.empty_like(z, dtype=dtype) for z in views]  # first x, then its gradient
-    v = views[0].new_empty(2, width, dtype=dtype)
-    k = views[0].new_zeros(2, n, n, dtype=dtype)
-    for cols in blocks(n, width):
-        for i, z in enumerate(views):
-            x = centred(z[:, cols], dtype)
-            v[i, cols] = x.square().sum(0)
-            add_gram(k[i], x)
-            grads[i][:, cols] = x
-            del x  # or the next would be made beside it
+    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]
+    squares = torch.zeros((), dtype=torch.float64)
+    for cols in blocks(n, width, torch.float32):
+        pull = views[0][:, cols].float() - views[1][:, cols]
+        squares += weighted_squares(pull, pair)
+        for g, sign in zip(grads, (1, -1), strict=True):
+            torch.mul(pull, sign * 2 * invariance / (n * d), out=g[:, cols])
+        del pull  # or the next would be made beside it
+    loss = invariance / (n * d) * ranks.sum_(squares)
+    for z, g in zip(views, grads, strict=True):
+        loss += spread(z, g, n, d, variance, covariance, ranks, torch.float32)
+    return loss, *(ranks.to_rows(g, d) for g in grads)
+
+
+def spread(z, grad, n, d, variance, covariance, ranks, dtype):
+    """The variance and covariance terms of a view; their gradient is added to `grad`."""
+    width = z.shape[1]
+    v, k = z.new_empty(width, dtype=dtype), z.new_zeros(n, n, dtype=dtype)
+    for cols in blocks(n, width, dtype):
+        x = centred(z[:, cols], dtype)
+        add_gram(k, x)
+        v[cols] = x.square_().sum(0)
+        del x
     v /= n - 1
-    for i in range(2):
-        mirror(k[i])
+    mirror(k)
     ranks.sum_(k)
 
     s = (v + 1e-4).sqrt_()
     hinge = (1 - s).clamp_(min=0).sum(dtype=torch.float64)
-    *diagonal, hinge = ranks.sum_(torch.stack([*v.double().square().sum(1), hinge]))
-    total = [dot(k[i], k[i]) / (n - 1) ** 2 for i in range(2)]
-    off = [t - g for t, g in zip(total, diagonal, strict=True)]
-    if dtype != torch.float64 and any(o < LEFT * t for o, t in zip(off, total, strict=True)):
-        del grads, k
-        return gram(za, zb, weights, n, factors, ranks, torch.float64)
+    diagonal, hinge = ranks.sum_(torch.stack([v.double().square().sum(), hinge]))
+    total = dot(k, k) / (n - 1) ** 2
+    off = total - diagonal
+    if dtype != torch.float64 and off < LEFT_OF_ONE * total:
+        del k
+        return spread(z, grad, n, d, variance, covariance, ranks, torch.float64)
 
     slope = v * (-4 * covariance / (d * (n - 1)))
     slope -= (s < 1) * (variance / (2 * d * (n - 1))) / s
-    squares = torch.zeros((), dtype=torch.float64)
-    for cols in blocks(n, width):
-        pull = views[0][:, cols].to(dtype) - views[1][:, cols]
-        squares += weighted_squares(pull, pair)
-        for i, sign in enumerate((1, -1)):
-            x = grads[i][:, cols]
-            g = (x * slope[i, cols]).add_(pull, alpha=sign * 2 * invariance / (n * d))
-            x.copy_(g.addmm_(k[i], x, alpha=4 * covariance / (d * (n - 1) ** 2)))
-            del g
-        del pull
-    loss = invariance / (n * d) * ranks.sum_(squares)
-    loss += variance / (2 * d) * hinge + covariance / d * sum(off)
-    return loss, *(ranks.to_rows(g.to(z.dtype), d) for g, z in zip(grads, views, strict=True))
+    for cols in blocks(n, width, dtype):
+        x = centred(z[:, cols], dtype)
+        g = grad[:, cols].to(dtype)  # where that is float32, `grad` itself
+        g.addcmul_(x, slope[cols]).addmm_(k, x, alpha=4 * covariance / (d * (n - 1) ** 2))
+        if dtype == torch.float64:
+            grad[:, cols] = g
+        del x, g
+    return variance / (2 * d) * hinge + covariance / d * off
 
 
 def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
@@ -113,12 +121,12 @@ def tiled(za, zb, weights, n, factors, ranks):
     """Across ranks each keeps its rows, and the tiles are added as they are made."""
     invariance, variance, covariance = factors
     d = za.shape[1]
-    pull = work(za) - work(zb)
+    pull = za.float() - zb
     squares = weighted_squares(pull, None if weights is None else work(weights)[:, None])
     loss = invariance / (n * d) * ranks.sum_(squares)
     grads = []
     for z, sign in ((za, 1), (zb, -1)):
-        x, v = centred_rows(work(z), torch.float32, n, ranks)
+        x, v = centred_rows(z, torch.float32, n, ranks)
         s = v.div_(n - 1).add_(1e-4).sqrt_()
         loss += variance / (2 * d) * (1 - s).clamp_(min=0).sum(dtype=torch.float64)
         slope = (s < 1) * (-variance / (2 * d * (n - 1))) / s
