@@ -231,10 +231,10 @@ def test_kernel_parity(op, case, which, strided, dtype):
 
 
 SHAPES = [(2, 9), (3, 1), (65, 64), (64, 65), (257, 1030), (1030, 257), (17, 2053), (4096, 7)]
-SHAPES += [(512, 1024), (640, 600), (4096, 1)]
+SHAPES += [(640, 600), (4096, 1)]
 
 
-KINDS = ["collapsed", "near", "white", "identity", "dominant"]
+KINDS = ["collapsed", "near", "white", "dominant"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,6 +243,12 @@ KINDS = ["collapsed", "near", "white", "identity", "dominant"]
 def test_parity_where_sums_cancel(name, shape, kind):
     """Both forms, where all minus diagonal, or one minus a correlation, would lose digits."""
     assert_parity_of_terms(name, "cpu", shape, kind, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(65, 64), (64, 65), (512, 1024), (1030, 257)], ids=str)
+def test_parity_where_barlow_twins_is_at_its_goal(shape):
+    """White views that agree: the correlation is the identity, and all terms are remainders."""
+    assert_parity_of_terms("barlow", "cpu", shape, "identity", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -343,15 +349,19 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["plain", "dominant", "identity"])
 @pytest.mark.parametrize(
-    "n, d", [(256, 8192), (1024, 2048), (512, 512), (512, 513), (1030, 1029)], ids=str
+    "n, d, kind",
+    [
+        *((256, 8192, kind) for kind in ("plain", "dominant")),
+        *((512, 513, kind) for kind in ("plain", "dominant", "identity")),
+        *((n, d, "plain") for n, d in [(1024, 2048), (512, 512), (1030, 1029)]),
+    ],
 )
 @pytest.mark.parametrize("name", ["vicreg", "barlow"])
 def test_memory_of_a_step(name, n, d, kind, dtype):
     op = OPS[name]
     scalars = op.cases[0]["scalars"]
-    views = inputs({"tensors": [(n, d)] * 2}, dtype, kind=kind if n < 1024 else "plain")
+    views = inputs({"tensors": [(n, d)] * 2}, dtype, kind=kind)
     with Held(views) as forward:
         op.cpu(*views, **scalars, ranks=Ranks())
     leaves = [z.requires_grad_() for z in views]
