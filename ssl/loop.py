@@ -327,10 +327,10 @@ class _Log:
         if p.features is not None and self.file:
             found, collapsed = health.look(p.features)
             line |= found
+            self.loop.say(f"step {line['step']}: " + ", ".join(_shown(line, p.names)))
             if collapsed and not self.collapsed:
                 self.collapsed = True
                 self.warn(line, collapsed)
-            self.loop.say(f"step {line['step']}: " + ", ".join(_shown(line, p.names)))
         if away := self.divergence(line["loss"]):
             self.warn(line, away)
         if self.loop.online is None:

@@ -136,6 +136,8 @@ LIMITS = {  # of a program: shared memory in bytes, and how a tensor-core produc
 
 @pytest.mark.parametrize("capability", LIMITS)
 def test_compiles_without_spills(capability):
+    if capability != 90 and os.environ.get("SSLUS_AOT_ALL") != "1":
+        pytest.skip("compiled with SSLUS_AOT_ALL=1")
     """256 -> 224: nothing spills, and every product is one of tensor cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -50,11 +50,11 @@ MODULES = dict(op_modules())
 
 def chosen(module, arch):
     """What is compiled for `arch`. All of it takes over five minutes of a core, so without
-    SSLUS_AOT_ALL=1, which CI sets, float32 is compiled for Hopper alone."""
+    SSLUS_AOT_ALL=1, which CI sets, only half precision for Hopper is."""
     builds = list(module.builds())
-    if arch == 90 or os.environ.get("SSLUS_AOT_ALL") == "1":
+    if os.environ.get("SSLUS_AOT_ALL") == "1":
         return builds
-    return [build for build in builds if "fp32" not in build.label]
+    return [build for build in builds if "fp32" not in build.label] if arch == 90 else []
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,8 @@ def compilations():
 @pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize("op", MODULES)
 def test_compiles_without_spills(op, arch, compilations):
+    if not chosen(MODULES[op], arch):
+        pytest.skip("compiled with SSLUS_AOT_ALL=1")
     found = {label: x for (name, label, a), x in compilations.items() if (name, a) == (op, arch)}
     assert len(found) == len(chosen(MODULES[op], arch)) > 0, "two builds with one label"
     for label, x in found.items():

@@ -304,6 +304,8 @@ def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "sslus.tools", "synth", str(out), *arguments],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # pytest's workers ignore it, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while num_workers(process.pid) < 2 and time.monotonic() < deadline:

@@ -490,6 +490,7 @@ def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, tmp_path, key):
 
 def test_a_signal_waits_while_processes_are_started():
     """Even if another thread, such as the progress bar's, takes it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     end, began = threading.Event(), []
     thread = threading.Thread(target=end.wait)
     thread.start()
@@ -499,7 +500,7 @@ def test_a_signal_waits_while_processes_are_started():
         began.append("all of them")
     end.set()
     thread.join()
-    assert began and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert began and signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
