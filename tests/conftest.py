@@ -113,6 +113,23 @@ def clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def reads():
+    """A mode that counts where a value is read from a tensor: on a GPU a step would wait there."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        num_calls = num_reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.num_calls += 1
+            self.num_reads += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    return Reads()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """An empty file system of 4 MB, to be filled; a test may remount it larger."""
     disk = tmp_path / "disk"

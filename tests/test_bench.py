@@ -162,18 +162,21 @@ def test_every_stage_has_its_peer_and_its_floor(tmp_path):
     )
 
 
-def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
+def as_on_a_gpu(tmp_path, stage: str) -> tuple[str, dict]:
+    """What a stage of this text prints, and its rows and ratios."""
     bench, out = tmp_path / "bench", tmp_path / "out.json"
     shutil.copytree(BENCH, bench, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    (bench / "stages/asongpu.py").write_text(AS_ON_A_GPU)
-
+    (bench / "stages/asongpu.py").write_text(stage)
     done = run(bench, "--quick", "--stage", "asongpu", "--json", str(out), OMP_NUM_THREADS="1")
-
     assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
+    shown, content = as_on_a_gpu(tmp_path, AS_ON_A_GPU)
     for name in ("vicreg", "barlow"):
         case = f"{name} N=16 D=64: torch.compile"
-        assert f"left out: {case}: it does not fit the device's memory" in done.stdout
-    content = json.loads(out.read_text())
+        assert f"left out: {case}: it does not fit the device's memory" in shown
     timed = [r for r in content["rows"] if r["name"] == "forward and backward"]
     who = [r["implementation"] for r in timed]
     assert who.count("sslus") == who.count("definition") == who.count("floor: the products") == 4
@@ -190,14 +193,7 @@ def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
 
 
 def test_the_views_of_a_gpu_are_held_against_a_copy(tmp_path):
-    bench, out = tmp_path / "bench", tmp_path / "out.json"
-    shutil.copytree(BENCH, bench, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    (bench / "stages/asongpu.py").write_text(VIEWS_AS_ON_A_GPU)
-
-    done = run(bench, "--quick", "--stage", "asongpu", "--json", str(out), OMP_NUM_THREADS="1")
-
-    assert done.returncode == 0, done.stderr
-    content = json.loads(out.read_text())
+    _, content = as_on_a_gpu(tmp_path, VIEWS_AS_ON_A_GPU)
     mine, copy = content["rows"][:2]
     assert (mine["implementation"], copy["implementation"]) == ("sslus, bfloat16", "floor: a copy")
     ratios = {r["text"]: r for r in content["ratios"]}

@@ -151,9 +151,8 @@ def inputs(case, dtype, device="cpu", kind="plain"):
             x = 0.5 + 1e-3 * x
         elif kind in ("near", "identity") and out:
             x = out[0] + 1e-3 * x
-        elif (
-            kind in ("white", "identity") and x.shape[0] > 2
-        ):  # as little correlation as N and D allow
+        elif kind in ("white", "identity") and x.shape[0] > 2:
+            # As little correlation as N and D allow.
             x = torch.nn.init.orthogonal_(x, generator=g) * 9
             x = torch.linalg.qr(x - x.mean(0))[0] * 9 if x.shape[0] > x.shape[1] else x
         elif kind == "dominant":  # nearly all of |cov|^2 is the square of one variance

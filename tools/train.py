@@ -325,16 +325,17 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     if given["resume"]:
         try:
             before = json.loads(record.read_text())
-            options = before["options"]
+            recorded_shards, options = before["shards"], dict(before["options"])
         except FileNotFoundError as e:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{record}: damaged ({e}); start another with --run DIR") from e
         given = given | {k: v for k, v in options.items() if k not in named}
-        shards = shards if "shards" in named else before["shards"]
+        shards = shards if "shards" in named else recorded_shards
         named = named | set(options) | {"shards"}
     elif _is_main():
-        if record.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        begun = any((folder / name / "config.json").exists() for name in methods.names())
+        if begun and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             raise InputError(f"{folder} is there already; go on with: {going}")
         folder.mkdir(parents=True, exist_ok=True)
         options = _settings({k: v for k, v in given.items() if k in named and k != "method"})
