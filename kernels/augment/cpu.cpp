@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -53,21 +54,29 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
   require(out.shape(0) == index.shape(0) && out.shape(1) == 1, "out must be (V, 1, h, w)");
   Job job{frames.data(), index.data(), params.data(), static_cast<char*>(out.data()), store,
           static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
-          static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half, false};
+          static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half,
+          has_avx2(), false};
   // A batch that the caches hold until it is read goes through them.
-  job.past_caches = out.nbytes() > (size_t{4} << 20) && can_pass_caches();
+  job.past_caches = job.avx2 && out.nbytes() > (size_t{4} << 20);
 
   nb::gil_scoped_release release;
   for (int64_t v = 0; v < num_views; ++v)
     check(job.params + v * kColumns, v, job.index[v], static_cast<int64_t>(frames.shape(0)), store);
-  if (job.height == 0 || job.width == 0) return;
+  if (num_views == 0 || job.height == 0 || job.width == 0) return;
+  // Runs of views: within one, a view is written while the next is made.
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(32, num_views / (4 * threads)));
+  struct Context {
+    const Job& job;
+    int64_t num_views, run;
+  } context{job, num_views, threads > 1 ? run : num_views};
   sslus::Pool::run(
-      num_views, threads,
-      [](void* context, int64_t v) {
+      (num_views + context.run - 1) / context.run, threads,
+      [](void* p, int64_t i) {
         thread_local Scratch scratch;
-        make_view(*static_cast<const Job*>(context), v, scratch);
+        const auto& c = *static_cast<const Context*>(p);
+        make_views(c.job, i * c.run, std::min(c.num_views, (i + 1) * c.run), scratch);
       },
-      &job);
+      &context);
 }
 
 // noconvert everywhere: nanobind would else copy a wrong-dtype output and lose the result.

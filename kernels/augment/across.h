@@ -1,0 +1,190 @@
+// Rows of a frame resized along x: from bytes to kFine steps.
+//
+// The pixels that make a result lie a little differently for each, so a vector of results wants
+// its neighbours picked out. AVX2 looks bytes up in a register: 8 results in a window of 16 or 32
+// pixels. Elsewhere, and where 8 results take more, 16 rows are turned: a column of theirs is a
+// vector, and picking one is reading from another place. The results are the same.
+#pragma once
+#include "augment/loops.h"
+
+namespace sslus::augment {
+namespace {
+
+constexpr int64_t kLanes = 16;  // rows turned together
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector) && __has_builtin(__builtin_convertvector)
+#define SSLUS_SHUFFLES
+#endif
+#endif
+
+SSLUS_INLINE void to_column(const uint8_t* const* rows, int64_t x, int16_t* columns) {
+  for (int64_t y = 0; y < kLanes; ++y) columns[x * kLanes + y] = fine(rows[y][x]);
+}
+
+#if defined(SSLUS_SHUFFLES)
+// Vectors of 8 and 16 pixels in the compilers' own notation, at any address.
+typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias));
+typedef int16_t Eight __attribute__((vector_size(16), aligned(2), may_alias));
+typedef int16_t Sixteen __attribute__((vector_size(32), aligned(2), may_alias));
+
+// Three rounds of this turn an 8 x 8 square; in Sixteen, two squares side by side.
+#define SSLUS_INTERLEAVE(from, to, low, high)                             \
+  for (int i = 0; i < 4; ++i) {                                           \
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + 4], low);       \
+    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 4], high);  \
+  }
+#define SSLUS_LOW 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27
+#define SSLUS_HIGH 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31
+#define SSLUS_JOIN 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+
+SSLUS_INLINE Eight eight(const uint8_t* pixels) {
+  return __builtin_convertvector(*reinterpret_cast<const EightBytes*>(pixels), Eight) * kFine;
+}
+
+// kLanes rows -> n columns of kLanes pixels, in kFine steps.
+SSLUS_CLONES void to_columns(const uint8_t* const* rows, int64_t n, int16_t* columns) {
+  int64_t x = 0;
+  for (; x + 8 <= n; x += 8) {
+    Sixteen a[8], b[8];
+    for (int i = 0; i < 8; ++i)
+      a[i] = __builtin_shufflevector(eight(rows[i] + x), eight(rows[i + 8] + x), SSLUS_JOIN);
+    SSLUS_INTERLEAVE(a, b, SSLUS_LOW, SSLUS_HIGH)
+    SSLUS_INTERLEAVE(b, a, SSLUS_LOW, SSLUS_HIGH)
+    SSLUS_INTERLEAVE(a, b, SSLUS_LOW, SSLUS_HIGH)
+    for (int i = 0; i < 8; ++i)
+      *reinterpret_cast<Sixteen*>(columns + (x + i) * kLanes) = b[i];
+  }
+  for (; x < n; ++x) to_column(rows, x, columns);
+}
+
+// And back; n a multiple of 8.
+SSLUS_CLONES void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
+  for (int64_t x = 0; x < n; x += 8) {
+    Sixteen a[8], b[8];
+    for (int i = 0; i < 8; ++i)
+      a[i] = *reinterpret_cast<const Sixteen*>(columns + (x + i) * kLanes);
+    SSLUS_INTERLEAVE(a, b, SSLUS_LOW, SSLUS_HIGH)
+    SSLUS_INTERLEAVE(b, a, SSLUS_LOW, SSLUS_HIGH)
+    SSLUS_INTERLEAVE(a, b, SSLUS_LOW, SSLUS_HIGH)
+    for (int i = 0; i < 8; ++i) {
+      *reinterpret_cast<Eight*>(rows + i * stride + x) =
+          __builtin_shufflevector(b[i], b[i], 0, 1, 2, 3, 4, 5, 6, 7);
+      *reinterpret_cast<Eight*>(rows + (i + 8) * stride + x) =
+          __builtin_shufflevector(b[i], b[i], 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+  }
+}
+
+#else  // the same without the vectors that older compilers lack, at a quarter of the speed
+void to_columns(const uint8_t* const* rows, int64_t n, int16_t* columns) {
+  for (int64_t x = 0; x < n; ++x) to_column(rows, x, columns);
+}
+
+void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
+  for (int64_t y = 0; y < kLanes; ++y)
+    for (int64_t x = 0; x < n; ++x) rows[y * stride + x] = columns[x * kLanes + y];
+}
+#endif
+
+// kLanes rows of results for each column: out = or += from + sum of kOthers differences.
+template <int kOthers, bool kAdd, bool kLast>
+SSLUS_INLINE void blend_columns_of(const int16_t* __restrict in, const int32_t* __restrict first,
+                                   const int16_t* __restrict weights, int64_t stride, int64_t k0,
+                                   int64_t n, int16_t* __restrict out) {
+  for (int64_t x = 0; x < n; ++x) {
+    const int16_t* from = in + first[x] * kLanes;
+    const int16_t* to = from + k0 * kLanes;
+    const int16_t* weight = weights + k0 * stride + x;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      int16_t sum = kAdd ? out[x * kLanes + i] : from[i];
+      for (int k = 0; k < kOthers; ++k)
+        sum = static_cast<int16_t>(sum + scaled(static_cast<int16_t>(to[k * kLanes + i] - from[i]),
+                                                weight[k * stride]));
+      out[x * kLanes + i] = kLast && sum < 0 ? int16_t{0} : sum;
+    }
+  }
+}
+
+SSLUS_CLONES void blend_columns(const int16_t* in, const int32_t* first, const int16_t* w,
+                                int64_t stride, int64_t taps, int64_t n, int16_t* out) {
+  switch (taps) {
+    case 1: return blend_columns_of<0, false, true>(in, first, w, stride, 1, n, out);
+    case 2: return blend_columns_of<1, false, true>(in, first, w, stride, 1, n, out);
+    case 3: return blend_columns_of<2, false, true>(in, first, w, stride, 1, n, out);
+    case 4: return blend_columns_of<3, false, true>(in, first, w, stride, 1, n, out);
+    case 5: return blend_columns_of<4, false, true>(in, first, w, stride, 1, n, out);
+  }
+  blend_columns_of<4, false, false>(in, first, w, stride, 1, n, out);
+  int64_t k = 5;
+  for (; k + 4 < taps; k += 4) blend_columns_of<4, true, false>(in, first, w, stride, k, n, out);
+  for (; k + 1 < taps; ++k) blend_columns_of<1, true, false>(in, first, w, stride, k, n, out);
+  blend_columns_of<1, true, true>(in, first, w, stride, k, n, out);
+}
+
+#if defined(SSLUS_AVX2)
+// 16 bytes for each half of a vector.
+SSLUS_AVX2 inline __m256i two_windows(const uint8_t* low, const uint8_t* high) {
+  return _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+
+// 8 results out of the 16 or (kFar) 32 pixels that begin where their window does. A byte whose
+// place has its highest bit set is 0: so bytes become words, and the far ones are left to `far`.
+// kTaps: their number, or 0 for any.
+template <bool kFar, int kTaps>
+SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows,
+                           const Axis& axis, int16_t* out) {
+  const __m256i one = _mm256_set1_epi16(1), far_away = _mm256_set1_epi16(0x80);
+  const int64_t n = axis.stride, taps = kTaps > 0 ? kTaps : axis.taps;
+  for (int64_t y = 0; y < num_rows; ++y, rows += row_stride, out += n)
+    for (int64_t x = 0; x < n; x += 16) {
+      const uint8_t *low = rows + axis.windows[x / 8], *high = rows + axis.windows[x / 8 + 1];
+      const __m256i near = two_windows(low, high);
+      const __m256i far = kFar ? two_windows(low + 16, high + 16) : near;
+      __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(axis.places + x));
+      __m256i first = _mm256_shuffle_epi8(near, place);
+      if (kFar)  // 0x70 + p becomes p - 16
+        first = _mm256_or_si256(first,
+                                _mm256_shuffle_epi8(far, _mm256_sub_epi8(place, far_away)));
+      __m256i sum = _mm256_slli_epi16(first, 7);
+      for (int64_t k = 1; k < taps; ++k) {
+        place = _mm256_add_epi16(place, one);
+        __m256i other = _mm256_shuffle_epi8(near, place);
+        if (kFar)
+          other = _mm256_or_si256(other,
+                                  _mm256_shuffle_epi8(far, _mm256_sub_epi8(place, far_away)));
+        const __m256i weights =
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(axis.weights + k * n + x));
+        const __m256i difference = _mm256_slli_epi16(_mm256_sub_epi16(other, first), 7);
+        sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(difference, weights));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + x),
+                          _mm256_max_epi16(sum, _mm256_setzero_si256()));
+    }
+}
+#endif
+
+// num_rows <= kLanes rows, `row_stride` apart -> rows of axis.stride results, one behind the other.
+// `columns`: room for kLanes * (axis.span + axis.taps + axis.stride) numbers.
+void resize_across(const uint8_t* rows, int64_t row_stride, int64_t num_rows, const Axis& axis,
+                   int64_t count, int16_t* columns, int16_t* out) {
+#if defined(SSLUS_AVX2)
+  if (axis.reach == 16 && axis.taps == 2)
+    return look_up<false, 2>(rows, row_stride, num_rows, axis, out);
+  if (axis.reach == 16 && axis.taps == 3)
+    return look_up<false, 3>(rows, row_stride, num_rows, axis, out);
+  if (axis.reach == 16) return look_up<false, 0>(rows, row_stride, num_rows, axis, out);
+  if (axis.reach == 32) return look_up<true, 0>(rows, row_stride, num_rows, axis, out);
+#endif
+  const uint8_t* row[kLanes];
+  for (int64_t y = 0; y < kLanes; ++y) row[y] = rows + std::min(y, num_rows - 1) * row_stride;
+  int16_t* blended = columns + (axis.span + axis.taps) * kLanes;
+  to_columns(row, axis.span, columns);
+  blend_columns(columns, axis.first, axis.weights, axis.stride, axis.taps, count, blended);
+  to_rows(blended, axis.stride, out, axis.stride);
+}
+
+}  // namespace
+}  // namespace sslus::augment

@@ -1,0 +1,176 @@
+// What makes a pixel of a view along one axis: weights of frame pixels, and of the blur.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "clones.h"
+
+namespace sslus::augment {
+namespace {
+
+constexpr double kTolerance = 1e-3;  // pixels, as in reference.py
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory of a thread, kept between calls. Starts as zeros, and on a cache line.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+
+  T* at_least(int64_t n) {
+    if (n > size_) {
+      release();
+      const auto num_bytes = static_cast<size_t>(n) * sizeof(T);
+      data_ = static_cast<T*>(::operator new(num_bytes, std::align_val_t{64}));
+      std::memset(data_, 0, num_bytes);
+      size_ = n;
+    }
+    return data_;
+  }
+
+ private:
+  void release() {
+    ::operator delete(data_, std::align_val_t{64});
+    data_ = nullptr, size_ = 0;
+  }
+
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Which pixels of a frame make the pixels of a view, along one axis: weights[k * stride + o] of
+// pixel start + first[o] + k. Weights in 2^-15 steps; the first of an o is 1 - its others.
+struct Axis {
+  int64_t start, span, taps, stride;
+  const int32_t* first;
+  const int16_t* weights;
+  // The same for look_up: 8 results are made of the `reach` pixels (at most 32, or kNever) from
+  // windows[o / 8] on; the low byte of places[o] is 0x70 + where first[o] lies in them.
+  int64_t reach;
+  const int32_t* windows;
+  const int16_t* places;
+};
+
+constexpr int64_t kNever = INT64_MAX;
+
+struct AxisBuffers {
+  Buffer<int32_t> first, windows;
+  Buffer<int16_t> weights, places;
+  Buffer<float> share, distance, sum;
+};
+
+SSLUS_CLONES void triangle(double centre, double step, double support, int64_t offset,
+                           int64_t span, int64_t taps, int64_t count, int64_t stride,
+                           int32_t* __restrict first, float* __restrict distance,
+                           float* __restrict sum, float* __restrict share,
+                           int16_t* __restrict weights) {
+  // Only 32-bit integers become doubles and back in vectors everywhere.
+  const auto num = static_cast<int32_t>(count);
+  for (int32_t o = 0; o < num; ++o) {
+    const double c = centre + step * o;
+    int32_t f = static_cast<int32_t>(c - support + 0.5);  // the first weight > 0
+    f = f > 0 ? f : 0;
+    distance[o] = static_cast<float>(f + 0.5 - c);
+    first[o] = f;
+    sum[o] = 0;
+  }
+  const auto slope = static_cast<float>(1 / support);
+  const auto end = static_cast<int32_t>(span);
+  for (int32_t k = 0; k < taps; ++k)
+    for (int64_t o = 0; o < count; ++o) {
+      float s = 1 - std::fabs(distance[o] + static_cast<float>(k)) * slope;
+      s = s > 0 && first[o] + k < end ? s : 0;
+      share[k * stride + o] = s;
+      sum[o] += s;
+    }
+  for (int64_t o = 0; o < count; ++o) sum[o] = 32768 / sum[o];
+  for (int64_t k = 0; k < taps; ++k)
+    for (int64_t o = 0; o < count; ++o) {
+      const float w = share[k * stride + o] * sum[o] + 0.5f;
+      weights[k * stride + o] = static_cast<int16_t>(w < 32767 ? w : 32767);
+    }
+  for (int64_t o = 0; o < count; ++o) first[o] += static_cast<int32_t>(offset);
+}
+
+// The windows of look_up, in a row of which `room` pixels may be read. Returns the reach.
+SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int64_t taps,
+                                  int64_t stride, int64_t room, int32_t* __restrict windows,
+                                  int16_t* __restrict places) {
+  for (int64_t o = count; o < stride; ++o) first[o] = first[count - 1];
+  int64_t reach = 0;
+  for (int64_t o = 0; o < stride; o += 8) {  // first[] rises, or falls where the view is flipped
+    reach = std::max<int64_t>(reach, std::abs(first[o + 7] - first[o]));
+    windows[o / 8] = std::min(first[o], first[o + 7]);
+  }
+  reach += taps;
+  const int64_t size = reach <= 16 ? 16 : 32;
+  if (reach > size || room < size) return kNever;
+  for (int64_t o = 0; o < stride; o += 8) {
+    windows[o / 8] = std::min(windows[o / 8], static_cast<int32_t>(room - size));
+    for (int64_t i = 0; i < 8; ++i)
+      places[o + i] = static_cast<int16_t>(0x8070 + first[o + i] - windows[o / 8]);
+  }
+  return size;
+}
+
+// The triangle filter of reference.py for the box start..start + length and `count` pixels.
+// The span is widened to a multiple of 8 pixels where the frame allows it: whole vectors.
+Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store, int64_t count,
+               bool reverse) {
+  const double scale = length / static_cast<double>(count), support = std::max(scale, 1.0);
+  const auto low = static_cast<int64_t>(std::floor(start + kTolerance));
+  const auto high = std::min(store, static_cast<int64_t>(std::ceil(start + length - kTolerance)));
+  Axis axis;
+  axis.span = std::min(store, round_up(high - low, 8));
+  axis.start = std::min(low, store - axis.span);
+  axis.taps = std::min(static_cast<int64_t>(std::ceil(2 * support)), high - low);
+  axis.stride = round_up(count, 32);
+  auto* first = buffers.first.at_least(axis.stride);
+  auto* weights = buffers.weights.at_least(axis.taps * axis.stride);
+  auto* windows = buffers.windows.at_least(axis.stride / 8);
+  auto* places = buffers.places.at_least(axis.stride);
+  const double centre = start - static_cast<double>(low) + scale / 2;
+  const double step = reverse ? -scale : scale;
+  triangle(reverse ? centre + scale * static_cast<double>(count - 1) : centre, step, support,
+           low - axis.start, high - low, axis.taps, count, axis.stride, first,
+           buffers.distance.at_least(count), buffers.sum.at_least(count),
+           buffers.share.at_least(axis.taps * axis.stride), weights);
+  axis.reach = make_windows(first, count, axis.taps, axis.stride, store - axis.start, windows,
+                            places);
+  axis.first = first;
+  axis.weights = weights;
+  axis.windows = windows;
+  axis.places = places;
+  return axis;
+}
+
+struct Gaussian {
+  int64_t radius = 0;
+  int16_t weights[64];  // of pixels that are 1, 2, ... away; sigma <= 16: at most 48
+};
+
+Gaussian gaussian(double sigma, int64_t count) {
+  Gaussian g;
+  g.radius = std::min(static_cast<int64_t>(std::ceil(3 * sigma)), count - 1);
+  double sum = 1, share[64];
+  for (int64_t k = 1; k <= g.radius; ++k) {
+    const double x = static_cast<double>(k) / sigma;
+    share[k] = std::exp(-0.5 * x * x);
+    sum += 2 * share[k];
+  }
+  for (int64_t k = 1; k <= g.radius; ++k)
+    g.weights[k] = static_cast<int16_t>(std::lround(32768 * share[k] / sum));
+  while (g.radius > 0 && g.weights[g.radius] == 0) --g.radius;
+  return g;
+}
+
+}  // namespace
+}  // namespace sslus::augment

@@ -1,0 +1,328 @@
+// Loops over rows of pixels: whole numbers in 16 bits, the vector running along the row.
+//
+// kFine steps a grey level in the resize, kStep after it. A pixel is blended as
+// `row + weight * (neighbour - row)`, rounded, so that a flat image stays exactly flat. A block is
+// `num_rows` rows of n pixels, `stride` apart; a loop is compiled for several processors, so it
+// takes a block at a time and not a row.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+#include "augment/axis.h"
+#include "clones.h"
+
+namespace sslus::augment {
+namespace {
+
+constexpr int kFine = 128;  // steps of a grey level in the resize: 255 * 128 fits 16 bits
+constexpr int kStep = 64;   // and after it: the sum of two pixels still does
+constexpr int kWhite = 255 * kStep;
+
+// round(x * weight / 2^15). Compilers know this form: pmulhrsw, sqrdmulh.
+SSLUS_INLINE int16_t scaled(int16_t x, int16_t weight) {
+  return static_cast<int16_t>((((int32_t{x} * weight) >> 14) + 1) >> 1);
+}
+
+// std::bit_cast of C++20; loops with memcpy in its place are not vectorised.
+template <typename To, typename From>
+SSLUS_INLINE To bit_cast(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+SSLUS_INLINE int16_t fine(int pixel) { return static_cast<int16_t>(pixel * kFine); }
+
+// kFine steps to kStep steps times a factor in 2^-14 steps, not above white.
+SSLUS_INLINE int16_t brightened(int16_t x, uint16_t factor) {
+  static_assert(kFine == 2 * kStep);
+  const auto twice = static_cast<uint16_t>(x << 1);
+  const auto y = static_cast<uint16_t>((uint32_t{twice} * factor) >> 16);
+  return static_cast<int16_t>(y < kWhite ? y : kWhite);
+}
+
+// out = or += row + sum of kOthers differences; behind the last of them, brightness.
+template <int kOthers, bool kAdd, bool kLast>
+SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
+                            const int16_t* weights, int64_t weight_stride, uint16_t factor,
+                            int64_t n, int16_t* __restrict out) {
+  const int16_t* from[kOthers + 1];
+  int16_t weight[kOthers + 1];
+  for (int k = 0; k < kOthers; ++k) from[k] = others[k], weight[k] = weights[k * weight_stride];
+  for (int64_t i = 0; i < n; ++i) {
+    int16_t sum = kAdd ? out[i] : row[i];
+    for (int k = 0; k < kOthers; ++k)
+      sum = static_cast<int16_t>(
+          sum + scaled(static_cast<int16_t>(from[k][i] - row[i]), weight[k]));
+    out[i] = kLast ? brightened(sum > 0 ? sum : int16_t{0}, factor) : sum;
+  }
+}
+
+// Rows y0 .. y1 - 1 of the results: sum_k weights[k * stride + y] * row (first[y] + k), then
+// brightness, in kStep steps. Row r lies at rows + (r & ring) * n.
+SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
+                             int64_t y0, int64_t y1, int64_t n, int16_t* out,
+                             int64_t out_stride) {
+  const int64_t taps = axis.taps, stride = axis.stride, last = axis.span - 1;
+  const int32_t* first = axis.first;
+  const int16_t* others[4];
+  for (int64_t y = y0; y < y1; ++y, out += out_stride) {
+    const int16_t* row = rows + (first[y] & ring) * n;
+    const int16_t* w = axis.weights + y;
+    for (int64_t k = 1; k < taps || k == 1; k += 4) {
+      const int64_t num = std::min<int64_t>(4, taps - k);
+      for (int64_t j = 0; j < num; ++j)
+        others[j] = rows + (std::min(first[y] + k + j, last) & ring) * n;
+      const int16_t* wk = w + k * stride;
+      switch (num + (k > 1 ? 5 : 0) + (k + 4 < taps ? 10 : 0)) {
+        case 0: blend_row<0, false, true>(row, others, wk, stride, factor, n, out); break;
+        case 1: blend_row<1, false, true>(row, others, wk, stride, factor, n, out); break;
+        case 2: blend_row<2, false, true>(row, others, wk, stride, factor, n, out); break;
+        case 3: blend_row<3, false, true>(row, others, wk, stride, factor, n, out); break;
+        case 4: blend_row<4, false, true>(row, others, wk, stride, factor, n, out); break;
+        case 6: blend_row<1, true, true>(row, others, wk, stride, factor, n, out); break;
+        case 7: blend_row<2, true, true>(row, others, wk, stride, factor, n, out); break;
+        case 8: blend_row<3, true, true>(row, others, wk, stride, factor, n, out); break;
+        case 9: blend_row<4, true, true>(row, others, wk, stride, factor, n, out); break;
+        case 14: blend_row<4, false, false>(row, others, wk, stride, factor, n, out); break;
+        case 19: blend_row<4, true, false>(row, others, wk, stride, factor, n, out); break;
+      }
+    }
+  }
+}
+
+// out = or += in + sum of kPairs of weights[k] * (in k steps before + in k steps after - 2 in).
+template <int kPairs, bool kAdd>
+SSLUS_INLINE void blur_row(const int16_t* __restrict in, int64_t step, const int16_t* weights,
+                           int64_t k0, int64_t n, int16_t* __restrict out) {
+  int16_t weight[kPairs + 1];
+  for (int k = 0; k < kPairs; ++k) weight[k] = weights[k0 + k];
+  const int16_t *before = in - k0 * step, *after = in + k0 * step;
+  for (int64_t i = 0; i < n; ++i) {
+    int16_t sum = kAdd ? out[i] : in[i];
+    const int twice = 2 * in[i];
+    for (int k = 0; k < kPairs; ++k)
+      sum = static_cast<int16_t>(
+          sum + scaled(static_cast<int16_t>(before[i - k * step] + after[i + k * step] - twice),
+                       weight[k]));
+    out[i] = std::max<int16_t>(sum, 0);
+  }
+}
+
+// Blur along the axis whose neighbours are `step` apart; weights[k] of those k away.
+SSLUS_CLONES void blur(const int16_t* in, int64_t in_stride, int64_t step, const int16_t* weights,
+                       int64_t radius, int64_t num_rows, int64_t n, int16_t* out,
+                       int64_t out_stride) {
+  for (int64_t y = 0; y < num_rows; ++y, in += in_stride, out += out_stride) {
+    switch (radius) {
+      case 0: blur_row<0, false>(in, step, weights, 1, n, out); break;
+      case 1: blur_row<1, false>(in, step, weights, 1, n, out); break;
+      case 2: blur_row<2, false>(in, step, weights, 1, n, out); break;
+      case 3: blur_row<3, false>(in, step, weights, 1, n, out); break;
+      case 4: blur_row<4, false>(in, step, weights, 1, n, out); break;
+      case 5: blur_row<5, false>(in, step, weights, 1, n, out); break;
+      default: blur_row<6, false>(in, step, weights, 1, n, out);
+    }
+    int64_t k = 7;
+    for (; k + 3 <= radius + 1; k += 3) blur_row<3, true>(in, step, weights, k, n, out);
+    for (; k <= radius; ++k) blur_row<1, true>(in, step, weights, k, n, out);
+  }
+}
+
+// The product with `one` lets compilers add pairs while they widen: pmaddwd.
+SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, int64_t n,
+                           int16_t one) {
+  constexpr int64_t chunk = 65536;  // times white < 2^31
+  int64_t sum = 0;
+  for (int64_t y = 0; y < num_rows; ++y, in += stride)
+    for (int64_t start = 0; start < n; start += chunk) {
+      const int64_t stop = std::min(n, start + chunk);
+      int32_t part = 0;
+      for (int64_t i = start; i < stop; ++i) part += int32_t{in[i]} * one;
+      sum += part;
+    }
+  return sum;
+}
+
+// min(white, max(0, factor * x + add)); factor in 2^-14 steps, at most 3 (bounds of the table).
+// Unsigned 16 bits hold it all: 3 * white < 2^16, and what is taken away is cut at 0 first.
+SSLUS_CLONES void stretch(int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
+                          uint16_t factor, int add) {
+  const auto least = static_cast<uint16_t>(std::min(65535, std::max(0, -add)));
+  const auto offset = static_cast<uint16_t>(add < 0 ? -int{least} : add);
+  for (int64_t y = 0; y < num_rows; ++y, row += stride)
+    for (int64_t i = 0; i < n; ++i) {
+      const auto x = static_cast<uint16_t>(row[i] << 2);
+      const auto product = static_cast<uint16_t>((uint32_t{x} * factor) >> 16);
+      const auto z = static_cast<uint16_t>((product > least ? product : least) + offset);
+      row[i] = static_cast<int16_t>(z < kWhite ? z : kWhite);
+    }
+}
+
+// white * (x / white)^gamma, as 2^(gamma log2 x): off by less than 0.03 grey levels.
+SSLUS_CLONES void power(int16_t* row, int64_t stride, int64_t num_rows, int64_t n, float gamma,
+                        float lowest) {
+  for (int64_t y = 0; y < num_rows; ++y, row += stride)
+    for (int64_t i = 0; i < n; ++i) {
+      // x = 2^whole * m with m in sqrt(1/2)..sqrt(2); log2 m / (m - 1) is a polynomial.
+      const auto bits = bit_cast<int32_t>(static_cast<float>(row[i]) * (1.0f / kWhite));
+      const int32_t whole = (bits - 0x3f3504f3) >> 23;
+      const auto m = bit_cast<float>(bits - whole * (1 << 23));
+      const float s = m - 1;
+      const float log2 =
+          static_cast<float>(whole) +
+          s * (1.4426476f +
+               s * (-0.72054121f + s * (0.48521406f + s * (-0.39112317f + s * 0.25566687f))));
+      // 2^t = 2^near * 2^rest with rest in -1/2..1/2, where the exponential series is short.
+      // `lowest`, -100, is an argument because compilers make a branch of the constant.
+      // Black has whole = -127: 2^t rounds to black again for every gamma of the table.
+      const float product = gamma * log2, t = product > lowest ? product : lowest;
+      const auto near = static_cast<int32_t>(t - 0.5f);
+      const float r = (t - static_cast<float>(near)) * 0.69314718f;
+      const float rest = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * 0.041666668f)));
+      const auto scale = bit_cast<float>((near + 127) * (1 << 23));
+      row[i] = static_cast<int16_t>(kWhite * (scale * rest) + 0.5f);
+    }
+}
+
+SSLUS_CLONES void invert_from(int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
+                              int16_t threshold) {
+  for (int64_t y = 0; y < num_rows; ++y, row += stride)
+    for (int64_t i = 0; i < n; ++i)
+      row[i] = static_cast<int16_t>(row[i] >= threshold ? kWhite - row[i] : row[i]);
+}
+
+constexpr uint32_t kPhilox0 = 0xD2511F53, kPhilox1 = 0xCD9E8D57;
+constexpr uint32_t kKey0 = 0x9E3779B9, kKey1 = 0xBB67AE85;
+
+// The sum of the word's four bytes less its mean.
+SSLUS_INLINE float noise_of(uint32_t word) {
+  const uint32_t pairs = (word & 0xff00ff) + ((word >> 8) & 0xff00ff);
+  return static_cast<float>(static_cast<int32_t>((pairs & 0xffff) + (pairs >> 16)) - 510);
+}
+
+// Row y of the noise of reference.py, n pixels and up to 15 more: a call of Philox4x32-10 for four.
+SSLUS_CLONES void make_noise(uint32_t seed, uint32_t y, int64_t n, float* __restrict noise) {
+  for (int64_t x = 0; 4 * x < n; ++x) {
+    uint32_t a = static_cast<uint32_t>(x), b = y, c = 0, d = 0, k0 = seed, k1 = 0;
+    for (int round = 0; round < 10; ++round, k0 += kKey0, k1 += kKey1) {
+      const uint64_t p = uint64_t{a} * kPhilox0, q = uint64_t{c} * kPhilox1;
+      a = static_cast<uint32_t>(q >> 32) ^ b ^ k0;
+      b = static_cast<uint32_t>(q);
+      c = static_cast<uint32_t>(p >> 32) ^ d ^ k1;
+      d = static_cast<uint32_t>(p);
+    }
+    noise[4 * x] = noise_of(a);
+    noise[4 * x + 1] = noise_of(b);
+    noise[4 * x + 2] = noise_of(c);
+    noise[4 * x + 3] = noise_of(d);
+  }
+}
+
+SSLUS_CLONES void speckle(int16_t* __restrict row, const float* __restrict noise, float strength,
+                          float white, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = static_cast<float>(row[i]) * (1 + strength * noise[i]);
+    const float least = x > 0 ? x : 0;
+    row[i] = static_cast<int16_t>((least < white ? least : white) + 0.5f);
+  }
+}
+
+SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float shift, int64_t n,
+                            float* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(row[i]) * scale + shift;
+}
+
+// As bfloat16: to the nearest, ties to even.
+SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float shift, int64_t n,
+                            uint16_t* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto bits = bit_cast<uint32_t>(static_cast<float>(row[i]) * scale + shift);
+    out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+// ----------------------------------------------------------------- what compilers do not find
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SSLUS_AVX2 __attribute__((target("avx2,fma")))
+
+[[maybe_unused]] bool has_avx2() {
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+}
+
+// make_noise four calls at a time, in 64-bit lanes: a product of their lower halves is one
+// instruction, and what it leaves in the upper halves the next product does not look at.
+SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noise) {
+  const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
+  const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
+  const __m256i mean = _mm256_set1_epi32(510);
+  const auto store = [&](__m256i words, float* to) SSLUS_AVX2 {  // noise_of
+    const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(words, ones8), ones16);
+    _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, mean)));
+  };
+  __m256i x = _mm256_setr_epi64x(0, 1, 2, 3);
+  for (int64_t i = 0; i < n; i += 16, x = _mm256_add_epi64(x, _mm256_set1_epi64x(4))) {
+    __m256i a = x, b = _mm256_set1_epi64x(y), c = _mm256_setzero_si256(), d = c;
+    uint32_t k0 = seed, k1 = 0;
+    for (int round = 0; round < 10; ++round, k0 += kKey0, k1 += kKey1) {
+      const __m256i p = _mm256_mul_epu32(a, m0), q = _mm256_mul_epu32(c, m1);
+      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
+      a = _mm256_xor_si256(_mm256_srli_epi64(q, 32), _mm256_xor_si256(b, key0));
+      c = _mm256_xor_si256(_mm256_srli_epi64(p, 32), _mm256_xor_si256(d, key1));
+      b = q, d = p;
+    }
+    const __m256i ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0b10101010);
+    const __m256i cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0b10101010);
+    const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
+    store(_mm256_permute2x128_si256(even, odd, 0x20), noise + i);
+    store(_mm256_permute2x128_si256(even, odd, 0x31), noise + i + 8);
+  }
+}
+
+// normalise past the caches, which the next frames need more than what has just been written.
+// `out` at a multiple of 32 bytes, n a multiple of 16.
+SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
+                                      float* out) {
+  const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
+    const __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x));
+    _mm256_stream_ps(out + i, _mm256_fmadd_ps(y, a, b));
+  }
+}
+
+SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
+                                      uint16_t* out) {
+  const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
+  const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+  const auto rounded = [&](const int16_t* from) SSLUS_AVX2 {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x)), a, b);
+    const __m256i bits = _mm256_castps_si256(y);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
+  };
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m256i both = _mm256_packus_epi32(rounded(row + i), rounded(row + i + 8));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_permute4x64_epi64(both, 0b11011000));
+  }
+}
+#else
+[[maybe_unused]] bool has_avx2() { return false; }
+const auto make_noise_avx2 = make_noise;
+
+template <typename T>
+void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n, T* out) {
+  normalise(row, scale, shift, n, out);
+}
+#endif
+
+}  // namespace
+}  // namespace sslus::augment
