@@ -63,18 +63,25 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
   for (int64_t v = 0; v < num_views; ++v)
     check(job.params + v * kColumns, v, job.index[v], static_cast<int64_t>(frames.shape(0)), store);
   if (num_views == 0 || job.height == 0 || job.width == 0) return;
-  // Runs of views: within one, a view is written while the next is made.
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(32, num_views / (4 * threads)));
+  // Within a run of views, each is written while the next is made. Long runs first, then shorter
+  // ones, so that the threads end together.
   struct Context {
     const Job& job;
-    int64_t num_views, run;
-  } context{job, num_views, threads > 1 ? run : num_views};
+    int64_t num_views, share;
+    int64_t after(int64_t first) const {
+      return first + std::max<int64_t>(1, (num_views - first) / share);
+    }
+  } context{job, num_views, threads > 1 ? 2 * threads : 1};
+  int64_t num_runs = 0;
+  for (int64_t first = 0; first < num_views; first = context.after(first)) ++num_runs;
   sslus::Pool::run(
-      (num_views + context.run - 1) / context.run, threads,
-      [](void* p, int64_t i) {
+      num_runs, threads,
+      [](void* p, int64_t run) {
         thread_local Scratch scratch;
         const auto& c = *static_cast<const Context*>(p);
-        make_views(c.job, i * c.run, std::min(c.num_views, (i + 1) * c.run), scratch);
+        int64_t first = 0;
+        for (; run > 0; --run) first = c.after(first);
+        make_views(c.job, first, c.after(first), scratch);
       },
       &context);
 }
