@@ -16,8 +16,6 @@ from torch import Tensor
 from sslus.engine.errors import InputError
 from sslus.kernels.augment import COLUMNS, identity, views
 
-BLOCKS = 5  # of four random words a view: 18 are used
-
 
 @dataclass(frozen=True)
 class ViewConfig:
@@ -109,27 +107,6 @@ def parse(text: str) -> tuple[ViewConfig, ViewConfig]:
     return first, second
 
 
-def philox(counter: np.ndarray, key: int) -> np.ndarray:
-    """Philox4x32-10: (N, 4) uint32 counters -> (N, 4) uint32 random words.
-
-    A counter-based generator: word i needs no word before it. Salmon et al. 2011, "Parallel
-    random numbers: as easy as 1, 2, 3"; the generator of Triton's `tl.rand` and of cuRAND.
-    """
-    a, b, c, d = (counter[:, i].astype(np.uint64) for i in range(4))
-    low = np.uint64(0xFFFFFFFF)
-    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
-    for _ in range(10):
-        p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (
-            (q >> np.uint64(32)) ^ b ^ np.uint64(k0),
-            q & low,
-            (p >> np.uint64(32)) ^ d ^ np.uint64(k1),
-            p & low,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([a, b, c, d], axis=1).astype(np.uint32)
-
-
 def draw(
     config: ViewConfig,
     frames: np.ndarray,
@@ -143,48 +120,18 @@ def draw(
 
     frames: (B,) indices into the frame store. view: 0 or 1. epoch: one, or (B,), that of each.
     store, size: side of a stored frame and of a view, in pixels.
+
+    The random words of a row are those of Philox4x32-10 with counter (frame, view, epoch, block)
+    and the seed as its key: a counter-based generator (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"; also that of cuRAND), in which a word needs no word before it.
     """
-    counter = np.empty((BLOCKS, len(frames), 4), np.uint32)
-    counter[..., 0] = frames
-    counter[..., 1] = view
-    counter[..., 2] = epoch
-    counter[..., 3] = np.arange(BLOCKS)[:, None]
-    words = philox(counter.reshape(-1, 4), seed).reshape(BLOCKS, len(frames), 4)
-    words = words.transpose(0, 2, 1).reshape(4 * BLOCKS, len(frames)) >> 8
-    # 24 bits fill a float32's mantissa: uniform in [0, 1) and never rounded up to 1.
-    u = iter(words * 2.0**-24)
-    c = config
+    from sslus.kernels import _cpu
+
+    frames = np.ascontiguousarray(frames, np.int64)
+    epochs = np.ascontiguousarray(np.broadcast_to(epoch, frames.shape), np.int64)
+    ranges = np.array(dataclasses.astuple(config), np.float64)
     table = np.empty((len(frames), len(COLUMNS)), np.float32)
-    column = dict(zip(COLUMNS, table.T, strict=True))
-
-    def either(p: float) -> np.ndarray:
-        return next(u) < p
-
-    def about_one(reach: float) -> np.ndarray:
-        return 1 + reach * (2 * next(u) - 1)
-
-    def side(length: np.ndarray) -> np.ndarray:  # np.clip takes three times as long
-        return np.minimum(np.maximum(np.rint(length * store), 1), store)
-
-    area = c.min_area + (c.max_area - c.min_area) * next(u)
-    aspect = np.exp(math.log(c.max_aspect) * (2 * next(u) - 1))
-    height = column["height"][:] = side(np.sqrt(area / aspect))
-    width = column["width"][:] = side(np.sqrt(area * aspect))
-    column["top"][:] = np.floor(next(u) * (store - height + 1))
-    column["left"][:] = np.floor(next(u) * (store - width + 1))
-    column["flip"][:] = either(c.p_flip)
-    jitter = either(c.p_jitter)
-    column["brightness"][:] = np.where(jitter, about_one(c.brightness), 1)
-    column["contrast"][:] = np.where(jitter, about_one(c.contrast), 1)
-    column["gamma"][:] = np.where(jitter, np.exp(c.gamma * (2 * next(u) - 1)), 1)
-    sigma = c.max_sigma * size * (0.05 + 0.95 * next(u))
-    column["sigma"][:] = np.where(either(c.p_blur), sigma, 0)
-    column["solarize"][:] = np.where(either(c.p_solarize), c.solarize, 2)
-    ramp = either(c.p_gain)
-    column["gain_near"][:] = np.where(ramp, about_one(c.gain), 1)
-    column["gain_far"][:] = np.where(ramp, about_one(c.gain), 1)
-    column["speckle"][:] = np.where(either(c.p_speckle), c.speckle * next(u), 0)
-    column["seed"][:] = words[-1]  # which nothing else has used
+    _cpu.draw_views(ranges, frames, epochs, view, seed, store, size, table)
     return table
 
 

@@ -11,10 +11,11 @@ from sslus.engine.errors import InputError
 from sslus.engine.plan import nearby
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
-from sslus.kernels.augment import COLUMNS, check_params
+from sslus.kernels import _cpu
+from sslus.kernels.augment import COLUMNS, PARAMS, check_params, identity, views
 from sslus.ssl import loader as loaders
 from sslus.ssl.loader import Batch, Loader
-from sslus.ssl.views import PRESETS, ViewConfig, draw, parse, philox, whole
+from sslus.ssl.views import PRESETS, ViewConfig, draw, parse, whole
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,9 @@ def test_philox_known_answers():
             [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
         ),
     ]:
-        assert philox(np.array([counter], np.uint32), key)[0].tolist() == want
+        words = np.array([counter], np.uint32)
+        _cpu.philox(words, key)
+        assert words[0].tolist() == want
 
 
 EVERYTHING = ViewConfig(
@@ -89,6 +92,30 @@ def test_every_preset_draws_what_the_op_takes(name, size):
         check_params(
             torch.zeros(3000, dtype=torch.int64), torch.from_numpy(table), num_frames=1, store=256
         )
+
+
+def test_the_compiled_border_knows_the_bounds_of_the_table(monkeypatch):
+    """It decides whether check_params, which names what is wrong, is asked at all."""
+    monkeypatch.setattr("sslus.kernels.augment.check_params", lambda *_, **__: None)
+    frames, index = torch.zeros(1, 64, 64, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    for column, (name, _, low, high, _) in enumerate(PARAMS):
+        side = name in ("top", "left", "height", "width")
+        for value, right in [
+            (low, True), (64 if side and low else 0 if side else high, True),
+            (np.nextafter(np.float32(low), np.float32(-1)), False),
+            (64.1 if side else np.nextafter(np.float32(high), np.float32(np.inf)), False),
+            (np.nan, False), (0.5, name not in ("flip", "seed", "height", "width")),
+        ]:  # fmt: skip
+            params = identity(1, 64)
+            if side and right:
+                params[0, :4] = torch.tensor([0.0, 0, 1, 1])
+            params[0, column] = float(value)
+            try:
+                views(frames, index, params, size=8)
+                taken = True
+            except ValueError:
+                taken = False
+            assert taken == right, (name, value)
 
 
 def test_presets_are_changed_by_name():

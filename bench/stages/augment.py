@@ -93,13 +93,15 @@ def avx512() -> bool:
 
 def extras(bench: Bench, folder: Path, num: int) -> None:
     """What single steps cost, and other sizes; ours only."""
-    works = {
-        "sslus, bfloat16|half": Work(often(ours, num, folder, False, 1, half=True), fresh=False),
-        "sslus, no blur|noblur": Work(often(ours, num, folder, False, 1, blur=0.0), fresh=False),
-        "sslus, with gamma|gamma": Work(often(ours, num, folder, False, 1, gamma=True), fresh=False),
-        "sslus, speckle|speckle": Work(often(ours, num, folder, False, 1, speckle=0.2), fresh=False),
-        "sslus, all 96^2|96": Work(often(ours, num, folder, False, 1, view=96), fresh=False),
+    kinds = {
+        "sslus, bfloat16": {"half": True}, "sslus, no blur": {"blur": 0.0},
+        "sslus, with gamma": {"gamma": True}, "sslus, speckle": {"speckle": 0.2},
+        "sslus, all 96^2": {"view": 96},
     }  # fmt: skip
+    works = {
+        key: Work(often(ours, num, folder, False, 1, **options), fresh=False)
+        for key, options in kinds.items()
+    }
     bench.compare(
         "two views", f"{num} samples from frames, {bench.kind} videos", "samples/s", works
     )

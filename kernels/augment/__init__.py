@@ -57,8 +57,6 @@ def views(
     _check(frames, index, params, out, shape, dtype)
     if std <= 0:
         raise ValueError(f"views: want std > 0, got {std}")
-    if params.device.type == "cpu":
-        check_params(index, params, num_frames=len(frames), store=frames.shape[-1])
     _views(
         frames, index, params, out, mean=float(mean), std=float(std),
         threads=torch.get_num_threads() if threads is None else threads,
@@ -119,6 +117,7 @@ def check_params(index: Tensor, params: Tensor, *, num_frames: int, store: int) 
 
 
 def _by_reference(frames, index, params, out, *, mean, std, threads) -> None:
+    _check_params_on_cpu(frames, index, params)
     out.copy_(
         reference.views(
             frames, index, params, size=out.shape[2:], mean=mean, std=std, dtype=out.dtype
@@ -126,15 +125,25 @@ def _by_reference(frames, index, params, out, *, mean, std, threads) -> None:
     )
 
 
+def _check_params_on_cpu(frames, index, params) -> None:
+    if params.device.type == "cpu":
+        check_params(index, params, num_frames=len(frames), store=frames.shape[-1])
+
+
 def _by_cpu(frames, index, params, out, *, mean, std, threads) -> None:
     from sslus.kernels import _cpu
 
-    _cpu.views(frames, index.contiguous(), params.contiguous(), out, mean, std, threads)
+    try:  # refuses all that check_params does, which takes longer and says what it is
+        _cpu.views(frames, index.contiguous(), params.contiguous(), out, mean, std, threads)
+    except ValueError:
+        _check_params_on_cpu(frames, index, params)
+        raise
 
 
 def _by_gpu(frames, index, params, out, *, mean, std, threads) -> None:
     from sslus.kernels.augment import gpu
 
+    _check_params_on_cpu(frames, index, params)  # in Triton's interpreter
     gpu.augment_gpu(frames, index.contiguous(), params.contiguous(), out, mean=mean, std=std)
 
 

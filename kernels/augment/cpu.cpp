@@ -3,10 +3,14 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "augment/draw.h"
 #include "augment/pool.h"
 #include "augment/views.h"
 #include "registry.h"
@@ -21,24 +25,22 @@ using Index = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Params = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-void require(bool ok, const std::string& message) {
-  if (!ok) throw std::invalid_argument("views: " + message);
+void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(std::string("views: ") + message);
 }
 
-// What memory safety needs; the ranges of all columns are checked in Python, with their names.
-void check(const float* p, int64_t v, int64_t index, int64_t num_frames, int64_t store) {
-  const std::string view = "view " + std::to_string(v);
-  require(index >= 0 && index < num_frames, view + " wants a frame that is not there");
+// The bounds of reference.py, for each column of the table.
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLowest[kColumns] = {0, 0, 1, 1, 0, 0, 0, 0.2f, 0, 0, 0, 0, 0, 0};
+constexpr float kHighest[kColumns] = {kInf, kInf, kInf, kInf, 1, 3, 3, 5, 16, 2, 3, 3, 1, 16777215};
+
+bool right(const float* p, int64_t index, int64_t num_frames, int64_t store) {
   const auto side = static_cast<double>(store) + kTolerance;
-  for (int axis = 0; axis < 2; ++axis) {
-    const double start = p[kTop + axis], length = p[kHeight + axis];
-    require(start >= 0 && length >= 1 && start + length <= side, view + " wants a box outside");
-  }
-  for (int column : {kBrightness, kContrast, kGainNear, kGainFar})
-    require(p[column] >= 0 && p[column] <= 3, view + " wants a factor that is not in 0..3");
-  require(p[kSigma] >= 0 && p[kSigma] <= 16, view + " wants a sigma that is not in 0..16");
-  require(p[kSolarize] >= 0 && p[kGamma] > 0 && p[kSpeckle] >= 0 && p[kSeed] >= 0 && p[kSeed] < 1e9f,
-          view + " wants parameters out of range");
+  bool ok = index >= 0 && index < num_frames;
+  for (int c = 0; c < kColumns; ++c) ok &= p[c] >= kLowest[c] && p[c] <= kHighest[c];  // no NaN
+  for (int axis = 0; axis < 2; ++axis)
+    ok &= static_cast<double>(p[kTop + axis]) + static_cast<double>(p[kHeight + axis]) <= side;
+  return ok && p[kFlip] == std::rint(p[kFlip]) && p[kSeed] == std::rint(p[kSeed]);
 }
 
 void views(Frames frames, Index index, Params params, Out out, double mean, double std,
@@ -61,7 +63,9 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
 
   nb::gil_scoped_release release;
   for (int64_t v = 0; v < num_views; ++v)
-    check(job.params + v * kColumns, v, job.index[v], static_cast<int64_t>(frames.shape(0)), store);
+    if (!right(job.params + v * kColumns, job.index[v], static_cast<int64_t>(frames.shape(0)),
+               store))
+      throw std::invalid_argument("views: out of range: view " + std::to_string(v));
   if (num_views == 0 || job.height == 0 || job.width == 0) return;
   // Within a run of views, each is written while the next is made. Long runs first, then shorter
   // ones, so that the threads end together.
@@ -86,12 +90,45 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
       &context);
 }
 
+using Words32 = nb::ndarray<uint32_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
+using Fields = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void draw_table(Fields ranges, Index frames, Index epochs, uint32_t view, uint64_t seed,
+                double store, double size, Table out) {
+  constexpr size_t num_ranges = sizeof(Ranges) / sizeof(double);
+  require(ranges.shape(0) == num_ranges, "other ranges are drawn from");
+  require(epochs.shape(0) == frames.shape(0) && out.shape(0) == frames.shape(0) &&
+              out.shape(1) == kColumns, "a row of the table is drawn for each frame");
+  Ranges r;
+  std::memcpy(&r, ranges.data(), sizeof r);
+  nb::gil_scoped_release release;
+  for (size_t i = 0; i < frames.shape(0); ++i)
+    draw(r, static_cast<uint32_t>(frames.data()[i]), view,
+         static_cast<uint32_t>(epochs.data()[i]), seed, store, size, out.data() + i * kColumns);
+}
+
+void philox_words(Words32 words, uint64_t key) {
+  for (size_t i = 0; i < words.shape(0); ++i) {
+    uint32_t* w = words.data() + 4 * i;
+    const auto four = sslus::philox(w[0], w[1], w[2], w[3], static_cast<uint32_t>(key),
+                                    static_cast<uint32_t>(key >> 32));
+    std::copy_n(four.begin(), 4, w);
+  }
+}
+
 // noconvert everywhere: nanobind would else copy a wrong-dtype output and lose the result.
 const sslus::Binding binding([](nb::module_& m) {
   m.def("views", &views, nb::arg("frames").noconvert(), nb::arg("index").noconvert(),
         nb::arg("params").noconvert(), nb::arg("out").noconvert(), nb::arg("mean"),
         nb::arg("std"), nb::arg("threads"),
         "Views (V, 1, h, w) of frames (B, S, S), written to out. See sslus.kernels.augment.");
+  m.def("draw_views", &draw_table, nb::arg("ranges").noconvert(), nb::arg("frames").noconvert(),
+        nb::arg("epochs").noconvert(), nb::arg("view"), nb::arg("seed"), nb::arg("store"),
+        nb::arg("size"), nb::arg("out").noconvert(),
+        "The table of random views (V, P), written to out. See sslus.ssl.views.draw.");
+  m.def("philox", &philox_words, nb::arg("words").noconvert(), nb::arg("key"),
+        "Philox4x32-10 of counters (N, 4), which the random words take the place of.");
 });
 
 }  // namespace

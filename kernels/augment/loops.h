@@ -16,6 +16,7 @@
 
 #include "augment/axis.h"
 #include "clones.h"
+#include "philox.h"
 
 namespace sslus::augment {
 namespace {
@@ -196,9 +197,6 @@ SSLUS_CLONES void invert_from(int16_t* row, int64_t stride, int64_t num_rows, in
       row[i] = static_cast<int16_t>(row[i] >= threshold ? kWhite - row[i] : row[i]);
 }
 
-constexpr uint32_t kPhilox0 = 0xD2511F53, kPhilox1 = 0xCD9E8D57;
-constexpr uint32_t kKey0 = 0x9E3779B9, kKey1 = 0xBB67AE85;
-
 // The sum of the word's four bytes less its mean.
 SSLUS_INLINE float noise_of(uint32_t word) {
   const uint32_t pairs = (word & 0xff00ff) + ((word >> 8) & 0xff00ff);
@@ -208,18 +206,8 @@ SSLUS_INLINE float noise_of(uint32_t word) {
 // Row y of the noise of reference.py, n pixels and up to 15 more: a call of Philox4x32-10 for four.
 SSLUS_CLONES void make_noise(uint32_t seed, uint32_t y, int64_t n, float* __restrict noise) {
   for (int64_t x = 0; 4 * x < n; ++x) {
-    uint32_t a = static_cast<uint32_t>(x), b = y, c = 0, d = 0, k0 = seed, k1 = 0;
-    for (int round = 0; round < 10; ++round, k0 += kKey0, k1 += kKey1) {
-      const uint64_t p = uint64_t{a} * kPhilox0, q = uint64_t{c} * kPhilox1;
-      a = static_cast<uint32_t>(q >> 32) ^ b ^ k0;
-      b = static_cast<uint32_t>(q);
-      c = static_cast<uint32_t>(p >> 32) ^ d ^ k1;
-      d = static_cast<uint32_t>(p);
-    }
-    noise[4 * x] = noise_of(a);
-    noise[4 * x + 1] = noise_of(b);
-    noise[4 * x + 2] = noise_of(c);
-    noise[4 * x + 3] = noise_of(d);
+    const auto words = philox(static_cast<uint32_t>(x), y, 0, 0, seed, 0);
+    for (int i = 0; i < 4; ++i) noise[4 * x + i] = noise_of(words[i]);
   }
 }
 
@@ -270,7 +258,7 @@ SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noi
   for (int64_t i = 0; i < n; i += 16, x = _mm256_add_epi64(x, _mm256_set1_epi64x(4))) {
     __m256i a = x, b = _mm256_set1_epi64x(y), c = _mm256_setzero_si256(), d = c;
     uint32_t k0 = seed, k1 = 0;
-    for (int round = 0; round < 10; ++round, k0 += kKey0, k1 += kKey1) {
+    for (int round = 0; round < 10; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1) {
       const __m256i p = _mm256_mul_epu32(a, m0), q = _mm256_mul_epu32(c, m1);
       const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
       a = _mm256_xor_si256(_mm256_srli_epi64(q, 32), _mm256_xor_si256(b, key0));

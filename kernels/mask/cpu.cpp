@@ -19,6 +19,7 @@
 
 #include "augment/pool.h"
 #include "clones.h"
+#include "philox.h"
 #include "registry.h"
 
 namespace nb = nanobind;
@@ -36,30 +37,15 @@ using Numbers = std::array<int64_t, sizeof(Plan) / sizeof(int64_t)>;
 
 // ------------------------------------------------------------------------------ vector loops
 
-// Philox4x32-10 with counter (cell, id >> 32, 0, 0) and key (id mod 2^32, 0).
-SSLUS_INLINE std::array<uint32_t, 4> philox(uint32_t cell, uint64_t id) {
-  uint32_t a = cell, b = static_cast<uint32_t>(id >> 32), c = 0, d = 0;
-  uint32_t k0 = static_cast<uint32_t>(id), k1 = 0;
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 10  // or a loop over cells, which has loops inside, is not vectorised
-#endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p = uint64_t{a} * 0xD2511F53u, q = uint64_t{c} * 0xCD9E8D57u;
-    a = static_cast<uint32_t>(q >> 32) ^ b ^ k0;
-    b = static_cast<uint32_t>(q);
-    c = static_cast<uint32_t>(p >> 32) ^ d ^ k1;
-    d = static_cast<uint32_t>(p);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {a, b, c, d};
+SSLUS_INLINE std::array<uint32_t, 4> words_of(uint32_t cell, uint64_t id) {
+  return sslus::philox(cell, static_cast<uint32_t>(id >> 32), 0, 0, static_cast<uint32_t>(id), 0);
 }
 
 // The cell's rank among all: no two cells have the same.
 SSLUS_CLONES void rank_cells(uint64_t id, int64_t num_cells, uint32_t* __restrict rank) {
   for (int64_t i = 0; i < num_cells; ++i) {
     const auto cell = static_cast<uint32_t>(i);
-    rank[i] = (philox(cell, id)[0] >> 11) * kMaxCells + cell;
+    rank[i] = (words_of(cell, id)[0] >> 11) * kMaxCells + cell;
   }
 }
 
@@ -201,7 +187,7 @@ int64_t scaled(uint64_t word, int64_t count, int bits) {  // uniform in 0..count
 }
 
 void place(const Plan& p, uint64_t id, int64_t cell, int32_t* box) {
-  const auto words = philox(static_cast<uint32_t>(cell), id);
+  const auto words = words_of(static_cast<uint32_t>(cell), id);
   const int64_t height = p.low_height + scaled(words[1], p.high_height - p.low_height + 1, 32);
   const int64_t width = p.low_width + scaled(words[2], p.high_width - p.low_width + 1, 32);
   int64_t y = cell / p.columns * p.patch, x = cell % p.columns * p.patch;
