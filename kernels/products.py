@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sslus.kernels import _cpu
 from sslus.kernels.ranks import Ranks
 
 TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
@@ -46,6 +47,27 @@ def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
     z = z.to(dtype)
     z = z - z[:1]
     return z.sub_(z.mean(0))
+
+
+def standardised(
+    z: Tensor, dtype: torch.dtype, eps: float | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """z less its column means, and its columns' variances over N.
+
+    With eps the columns are also divided by sqrt(variance + eps), and that sum is returned.
+    out: where to, float32; only where dtype is that.
+    """
+    if dtype == torch.float32:
+        v = z.new_empty(z.shape[1], dtype=dtype)
+        x = z.new_empty(z.shape, dtype=dtype) if out is None else out
+        _cpu.centre_columns(z, x, v, -1.0 if eps is None else eps, torch.get_num_threads())
+        v /= len(z)
+        return x, v if eps is None else v.add_(eps)
+    x = centred(z, dtype)
+    v = x.square().mean(0)
+    if eps is not None:
+        x /= v.add_(eps).sqrt()
+    return x, v
 
 
 def centred_rows(z: Tensor, dtype: torch.dtype, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@
 #include <string>
 
 #include "augment/draw.h"
-#include "augment/pool.h"
+#include "pool.h"
 #include "augment/views.h"
 #include "registry.h"
 

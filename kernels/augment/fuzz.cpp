@@ -10,7 +10,7 @@
 #include <memory>
 #include <random>
 
-#include "augment/pool.h"
+#include "pool.h"
 #include "augment/views.h"
 
 using namespace sslus::augment;

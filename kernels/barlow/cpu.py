@@ -19,24 +19,26 @@ d_j - 1 is small where the views agree, so it is not taken as a difference:
 d_j - 1 = -mean_i (a_ij - b_ij)^2 / 2 - (1e-5 / sa_j^2 + 1e-5 / sb_j^2) / 2.
 
 With N = 2 each column is (1, -1) but for the 1e-5, and all that is left of its gradient comes
-from there: float64.
+from there: float64. So it is for FEW numbers, where it costs nothing and rounding is not averaged.
 """
 
 import torch
 from torch import Tensor
 
+from sslus.kernels import _cpu
 from sslus.kernels.barlow.reference import check
 from sslus.kernels.products import (
     LEFT,
     add_gram,
     blocks,
-    centred,
     dot,
     mirror,
+    standardised,
 )
 from sslus.kernels.ranks import Ranks
 
 EPS = 1e-5
+FEW = 4096
 # Columns of a tile, where D / 2 is not fewer: with 512 BLAS is slower, and every elementwise pass
 # over a tile's columns is one more place where threads wait for each other.
 WIDEST = 1024
@@ -47,7 +49,7 @@ def barlow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = check(za, zb, ranks.world)
     form = gram if n < d else tiled
-    dtype = torch.float64 if n == 2 else torch.float32
+    dtype = torch.float64 if n == 2 or n * d <= FEW else torch.float32
     loss, *grads = form(za, zb, n, off_diagonal, ranks, dtype)
     return loss.to(torch.float32), *grads
 
@@ -63,14 +65,19 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     k = views[0].new_zeros(2, n, n, dtype=dtype)
     excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K, less D
     less = k.new_tensor(-1)
+    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]  # at first, x is kept there
+    threads = torch.get_num_threads()
     for cols in blocks(n, width, dtype):
-        pair = [centred(z[:, cols], dtype) for z in views]
-        for i, x in enumerate(pair):
-            v[i, cols] = x.square().sum(0).div_(n).add_(EPS)
-            x /= v[i, cols].sqrt()
+        pair = []
+        for i, z in enumerate(views):
+            x, v[i, cols] = standardised(z[:, cols], dtype, EPS, out=grads[i][:, cols])
+            pair.append(x)
             add_gram(k[i], x)
             excess[i] += torch.addcmul(less, x, x).sum(1)
-        low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
+        if dtype == torch.float32:
+            _cpu.distances(*pair, low[cols], threads)
+        else:
+            low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
         del pair, x  # or the next block would be made beside this one
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
@@ -82,7 +89,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     diagonal, invariance = ranks.sum_(sums)
     total = dot(k[0], k[1]) / n**2
     if dtype != torch.float64 and total - diagonal < LEFT * total:
-        del k
+        del k, grads
         return gram(za, zb, n, off_diagonal, ranks, torch.float64)
 
     # What the diagonal of K has in common, about D, stretches a, and m takes that away but for
@@ -93,11 +100,15 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     left = (EPS * factor) * (d + common).flip(0).to(dtype) / v  # of K of the other view
     w = (low - off_diagonal * (1 + low)) * (2 / n)
     scale = v.rsqrt_()
-    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]
     for cols in blocks(n, width, dtype):
-        pair = [
-            centred(z[:, cols], dtype).mul_(r) for z, r in zip(views, scale[:, cols], strict=True)
-        ]
+        if dtype == torch.float32:
+            xa, xb = (g[:, cols] for g in grads)
+            _cpu.cross_gradients(
+                xa, xb, k[1] @ xa, k[0] @ xb, w[cols], factor, *left[:, cols], *scale[:, cols],
+                threads,
+            )  # fmt: skip
+            continue
+        pair = [standardised(z[:, cols], dtype, EPS)[0] for z in views]
         for i, x in enumerate(pair):
             g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=factor)
             mean = (g * x).sum(0).div_(-n).add_(left[i, cols])

@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "augment/pool.h"
+#include "pool.h"
 #include "clones.h"
 #include "philox.h"
 #include "registry.h"

@@ -20,6 +20,7 @@ x has, so that centring needs no gradient of its own. In the Gram form cov x^T =
 import torch
 from torch import Tensor
 
+from sslus.kernels import _cpu
 from sslus.kernels.products import (
     LEFT_OF_ONE,
     TILE,
@@ -29,6 +30,7 @@ from sslus.kernels.products import (
     centred_rows,
     dot,
     mirror,
+    standardised,
     work,
 )
 from sslus.kernels.ranks import Ranks
@@ -56,33 +58,30 @@ def gram(za, zb, weights, n, factors, ranks):
     invariance, variance, covariance = factors
     d = za.shape[1]
     views = [ranks.to_columns(z) for z in (za, zb)]
-    pair = None if weights is None else ranks.join(work(weights))[:, None]
-    width = views[0].shape[1]
-
-    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]
-    squares = torch.zeros((), dtype=torch.float64)
-    for cols in blocks(n, width, torch.float32):
-        pull = views[0][:, cols].float() - views[1][:, cols]
-        squares += weighted_squares(pull, pair)
-        for g, sign in zip(grads, (1, -1), strict=True):
-            torch.mul(pull, sign * 2 * invariance / (n * d), out=g[:, cols])
-        del pull  # or the next would be made beside it
+    pair = None if weights is None else ranks.join(weights.float()).contiguous()
+    threads = torch.get_num_threads()
+    squares = torch.tensor(_cpu.distance(*views, pair, threads), dtype=torch.float64)
     loss = invariance / (n * d) * ranks.sum_(squares)
-    for z, g in zip(views, grads, strict=True):
-        loss += spread(z, g, n, d, variance, covariance, ranks, torch.float32)
-    return loss, *(ranks.to_rows(g, d) for g in grads)
+    grads = []
+    for z, other in (views, views[::-1]):
+        pull = (other, pair, 2 * invariance / (n * d))
+        part, g = spread(z, pull, n, d, variance, covariance, ranks, torch.float32)
+        loss += part
+        grads.append(ranks.to_rows(g, d))
+    return loss, *grads
 
 
-def spread(z, grad, n, d, variance, covariance, ranks, dtype):
-    """The variance and covariance terms of a view; their gradient is added to `grad`."""
+def spread(z, pull, n, d, variance, covariance, ranks, dtype):
+    """The variance and covariance terms of a view, and its gradient, that of the invariance term
+    included: pull is the other view, the pairs' weights and the factor of what pulls them."""
     width = z.shape[1]
     v, k = z.new_empty(width, dtype=dtype), z.new_zeros(n, n, dtype=dtype)
+    grad = torch.empty_like(z, dtype=torch.float32)  # at first, x is kept there
     for cols in blocks(n, width, dtype):
-        x = centred(z[:, cols], dtype)
+        x, v[cols] = standardised(z[:, cols], dtype, out=grad[:, cols])
         add_gram(k, x)
-        v[cols] = x.square_().sum(0)
         del x
-    v /= n - 1
+    v *= n / (n - 1)
     mirror(k)
     ranks.sum_(k)
 
@@ -92,19 +91,27 @@ def spread(z, grad, n, d, variance, covariance, ranks, dtype):
     total = dot(k, k) / (n - 1) ** 2
     off = total - diagonal
     if dtype != torch.float64 and off < LEFT_OF_ONE * total:
-        del k
-        return spread(z, grad, n, d, variance, covariance, ranks, torch.float64)
+        del k, grad
+        return spread(z, pull, n, d, variance, covariance, ranks, torch.float64)
 
     slope = v * (-4 * covariance / (d * (n - 1)))
     slope -= (s < 1) * (variance / (2 * d * (n - 1))) / s
+    other, pair, factor = pull
+    alpha = 4 * covariance / (d * (n - 1) ** 2)
     for cols in blocks(n, width, dtype):
-        x = centred(z[:, cols], dtype)
-        g = grad[:, cols].to(dtype)  # where that is float32, `grad` itself
-        g.addcmul_(x, slope[cols]).addmm_(k, x, alpha=4 * covariance / (d * (n - 1) ** 2))
-        if dtype == torch.float64:
-            grad[:, cols] = g
-        del x, g
-    return variance / (2 * d) * hinge + covariance / d * off
+        a, b, g = z[:, cols], other[:, cols], grad[:, cols]
+        if dtype == torch.float32:
+            _cpu.spread_gradient(
+                a, b, pair, factor, k @ g, alpha, slope[cols], g, torch.get_num_threads()
+            )
+            continue
+        x = centred(a, dtype)
+        pulled = (a.to(dtype) - b).mul_(factor)
+        if pair is not None:
+            pulled *= pair[:, None]
+        g.copy_(pulled.addcmul_(x, slope[cols]).addmm_(k, x, alpha=alpha))
+        del x, pulled
+    return variance / (2 * d) * hinge + covariance / d * off, grad
 
 
 def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
