@@ -182,10 +182,17 @@ def test_reference_is_the_paper(op, case):
     assert plain.item() == pytest.approx(want, rel=2e-6, abs=2e-6)
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in LOSSES])
-def test_reference_gradient(op):
-    size = lambda case: np.prod(case["tensors"][0])  # noqa: E731
-    case = max((c for c in op.cases if size(c) < 50), key=size)
+def small_cases():
+    """The largest small case of each op, and the largest with pairs' weights."""
+    for op in LOSSES:
+        size = lambda case: np.prod(case["tensors"][0])  # noqa: E731
+        for num in {len(case["tensors"]) for case in op.cases}:
+            cases = [c for c in op.cases if len(c["tensors"]) == num and size(c) < 200]
+            yield pytest.param(op, max(cases, key=size), id=f"{op.name}-{num}")
+
+
+@pytest.mark.parametrize("op, case", list(small_cases()))
+def test_reference_gradient(op, case):
     tensors = inputs(case, torch.float64)
     leaves = [t.requires_grad_() for t in tensors[: op.num_gradients]]
     assert torch.autograd.gradcheck(
@@ -291,12 +298,13 @@ def assert_parity_of_terms(name, which, shape, kind, dtype):
         assert_parity(op, which, tensors, scalars | {"invariance": 0.0, "variance": 0.0})
 
 
+@pytest.mark.parametrize("n", [2, 5, 63, 300])
 @pytest.mark.parametrize("name", ["vicreg", "barlow"])
-def test_parity_at_the_widest(name):
+def test_parity_at_the_widest(name, n):
     """D = 16384, where the definition needs gigabytes: autograd of the N x N form in float64."""
     op = OPS[name]
     scalars = op.cases[0]["scalars"]
-    za, zb = inputs({"tensors": [(5, 16384)] * 2}, torch.float32)
+    za, zb = inputs({"tensors": [(n, 16384)] * 2}, torch.float32)
     kernel = value_and_grads(op, "cpu", [za, zb], scalars)
     leaves = [z.double().requires_grad_() for z in (za, zb)]
     x, y = (z - z.mean(0) for z in leaves)
@@ -392,8 +400,14 @@ def test_the_large_matrix_is_never_made(name, shapes, limit):
     assert 0 < largest.numel <= limit
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in LOSSES if op.cpu])
-def test_compiled_without_a_break(op):
+@pytest.mark.parametrize(
+    "op, backend",
+    [
+        *(pytest.param(op, "aot_eager", id=op.name) for op in LOSSES if op.cpu),
+        pytest.param(OPS["vicreg"], "inductor", id="vicreg-inductor"),
+    ],
+)
+def test_compiled_without_a_break(op, backend):
     case = op.cases[-1]
     tensors = inputs(case, torch.float32)
     torch.library.opcheck(
@@ -410,7 +424,7 @@ def test_compiled_without_a_break(op):
     want = [t.detach().clone().requires_grad_() for t in tensors[: op.num_gradients]]
     got = [t.detach().clone().requires_grad_() for t in want]
     model(*want).backward()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(*got).backward()
+    torch.compile(model, fullgraph=True, backend=backend)(*got).backward()
     torch.testing.assert_close([t.grad for t in got], [t.grad for t in want], rtol=0, atol=0)
 
 
