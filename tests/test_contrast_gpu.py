@@ -21,7 +21,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 def check(name, shapes, dtypes, temperature, kind="plain"):
     tensors = parity.inputs({"tensors": shapes}, F32, DEVICE, kind)
     tensors = [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-    parity.assert_parity(parity.OPS[name], "gpu", tensors, {"temperature": temperature})
+    parity.assert_parity(parity.OPS[name], "gpu", tensors, scalars={"temperature": temperature})
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -240,7 +240,7 @@ def assert_parity(name, shape, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = parity.inputs({"tensors": [shape] * 2}, dtype, device)
     op = ops.load_all()[name]
-    parity.assert_parity(op, "gpu", tensors, op.cases[0]["scalars"])
+    parity.assert_parity(op, "gpu", tensors, scalars=op.cases[0]["scalars"])
 
 
 @that_computes
