@@ -81,7 +81,7 @@ def test_compiles_without_spills(op, arch, compilations):
     found = {label: x for (name, label, a), x in compilations.items() if (name, a) == (op, arch)}
     assert len(found) == len(chosen(MODULES[op], arch)) > 0, "two builds with one label"
     for label, x in found.items():
-        assert x["spills"] <= SPILLS, (label, x)
+        assert x["spills"] <= (SPILLS if label.startswith("multiply 64 fp32") else 0), (label, x)
         assert x["shared_bytes"] <= LIMITS[arch], (label, x)
         assert x["atomics"] == 0, (label, x)  # sums would have the order in which programs end
         # Each product is one of tensor cores; Hopper's own has 64 rows at least.
