@@ -56,10 +56,14 @@ from sslus.ssl.world import World
 from sslus.tools.train import command
 
 SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=8, max_steps=6)
-KEEPS_STATE = {  # methods with a teacher or a queue
-    "byol": methods.load("byol").Config(projector="32-32", predictor=32),
-    "moco": methods.load("moco").Config(projector="32-32", queue=20),
-}
+HEADS = {"projector": "32-32", "predictor": 32, "queue": 20}
+
+
+def small(name):
+    """A method's Config, small where it has sizes."""
+    config = methods.load(name).Config()
+    known = {f.name for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in HEADS.items() if k in known})
 
 
 def tensors(state: dict) -> dict:
@@ -78,24 +82,27 @@ def test_looking_at_the_features_changes_no_bit(clips, tmp_path):
         run = tmp_path / f"every-{every}"
         settings = dataclasses.replace(SMALL, method=name, max_steps=12)
         options = Options(log_every=4, online_every=every)
-        train(shards, settings, KEEPS_STATE[name], run, device="cpu", threads=1, options=options)
+        train(shards, settings, small(name), run, device="cpu", threads=1, options=options)
         lines = checkpoints.read_metrics(run / "metrics.jsonl")
         assert any("probe_macro_f1" in line for line in lines) == bool(every)
         ends.append(tensors(checkpoints.load(run / "checkpoint.pt")))
     assert all(torch.equal(ends[0][k], v) for k, v in ends[1].items())
 
 
-@pytest.mark.parametrize("name", KEEPS_STATE)
-def test_resume_is_exact_with_what_a_method_keeps(name, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", methods.names())
+def test_resume_is_exact(name, precision, tmp_path):
+    """With all that a method keeps: a teacher, a queue, and what it draws."""
     g = torch.Generator().manual_seed(0)
     batches = [
         Views(*torch.randn(2, 8, 1, 32, 32, generator=g), None, torch.arange(8), torch.zeros(8))
         for _ in range(6)
     ]
-    settings = dataclasses.replace(SMALL, method=name).resolved(torch.device("cpu"), 100)
+    settings = dataclasses.replace(SMALL, method=name, precision=precision)
+    settings = settings.resolved(torch.device("cpu"), 100)
 
     def fresh():
-        state = State.build(settings, KEEPS_STATE[name], World(torch.device("cpu")), 0)
+        state = State.build(settings, small(name), World(torch.device("cpu")), 0)
         return state, Step(state, settings)
 
     (straight, step), (first, half) = fresh(), fresh()
@@ -111,7 +118,8 @@ def test_resume_is_exact_with_what_a_method_keeps(name, tmp_path):
     want = straight.method.state_dict()
     for key, value in resumed.method.state_dict().items():
         assert torch.equal(value, want[key]), key
-    assert any("teacher" in key for key in want)
+    assert torch.equal(resumed.window, straight.window)  # the losses of all six steps, summed
+    assert any("teacher" in key for key in want) == (name in ("byol", "moco"))
 
 
 @pytest.mark.parametrize("num", [2, 5, 64])  # whatever was configured, this is the batch

@@ -409,6 +409,21 @@ def test_other_backbones_and_lars_take_a_step(shards, tmp_path):
     assert result.step == 2 and math.isfinite(result.metrics[-1]["loss"])
 
 
+@pytest.mark.parametrize("tells, has", [({"amx_bf16": True}, True), ({}, False), (None, False)])
+def test_mixed_precision_where_the_processor_has_it(tells, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: tells, raising=False)
+    if tells is None:  # an older PyTorch
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+
+    def chosen(**given):
+        return Settings(**given).resolved(torch.device("cpu"), 1000).precision
+
+    assert chosen(backbone="resnet18") == ("bf16" if has else "fp32")
+    assert chosen(backbone="vit_tiny_patch16_224", image_size=224) == "fp32"
+    assert chosen(backbone="resnet18", precision="fp32") == "fp32"
+    assert chosen(precision="bf16") == "bf16"
+
+
 def test_bad_settings_are_one_line(shards, tmp_path):
     for change, why in [
         ({"optimizer": "adam"}, "optimizer 'adam': want one of adamw, lars, sgd"),

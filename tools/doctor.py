@@ -310,16 +310,15 @@ def views() -> str:
 
 
 def train() -> str:
-    from sslus.ssl.train import Settings
+    from sslus.ssl.train import Settings, has_amx
     from sslus.ssl.world import pick_device
 
     device = pick_device("auto")
     s = Settings().resolved(device, num_frames=1_000_000)
-    where = "GPU" if device.type == "cuda" else f"CPU, {why_no_cuda()}"
-    why = "mixed precision"
-    if s.precision == "fp32":
-        amx = "AMX" in cpu().split(", ")
-        why = "--precision bf16 uses AMX" if amx else "bf16 is slower on a CPU without AMX"
+    where, why = "GPU", "mixed precision"
+    if device.type == "cpu":
+        where = f"CPU, {why_no_cuda()}"
+        why = "mixed precision by AMX" if has_amx() else "bf16 is slower on a CPU without AMX"
     return (
         f"{where}; {s.precision} ({why}); by default {s.backbone}, {s.image_size} px,"
         f" batch {s.batch_size}"

@@ -115,7 +115,12 @@ def _option(f, default) -> click.Option:
 @click.option("--warmup-steps", type=int, help="[default: a tenth of the steps, <= 10 epochs]")
 @click.option("--warmup-epochs", type=float, help="The same in epochs.")
 @click.option("--clip-norm", type=float, help="Scale gradients down to this norm.")
-@click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="fp32 or bf16; auto: bf16 on GPUs, and for ResNets on CPUs with AMX.",
+)
 @click.option(
     "--step",
     type=click.Choice(["auto", "eager", "compile", "graph"]),
