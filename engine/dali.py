@@ -300,6 +300,9 @@ def _check_stamps(path: Path) -> None:
     stamps = [p.pts for p in packets]
     if None in stamps or (is_avi and stamps != sorted(stamps)):
         raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")
+    order = [p.dts for p in packets if p.dts is not None]
+    if order != sorted(order):
+        raise VideoError(path, "time stamps that start anew, by which DALI would mix the frames")
     if len(set(stamps)) < len(stamps) or max(stamps, default=0) >= 1 << 31:
         raise VideoError(path, "repeated time stamps, or more than 32 bits, which mislead DALI")
     if any((p.pts < 0) != p.is_discard for p in packets):

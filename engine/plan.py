@@ -1,11 +1,14 @@
 """Which frames make which batch: a pure function of the seed, with nothing to save."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from sslus.engine.errors import InputError
+
+ROUNDING = 1e-4  # seconds by which time stamps may be off, in 32 bits
 
 
 @dataclass(frozen=True)
@@ -86,21 +89,31 @@ def nearby(
         raise InputError(f"--max-seconds: want more than 0, got {max_seconds}")
     first = np.searchsorted(video, video[indices], "left")
     last = np.searchsorted(video, video[indices], "right")
-    words = np.random.Philox(key=[seed, epoch]).jumped().random_raw(len(video))
-    partners = np.empty(len(indices), np.int64)
-    weights = np.ones(len(indices), np.float32)
-    for k, (i, a, b) in enumerate(
-        zip(indices.tolist(), first.tolist(), last.tolist(), strict=True)
-    ):
-        times = time_seconds[a:b]
-        low = a + int(np.searchsorted(times, time_seconds[i] - max_seconds, "left"))
-        high = a + int(np.searchsorted(times, time_seconds[i] + max_seconds, "right"))
-        others = high - low - 1
-        if others == 0:
-            partners[k] = i
-            continue
-        j = low + int(words[i] % others)
-        partners[k] = j + (j >= i)  # skips the frame itself
-        reach = max(i - low, high - 1 - i)
-        weights[k] = (reach - abs(int(partners[k]) - i) + 1) / (reach + 1)
-    return partners, weights
+    limit = np.float32(max_seconds + ROUNDING)
+    low = _bisect(first, indices, lambda at: time_seconds[indices] - time_seconds[at] <= limit)
+    high = _bisect(indices + 1, last, lambda at: time_seconds[at] - time_seconds[indices] > limit)
+    others = high - low - 1
+    words = _words(seed, epoch, len(video))[indices]
+    partners = low + (words % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
+    partners += partners >= indices  # skips the frame itself
+    partners = np.where(others > 0, partners, indices)
+    reach = np.maximum(indices - low, high - 1 - indices)
+    weights = (reach - np.abs(partners - indices) + 1) / (reach + 1)
+    return partners, weights.astype(np.float32)
+
+
+def _bisect(low: np.ndarray, high: np.ndarray, holds) -> np.ndarray:
+    """The first of the places low..high - 1 from which on `holds` is true, else high; (B,) each."""
+    low, high = low.copy(), high.copy()
+    while (busy := low < high).any():
+        middle = (low + high) // 2
+        found = holds(np.where(busy, middle, 0))
+        high = np.where(busy & found, middle, high)
+        low = np.where(busy & ~found, middle + 1, low)
+    return low
+
+
+@functools.lru_cache(maxsize=2)
+def _words(seed: int, epoch: int, num: int) -> np.ndarray:
+    """(num,) uint64: a random number for each frame; kept, as many batches ask for them."""
+    return np.random.Philox(key=[seed, epoch]).jumped().random_raw(num)

@@ -300,7 +300,8 @@ def decode(path: Path) -> Iterator[Frame]:
 
     A damaged packet costs its own frames only: the count of what comes is to be compared with
     VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame; where the
-    file has none, index / rate. Raises VideoError if the file cannot be opened.
+    file has none, index / rate; where its clock starts anew, as in recordings that were joined,
+    they go on from the frame before. Raises VideoError if the file cannot be opened.
     """
     for index, time_seconds, frame in _decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame), bool(frame.is_corrupt))
@@ -312,12 +313,16 @@ def _decoded(path: Path) -> Iterator[tuple[int, float, object]]:
         # The workers are the parallelism; a second thread here would only take their core.
         stream.codec_context.thread_count = 1
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        index, zero = 0, None
+        index, zero, last = 0, None, 0.0
         for frames in _batches(container, stream):
             for frame in frames:
                 at = index / rate if frame.time is None else frame.time
-                zero = at if zero is None else zero
-                yield index, at - zero, frame
+                if zero is None:
+                    zero = at
+                elif at - zero < last:
+                    zero = at - (last + 1 / rate)
+                last = at - zero
+                yield index, last, frame
                 index += 1
 
 

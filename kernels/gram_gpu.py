@@ -690,10 +690,10 @@ def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[i
     return triton.cdiv(length, chunk), chunk
 
 
-def _kind(z: Tensor, loss: Loss) -> Kind:
+def _kind(za: Tensor, zb: Tensor, loss: Loss) -> Kind:
     """Of rows of this length: across ranks they are not the loss's."""
-    half = z.dtype != torch.float32 and min(loss.n, loss.d) >= FEW
-    return Kind(half, ragged=any(size % 16 for size in z.shape))
+    half = torch.float32 not in (za.dtype, zb.dtype) and min(loss.n, loss.d) >= FEW
+    return Kind(half, ragged=any(size % 16 for size in za.shape))
 
 
 def _triangular(n: int) -> int:
@@ -738,7 +738,7 @@ def gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
     rows = za, zb, weights
-    kind = _kind(za, loss)
+    kind = _kind(za, zb, loss)
     za, zb = ranks.to_columns(za), ranks.to_columns(zb)
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
@@ -815,7 +815,7 @@ def tiled(
     za: Tensor, zb: Tensor, weights: Tensor | None, loss: Loss, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by strips of C; za, zb (N, D) and weights (N,) of this rank."""
-    kind = _kind(za, loss)
+    kind = _kind(za, zb, loss)
     n, d = za.shape
     new = za.new_empty
     side = _size("strip_sum", "BS", kind)

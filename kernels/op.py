@@ -102,22 +102,27 @@ class Op:
     ) -> Tensor:
         """The loss, shape (), float32 unless the tensors are float64, from one implementation:
         a name out of CHOICES. group: the ranks that share the batch; None means all ranks."""
+        x = tensors[0]
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
+        if 0 in x.shape:
+            raise ValueError(f"op {self.name!r}: the batch is empty: {tuple(x.shape)}")
         if which == "auto":
-            which = self.choose(tensors[0])
-        if why := self.why_not(which, tensors[0]):
+            which = self.choose(x)
+        if why := self.why_not(which, x):
             raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
         name = group_name(group)
-        if which != "reference":
-            return self.fused[which](*tensors, group=name, **scalars)[0]
-        if name:
-            ranks = Ranks.named(name)
-            ranks.same_rows(self.name, tensors[0])
-            batched = tensors[: self.num_batched]
-            joined = (ranks.join_with_gradient(t) for t in batched)
-            tensors = *joined, *tensors[len(batched) :]
-        return self.reference(*tensors, **scalars)
+        # An op knows where it wants precision; autocast would round its products.
+        with torch.autocast(x.device.type, enabled=False):
+            if which != "reference":
+                return self.fused[which](*tensors, group=name, **scalars)[0]
+            if name:
+                ranks = Ranks.named(name)
+                ranks.same_rows(self.name, x)
+                batched = tensors[: self.num_batched]
+                joined = (ranks.join_with_gradient(t) for t in batched)
+                tensors = *joined, *tensors[len(batched) :]
+            return self.reference(*tensors, **scalars)
 
 
 def _register(op: Op, which: str, implementation: Callable) -> Callable:

@@ -255,6 +255,11 @@ def train(
     if recorded is not None:
         _refuse_changes(run, recorded, config)
     grey = store.mean, store.std
+    where = "GPU" if world.device.type == "cuda" else "CPU"
+    say(
+        f"{settings.method}: {settings.backbone} at {settings.image_size} px, batches of"
+        f" {settings.batch_size}, {settings.max_steps} steps, {settings.precision} on the {where}"
+    )
 
     def initialise(backbone) -> None:
         backbones.initialise(

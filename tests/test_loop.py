@@ -285,6 +285,7 @@ def test_what_a_user_sees_of_a_run(shards, tmp_path, monkeypatch):
     for name in ("loss", "invariance", "covariance", "lr", "gradient norm", "RankMe", "feature std",
                  "dead", "alignment", "uniformity", "samples/s", "data wait"):  # fmt: skip
         assert re.search(rf"\b{name} -?[0-9.e-]+", line), name
+    assert told[0] == "vicreg: test_resnet at 32 px, batches of 16, 6 steps, fp32 on the CPU"
     assert any(x.startswith("step: eager (") for x in told)
 
 

@@ -128,6 +128,19 @@ def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
     np.testing.assert_allclose(got, np.array(times) / 1000, atol=1e-3)
 
 
+@pytest.mark.parametrize("container", ["ts", "mpg"])
+def test_times_go_on_where_recordings_were_joined(container, clip, pattern, tmp_path):
+    parts = [
+        clip(tmp_path / f"{i}.{container}", pattern(num, 64, 80), "mpeg2video").read_bytes()
+        for i, num in enumerate((12, 5))
+    ]
+    joined = tmp_path / f"joined.{container}"
+    joined.write_bytes(b"".join(parts))
+    times = [f.time_seconds for f in decode(joined)]
+    assert len(times) == 17
+    assert np.allclose(np.diff(times), np.diff(times)[0], atol=1e-4) and times[1] > 0
+
+
 def test_every_real_video_gives_every_frame(real_data):
     """Against the decoded counts that came with the files."""
     checked = 0

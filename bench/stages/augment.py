@@ -249,8 +249,8 @@ def ours(
     frames = frames_of(folder)
     if jpeg:
         frames = decoded(len(frames))
-        with ThreadPoolExecutor(threads) as pool:  # a share for each: no hand-over an image
-            shares = np.array_split(np.arange(len(frames)), threads)
+        with ThreadPoolExecutor(threads) as pool:  # small shares: the threads end together
+            shares = np.array_split(np.arange(len(frames)), len(frames) // 8)
             list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
     num = len(frames)
     views(
