@@ -82,14 +82,15 @@ def _pretrained(name: str, image_size: int | None) -> dict[str, Tensor]:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file: safetensors, or torch.save's with tensors only (a state dict, or
-    one under `state_dict`, `model` or `backbone`). InputError if it cannot be read."""
+    one under `state_dict`, `model` or `backbone`; `method` in a run's checkpoint). InputError if
+    it cannot be read."""
     if not path.is_file():
         raise InputError(f"--init {path}: there is no such file; want random, imagenet or a file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model", "backbone"):
+        for key in ("state_dict", "model", "backbone", "method"):
             if isinstance(weights.get(key), dict):
                 weights = weights[key]
                 break

@@ -72,8 +72,14 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as e:
+                raise InputError(f"{path}, line {number}: damaged ({e}); delete the line") from e
+    return found
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -180,6 +180,7 @@ class Loader:
         self.ahead = ahead
         self.tier, self.why = tier(store, device, wanted_tier)
         self.memory = _Memory()
+        self._waits: list[tuple] = []
         self.reader = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
@@ -262,18 +263,23 @@ class Loader:
             yield group
 
     def _prepare(self, group: list[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each batch, first views before second ones: frames (2B,), table, ids (2B,)."""
+        """Of each batch, first views before second ones: frames (2B,), table, ids (2B,).
+
+        Both views' draws are the first frame's own: one that is nearby two others is shown to
+        each in another view.
+        """
         lengths = [2 * len(batch.first) for batch in group]
         index = np.concatenate([x for b in group for x in (b.first, b.second)]).astype(np.int64)
+        key = np.concatenate([x for b in group for x in (b.first, b.first)]).astype(np.int64)
         view = np.repeat([0, 1] * len(group), np.repeat(lengths, 2) // 2)
         epoch = np.repeat([batch.epoch for batch in group], lengths)
         table = np.empty((len(index), len(COLUMNS)), np.float32)
         for number, config in enumerate(self.presets):
             rows = view == number
             table[rows] = draw(
-                config, index[rows], number, epoch[rows], self.seed, self.store.size, self.size
+                config, key[rows], number, epoch[rows], self.seed, self.store.size, self.size
             )
-        arrays = (index, table, sample_ids(self.seed, epoch, index))
+        arrays = (index, table, sample_ids(self.seed, epoch, key))
         return zip(*(torch.from_numpy(x).split(lengths) for x in arrays), strict=True)
 
     @torch.inference_mode(False)
@@ -323,14 +329,23 @@ class Loader:
 
     # ------------------------------------------------------------ in the caller's thread
 
+    def waits(self) -> list[tuple]:
+        """Pairs of CUDA events since the last call: between them the GPU had no views yet."""
+        waits, self._waits = self._waits, []
+        return waits
+
     def _hand_over(self, out: Tensor, rest: tuple, ready) -> Views:
         if ready is not None:
             current = torch.cuda.current_stream(self.device)
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record(current)
             current.wait_event(ready)
+            after.record(current)
+            self._waits.append((before, after))
             for x in (out, *rest):
                 if x is not None:
                     x.record_stream(current)  # its memory is kept until the step is done
-        return Views(*out.contiguous(memory_format=torch.channels_last).chunk(2), *rest)
+        return Views(*out.chunk(2), *rest)  # one channel: channels_last too
 
 
 class _Memory:

@@ -60,6 +60,7 @@ class Loop:
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
         self.warnings: list[str] = []
         self.note = ""
+        self.signum = 0  # of a signal that came when there was nothing left to stop
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):
             raise InputError("--online-every: frames are streamed, their labels are not known yet")
@@ -92,10 +93,13 @@ class Loop:
             batches = iter(loader)
             update = step.choose(state, s, lambda: self.first_views(loader), self.say)
             self.log.restart()
+            if self.online_is_due(False) and not self.has_looked():  # stopped before it could
+                self.look()
             while state.step < s.max_steps:
                 before = time.monotonic()
                 views = [next(batches) for _ in range(s.accumulate)]
                 self.log.waited += time.monotonic() - before
+                self.log.waits += loader.waits()
                 features = update(views, self.learning_rate(state.step))
                 done = state.step == s.max_steps
                 if state.step % self.options.log_every == 0 or done:
@@ -104,19 +108,29 @@ class Loop:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
                 stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
                 look = self.online_is_due(done)
-                if look and self.online:
-                    self.log.flush()
-                    self.check_finite()
-                    self.log.add(self.online(state.backbone))
-                # What was looked at is kept if it is the best.
                 if state.step % self.options.checkpoint_every == 0 or done or stop or look:
                     self.checkpoint()
-                if stop == _TIME_IS_UP:
-                    break
                 if stop and not done:
                     agreed.settle()
+                    if stop == _TIME_IS_UP:
+                        break
                     self.stopped(stop)
+                if look:
+                    self.look()
             agreed.settle()
+            self.signum = max(int(x) for x in self.world.gather(torch.tensor(signals.seen)))
+
+    def look(self) -> None:
+        """kNN and linear probe on the labels in the shards."""
+        if self.online:
+            self.log.flush()
+            self.check_finite()
+            self.log.add(self.online(self.state.backbone))
+            self.keep()
+
+    def has_looked(self) -> bool:
+        lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
+        return any("knn_accuracy" in m and m["step"] == self.state.step for m in lines)
 
     def first_views(self, loader: Loader) -> Views:
         return loader.at_once(next(self.batches(0)))
@@ -126,8 +140,8 @@ class Loop:
         return limit is not None and time.monotonic() - self.started > limit
 
     def online_is_due(self, done: bool) -> bool:
-        if not self.options.online_every or done:
-            return bool(self.options.online_every)
+        if not self.options.online_every or done or self.state.step == 0:
+            return bool(self.options.online_every and self.state.step)
         every = self.options.online_every * self.per_epoch
         return int(self.state.step / every) > int((self.state.step - 1) / every)
 
@@ -168,15 +182,18 @@ class Loop:
     def checkpoint(self) -> None:
         self.log.flush()
         self.check_finite()
-        path = self.run / "checkpoint.pt"
-        self.state.save(path)
+        self.state.save(self.run / "checkpoint.pt")
         if not self.world.is_main:
             return
-        checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
-        self.log.best = None
+        self.keep()
         if time.monotonic() - self.drawn > CURVES_EVERY_SECONDS:
             self.draw()
             self.drawn = time.monotonic()
+
+    def keep(self) -> None:
+        path = self.run / "checkpoint.pt"
+        checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
+        self.log.best = None
 
     def check_finite(self) -> None:
         if self.state.window_steps:
@@ -191,7 +208,7 @@ class Loop:
                     f" (it is {self.settings.lr:g}), a longer --warmup-steps, --clip-norm or"
                     " --precision fp32;"
                     + (
-                        f" {self.run / 'checkpoint.pt'} holds the last good state"
+                        f" the last good state: --init {self.run / 'checkpoint.pt'} --run DIR"
                         if saved
                         else f" there was no checkpoint yet in {self.run}"
                     )
@@ -242,6 +259,8 @@ class _Pending:
     steps: int
     features: Tensor | None
     arrived: object  # a CUDA event, or None
+    waits: list[tuple]  # pairs of CUDA events, between which the GPU waited for views
+    seconds: float  # that the line is about
 
 
 class _Log:
@@ -274,6 +293,7 @@ class _Log:
 
     def restart(self) -> None:
         self.tick, self.waited, self.began = time.monotonic(), 0.0, self.state.step
+        self.waits: list[tuple] = []
 
     def line(self, features: Tensor) -> None:
         """Begin a line with the means since the last one."""
@@ -302,8 +322,11 @@ class _Log:
             arrived = torch.cuda.Event()
             arrived.record()
         self.pending.append(
-            _Pending(line, state.window_names, sums, state.window_steps, features, arrived)
-        )
+            _Pending(
+                line, state.window_names, sums, state.window_steps, features, arrived,
+                self.waits, seconds,
+            )
+        )  # fmt: skip
         state.window, state.window_steps = None, 0
         self.restart()
         self.flush(wait=False)
@@ -322,6 +345,8 @@ class _Log:
     def _write(self, p: _Pending) -> None:
         values = p.sums.tolist()
         self.loop.finite(p.names, values)
+        idle = sum(before.elapsed_time(after) for before, after in p.waits) / 1000
+        p.line["data_wait"] = min(1.0, p.line["data_wait"] + idle / p.seconds)
         means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
         line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
         if p.features is not None and self.file:

@@ -63,12 +63,22 @@ class LARS(torch.optim.Optimizer):
 def make(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """An optimiser of OPTIMIZERS over all weights of `module` that are trained.
 
-    Biases and norms get neither decay nor adaptation. On a GPU the rate is a tensor there.
+    Biases, norms and what timm names for it (a transformer's class token and positions) get
+    neither decay nor adaptation. On a GPU the rate is a tensor there.
     """
-    params: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    params: list[Tensor] = list(named.values())
+    plain = {
+        f"{where}.{name}".lstrip(".")
+        for where, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+    }
+    full = [p for n, p in named.items() if p.ndim > 1 and n not in plain]
+    rest = [p for n, p in named.items() if p.ndim <= 1 or n in plain]
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": full, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
     cuda = params[0].is_cuda
     rate = torch.tensor(lr, device=params[0].device) if cuda else lr

@@ -10,6 +10,7 @@ runs/<name>/config.json             every setting, the shards' digest, versions
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -36,6 +37,9 @@ from sslus.ssl.world import World, enter
 PRECISIONS = ("auto", "fp32", "bf16")
 PAIRS = ("same", "nearby")
 BATCH_NORMS = ("sync", "per-rank")
+ABOVE_0 = (
+    "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
+)  # fmt: skip
 
 
 def pays_bf16(device: torch.device, backbone: str) -> bool:
@@ -85,15 +89,14 @@ class Settings:
 
     def resolved(self, device: torch.device, num_frames: int) -> "Settings":
         """The same with every None and `auto` decided; raises InputError for bad values."""
+        self._check_numbers()
         cuda = device.type == "cuda"
         optimizer = self.optimizer or "adamw"
         if optimizer not in optimizers.OPTIMIZERS:
             raise InputError(
                 f"optimizer {optimizer!r}: want one of {', '.join(optimizers.OPTIMIZERS)}"
             )
-        if self.accumulate < 1:
-            raise InputError(f"accumulate must be at least 1, got {self.accumulate}")
-        batch_size = self.batch_size or (256 if cuda else 64)
+        batch_size = (256 if cuda else 64) if self.batch_size is None else self.batch_size
         per_epoch = Plan(num_frames, batch_size, self.seed).steps_per_epoch / self.accumulate
         epochs = self.epochs or (None if self.max_steps else 100)
         counts = [n for n in (epochs and max(1, int(epochs * per_epoch)), self.max_steps) if n]
@@ -118,7 +121,7 @@ class Settings:
         settings = dataclasses.replace(
             self,
             backbone=backbone,
-            image_size=self.image_size or (224 if cuda else 96),
+            image_size=(224 if cuda else 96) if self.image_size is None else self.image_size,
             batch_size=batch_size,
             epochs=epochs,
             max_steps=num_steps,
@@ -153,17 +156,22 @@ class Settings:
                 raise InputError(
                     f"{name} {getattr(settings, name)!r}: want one of {', '.join(choices)}"
                 )
-        for name in ("image_size", "max_steps", "lr", "max_seconds"):
-            if not getattr(settings, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(settings, name)}")
-        for name in ("clip_norm", "dual_task", "weight_decay"):
-            if (getattr(settings, name) or 0) < 0:
-                raise InputError(f"{name} must not be below 0, got {getattr(settings, name)}")
         if settings.warmup_steps > num_steps:
             raise InputError(
                 f"warmup_steps {settings.warmup_steps} is more than the run's {num_steps} steps"
             )
         return settings
+
+    def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) not in (int, float):
+                continue
+            if field.name in ABOVE_0 and not 0 < value < math.inf:  # false for NaN too
+                raise InputError(f"{field.name} must be above 0, got {value}")
+            if not 0 <= value < math.inf:
+                kind = "whole number" if type(value) is int else "number"
+                raise InputError(f"{field.name} {value}: want a {kind} from 0")
 
 
 @dataclass(frozen=True)
@@ -176,24 +184,30 @@ class TrainResult:
     warnings: list[str]
     was_finished: bool  # before this call, which did nothing
     stopped: bool  # by the time limit, before the end
+    signum: int  # of a signal that came during the last step, or 0
 
 
-def open_run(run: Path, resume: bool) -> dict | None:
+def open_run(run: Path, resume: bool, world: World) -> dict | None:
     """The config.json of the run to resume, or None for a new one.
 
-    A process that torchrun has started again resumes without being told. Raises InputError where
-    there is nothing to resume, or something that is not to be touched.
+    Processes that torchrun has started again resume without being told. Called by all of them.
+    Raises InputError where there is nothing to resume, or something that is not to be touched.
     """
+    recorded, why = None, None
     try:
         recorded = json.loads((run / "config.json").read_text())
+        recorded["settings"]["method"]
     except FileNotFoundError:
-        recorded = None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{run / 'config.json'}: cannot be read: {e}") from e
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e}); start another run"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    # Only what this torchrun, the parent in all its attempts, has begun itself.
-    if restarted and recorded is not None and recorded.get("launcher") == os.getppid():
-        resume = True
+    # Only what this torchrun, the parent in all its attempts, has begun itself: the first process
+    # knows, since on other machines it has other numbers.
+    again = restarted and why is None and recorded and recorded.get("launcher") == os.getppid()
+    resume = resume or bool(world.gather(torch.tensor(bool(again)))[0])
+    if why:
+        raise InputError(why)
     if resume and recorded is None:
         raise InputError(f"--resume: {run} holds no run; leave --resume out to start one")
     if not resume and run.exists() and any(run.iterdir()):
@@ -203,11 +217,22 @@ def open_run(run: Path, resume: bool) -> dict | None:
     return recorded
 
 
+def recorded_options(run: Path) -> dict:
+    """How a run was told to run, by its config.json; {} where there is none that can be read."""
+    try:
+        return dict(json.loads((run / "config.json").read_text())["how"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # open_run says what is wrong with it
+
+
 def settings_from(config: dict) -> tuple[Settings, object]:
     """The Settings and the method's Config that a config.json records."""
     values = config["settings"]
-    method_config = methods.load(values["method"]).Config(**config["method_config"])
-    return Settings(**values), method_config
+    module = methods.load(values["method"])
+    try:
+        return Settings(**values), module.Config(**config["method_config"])
+    except (KeyError, TypeError) as e:
+        raise InputError(f"config.json of the run: written by another version ({e})") from e
 
 
 def train(
@@ -243,15 +268,22 @@ def train(
     world = enter(device)
     if world.device.type == "cpu":
         keep_freed_memory()
+    else:  # all steps have the same shapes: the fastest convolutions are searched for once
+        torch.backends.cudnn.benchmark = True
     if not world.is_main or say is None:
         say = _nothing
-    recorded = open_run(run, resume)
+    recorded = open_run(run, resume, world)
+    _check_config(method_config)
     store = _open_store(shards, tier, settings.pairs, world)
     settings = settings.resolved(world.device, len(store))
     if why := settings.step != "auto" and possible(settings.step, settings, world):
         raise InputError(f"step {settings.step!r}: {why}")
     plan = _plan(settings, store, world)
     config = _config(settings, method_config, shards, store, world)
+    # Which a resumed run takes again, if it is not told otherwise.
+    config["how"] = {"device": device, "tier": tier, "threads": threads} | {
+        k: v for k, v in dataclasses.asdict(options).items() if k != "time_limit"
+    }
     if recorded is not None:
         _refuse_changes(run, recorded, config)
     grey = store.mean, store.std
@@ -298,7 +330,15 @@ def train(
         warnings=loop.warnings,
         was_finished=was_finished,
         stopped=state.step < settings.max_steps,
+        signum=loop.signum,
     )
+
+
+def _check_config(method_config) -> None:
+    for field in dataclasses.fields(method_config):
+        value = getattr(method_config, field.name)
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise InputError(f"{field.name} {value}: want a number from 0")
 
 
 def _nothing(line: str) -> None:
@@ -361,7 +401,8 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
         f"{key} was {was!r}, now {new[part].get(key)!r}"
         for part in ("settings", "method_config")
         for key, was in old[part].items()
-        if json.loads(json.dumps(new[part].get(key))) != was
+        if key != "step"  # how an update runs, not what it is
+        and json.loads(json.dumps(new[part].get(key))) != was
     ]
     if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
         changed.append("frames were streamed or were not, which changes their order (--tier)")

@@ -153,7 +153,7 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
     rows = [whole(store.frames[first], size, 0.0, 1.0)]
     for view, (config, chosen) in enumerate(zip(presets, (first, second), strict=True)):
         frames = torch.from_numpy(np.ascontiguousarray(store.frames[chosen]))
-        table = torch.from_numpy(draw(config, chosen, view, 0, seed, store.size, size))
+        table = torch.from_numpy(draw(config, first, view, 0, seed, store.size, size))
         rows.append(views(frames, torch.arange(len(chosen)), table, size=size))
     gap = max(2, size // 56)
     sheet = np.zeros((3 * (size + gap) - gap, len(first) * (size + gap) - gap), np.uint8)

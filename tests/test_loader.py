@@ -111,6 +111,14 @@ def test_ids_and_labels_belong_to_the_frames(store):
     assert Views._fields[:3] == ("va", "vb", "weights")
 
 
+def test_a_frame_nearby_two_others_is_shown_to_each_in_another_view(store):
+    first, second = np.array([0, 1, 2]), np.array([1, 2, 1])
+    (pair,) = run(store, iter([Batch(0, first, second)]))
+    assert not torch.equal(pair.vb[0], pair.vb[2])  # both are views of frame 1
+    (again,) = run(store, iter([Batch(0, first[:1], second[:1])]))
+    assert torch.equal(again.vb[0], pair.vb[0])
+
+
 @pytest.mark.parametrize("length", range(1, 8))
 def test_the_shortest_clips(clip, pattern, length, tmp_path):
     for i in range(3):

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +20,12 @@ from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import checkpoints, curves, health, methods
+from sslus.ssl import backbones, checkpoints, curves, health, methods
 from sslus.ssl.dual import DualTask
-from sslus.ssl.loader import Views
+from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
-from sslus.ssl.online import knn
+from sslus.ssl.online import Online, knn
 from sslus.ssl.optimizers import OPTIMIZERS, make
 from sslus.ssl.state import State
 from sslus.ssl.step import Snapshot, Step, choose
@@ -43,9 +46,9 @@ def shards(clips, tmp_path_factory):
     return out
 
 
-def run_train(shards, run, settings=SMALL, **options):
+def run_train(shards, run, settings=SMALL, resume=False, **options):
     return train(
-        shards, settings, HEAD, run, device="cpu", threads=1,
+        shards, settings, HEAD, run, device="cpu", threads=1, resume=resume,
         options=Options(**({"log_every": 1} | options)),
     )  # fmt: skip
 
@@ -82,6 +85,22 @@ def test_a_run_of_micro_batches_counts_steps_and_frames(shards, tmp_path):
     result = run_train(shards, tmp_path / "run", settings)
     num = len(FrameStore.open(shards))
     assert result.step == 2 * (num // 16) // 2 and result.epoch == pytest.approx(2, abs=0.4)
+
+
+def test_the_time_without_views_is_told(shards, tmp_path, monkeypatch):
+    real = Loader._make
+
+    def slow(*args):
+        time.sleep(0.5)
+        return real(*args)
+
+    waits = {}
+    for name in ("ready", "late"):
+        if name == "late":
+            monkeypatch.setattr(Loader, "_make", slow)
+        result = run_train(shards, tmp_path / name, dataclasses.replace(SMALL, max_steps=4))
+        waits[name] = [m["data_wait"] for m in result.metrics[2:]]
+    assert max(waits["ready"]) < 0.5 < min(waits["late"]) <= 1
 
 
 def test_gradients_are_clipped_and_the_norm_before_is_logged():
@@ -169,6 +188,31 @@ def test_a_look_on_the_way_at_labelled_frames(shards, tmp_path):
     assert checkpoints.load(tmp_path / "looked" / "checkpoints" / "best.pt")["step"] == best["step"]
 
 
+def test_a_signal_is_followed_before_a_look_which_the_resumed_run_makes(
+    shards, tmp_path, monkeypatch
+):
+    settings = dataclasses.replace(SMALL, max_steps=9)
+    whole = run_train(shards, tmp_path / "whole", settings, online_every=1)
+    at = next(m["step"] for m in whole.metrics if "knn_accuracy" in m)
+    assert at < whole.step
+
+    def stop(done, total, note):
+        if done == at * SMALL.batch_size:
+            signal.raise_signal(signal.SIGTERM)
+
+    run, options = tmp_path / "run", Options(log_every=1, online_every=1)
+    look = Online.__call__
+    monkeypatch.setattr(Online, "__call__", lambda *_: pytest.fail("the signal has to wait"))
+    with pytest.raises(Interrupted, match=f"step {at} of"):
+        train(shards, settings, HEAD, run, device="cpu", threads=1, options=options, report=stop)
+    monkeypatch.setattr(Online, "__call__", look)
+    resumed = run_train(shards, run, settings, resume=True, online_every=1)
+    seen = [[(m["step"], m.get("knn_accuracy")) for m in r.metrics] for r in (whole, resumed)]
+    assert seen[0] == seen[1]
+    best = [json.loads((r.run / "checkpoints" / "best.json").read_text()) for r in (whole, resumed)]
+    assert best[0] == best[1]
+
+
 def test_knn_follows_the_near_ones():
     g = np.random.default_rng(0)
     centres = g.normal(size=(3, 8))
@@ -245,6 +289,64 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     assert said == f"Error: autoencoder: {stopped_at}. Go on with: {' '.join(going)}"
     assert main([*base, *small.split()]) == 1  # not over what is there
     assert f"go on with: {' '.join(going)}" in capsys.readouterr().err
+
+
+def test_a_signal_in_a_methods_last_step_stops_all_methods(shards, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "all"
+    base = ["train", str(shards), "--method", "all", "--run", str(folder), "--device", "cpu"]
+    small = "--threads 1 --backbone test_resnet --image-size 32 --batch-size 8 --max-steps 2"
+    real, first = State.save, methods.names()[0]
+
+    def save(self, path):
+        real(self, path)
+        if self.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(State, "save", save)
+    assert main([*base, *small.split()]) == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"Error: {first} is finished. Go on with: sslus train --method all")
+    assert (folder / first / "backbone.safetensors").exists()
+    assert not (folder / methods.names()[1]).exists()
+
+
+def test_all_methods_keep_what_the_first_machine_chose(shards, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "all"
+    base = ["train", str(shards), "--method", "all", "--run", str(folder)]
+    small = "--device cpu --threads 1 --backbone test_resnet --image-size 32 --max-steps 1"
+    monkeypatch.setattr("sslus.tools.train._train", lambda *a: (_ for _ in ()).throw(
+        Interrupted("stopped", 15)))  # fmt: skip
+    assert main([*base, *small.split()]) == 143
+    options = json.loads((folder / "all.json").read_text())["options"]
+    assert options["batch_size"] == 64 and options["precision"] == "fp32"
+    assert options["threads"] == 1 and options["device"] == "cpu" and options["image_size"] == 32
+    given = []
+    monkeypatch.setattr("sslus.tools.train._train", lambda *a: given.append(a) or pytest.skip())
+    with pytest.raises(pytest.skip.Exception):
+        main([*base[:1], "--method", "all", "--resume", "--run", str(folder)])
+    assert given[0][2] | options == given[0][2] and given[0][3] >= set(options)
+
+
+def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys, monkeypatch):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 4 --projector 32-32"
+    how = "--device cpu --threads 1 --tier stream --log-every 1 --checkpoint-every 3 --keep 1"
+    base = ["train", str(shards), *small.split(), *how.split()]
+    assert main([*base, "--run", str(whole)]) == 0
+    assert main([*base, "--run", str(run), "--time-limit", "0"]) == 0
+    going = capsys.readouterr().out.rpartition("Next: ")[2].split()
+    monkeypatch.setattr("os.environ", os.environ | {"OMP_NUM_THREADS": "2"})
+    torch.set_num_threads(2)
+    assert main(going[1:]) == 0
+    lines = [
+        [(m["step"], m["loss"]) for m in checkpoints.read_metrics(r / "metrics.jsonl")]
+        for r in (whole, run)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+    kept = [sorted(p.name for p in (r / "checkpoints").glob("step*")) for r in (whole, run)]
+    assert kept[0] == kept[1]
+    assert main([*going[1:], "--tier", "ram"]) == 1  # but another order is another run
+    assert "frames were streamed or were not" in capsys.readouterr().err
 
 
 def test_the_pairs_distance_is_not_taken_for_a_time_limit(shards, tmp_path, capsys):
@@ -369,6 +471,10 @@ def test_biases_and_norms_neither_decay_nor_adapt(name):
         assert first["adapt"] and not second["adapt"]
     else:
         assert first["fused"] and second["fused"]
+    vit = backbones.build("test_vit", 32, seed=0)
+    first, second = make(name, nn.ModuleDict({"backbone": vit}), 0.1, 0.02).param_groups
+    for p in (vit.cls_token, vit.pos_embed):
+        assert any(p is q for q in second["params"]) and not any(p is q for q in first["params"])
 
 
 def test_a_teacher_starts_from_the_initial_weights(shards, tmp_path):

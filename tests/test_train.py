@@ -247,6 +247,17 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(shards, whole_run, tmp_pa
     assert_same_run(whole_run.run, run)
 
 
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_a_run_of_micro_batches_resumes_where_its_epoch_was(shards, tmp_path, optimizer):
+    settings = dataclasses.replace(SMALL, accumulate=3, max_steps=5, optimizer=optimizer)
+    whole = run_train(shards, tmp_path / "whole", settings)
+    assert whole.epoch % 1 > 0.1  # batches of a later epoch, not from its start
+    stopped = run_train(shards, tmp_path / "run", settings, time_limit=0.0)
+    assert stopped.stopped and stopped.step == 1
+    run_train(shards, tmp_path / "run", settings, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_sigkill_loses_only_what_follows_the_checkpoint(shards, whole_run, tmp_path):
     run = tmp_path / "run"
     code = f"""
@@ -313,11 +324,20 @@ def test_not_a_number_stops_the_run_in_one_line(shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(vicreg.Method, "forward", forward)
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="loss is no longer finite .*lower --lr.*last good"):
+    with pytest.raises(InputError, match="loss is no longer finite .*lower --lr.*last good") as e:
         run_train(shards, run)
     state = checkpoints.load(run / "checkpoint.pt")
     assert state["step"] == 3
     assert all(t.isfinite().all() for t in tensors_of(state["method"]))
+    monkeypatch.undo()
+    (init,) = re.search(r"--init (\S+) --run DIR", str(e.value)).groups()  # as it advises
+    told = []
+    settings = dataclasses.replace(SMALL, init=init, lr=1e-9, max_steps=1, weight_decay=0.0)
+    other = run_train(shards, tmp_path / "other", settings, say=told.append)
+    for name, value in load_file(other.run / "backbone.safetensors").items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(value, state["method"][f"backbone.{name}"])
+    assert any(re.match(r"(\d+) of \1 tensors loaded", line) for line in told)
 
 
 def test_collapse_is_named(shards, tmp_path, monkeypatch):
@@ -431,10 +451,19 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         ({"warmup_steps": 11}, "more than the run's 10 steps"),
         ({"seed": -1}, "seed -1: want a whole number from 0"),
         ({"lr": -1.0}, "lr must be above 0"),
+        ({"lr": math.inf}, "lr must be above 0, got inf"),
+        ({"weight_decay": math.nan}, "weight_decay nan: want a number from 0"),
+        ({"warmup_epochs": math.nan}, "warmup_epochs nan"),
+        ({"warmup_steps": -1}, "warmup_steps -1: want a whole number from 0"),
+        ({"image_size": 0}, "image_size must be above 0, got 0"),
+        ({"batch_size": 0}, "batch size 0: .* give at least 2"),
         ({"batch_size": 10_000}, "give --batch-size"),
     ]:
         with pytest.raises(InputError, match=why):
             run_train(shards, tmp_path / "run", dataclasses.replace(SMALL, **change))
+    for value in (-1.0, math.nan):
+        with pytest.raises(InputError, match=f"covariance {value}: want a number from 0"):
+            train(shards, SMALL, vicreg.Config(covariance=value), tmp_path / "run", device="cpu")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device cuda: there is none here"):
             run_train(shards, tmp_path / "run", device="cuda")
@@ -457,6 +486,20 @@ def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     assert main([*base[:2], "--run", str(tmp_path / "x"), "--method", "nothing"]) == 1
     assert re.search("there are: .*vicreg", capsys.readouterr().err)
     assert CliRunner().invoke(sslus, ["train", "--epochs", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {"method": "vicreg", "x": 1}}'])
+def test_a_damaged_config_is_one_line(shards, tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    assert main(["train", str(shards), "--resume", "--run", str(tmp_path), "--device", "cpu"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "config.json" in err
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(InputError, match="metrics.jsonl, line 2: damaged"):
+        checkpoints.read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_ctrl_c_of_the_command(shards, tmp_path):

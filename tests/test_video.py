@@ -131,7 +131,7 @@ def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
 @pytest.mark.parametrize("container", ["ts", "mpg"])
 def test_times_go_on_where_recordings_were_joined(container, clip, pattern, tmp_path):
     parts = [
-        clip(tmp_path / f"{i}.{container}", pattern(num, 64, 80), "mpeg2video").read_bytes()
+        clip(tmp_path / f"{i}.{container}", pattern(num, 64, 80), codec="mpeg2video").read_bytes()
         for i, num in enumerate((12, 5))
     ]
     joined = tmp_path / f"joined.{container}"

@@ -11,6 +11,8 @@ import click
 
 # In the order in which a newcomer meets them.
 COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
+# Names the file in which a process that `sslus train --gpus` has started leaves its exit code.
+EXIT_CODE_FILE = "SSLUS_EXIT_CODE_FILE"
 
 
 class Commands(click.Group):
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # One of several processes speaks, and `sslus train --gpus`, which has started them,
         # learns the code: to torchrun any failure is a process to be started again.
-        file = os.environ.get("SSLUS_EXIT_CODE_FILE")
+        file = os.environ.get(EXIT_CODE_FILE)
         if file and (code != 70 or Path(file).exists()):  # 70 then: the others have left it alone
             with contextlib.suppress(FileExistsError), Path(file).open("x") as f:
                 click.echo(f"Error: {message}", err=True)

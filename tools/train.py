@@ -218,14 +218,25 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
         try:
             _show(_train(shards, run, given, named))
         except Interrupted as e:
-            raise Interrupted(
-                f"{e}. Go on with: sslus train --resume --run {run}", e.signum
-            ) from None
+            raise Interrupted(f"{e}. Go on with: {_resume(run)}", e.signum) from None
     leave()
 
 
 # Options that change what is told and kept, not the result.
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
+NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # each call's own
+
+
+def _resume(run, how: str = "") -> str:
+    """The command that goes on with a run: all but the number of processes is recorded in it."""
+    import os
+
+    from sslus.tools.cli import EXIT_CODE_FILE
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and EXIT_CODE_FILE not in os.environ:
+        return f"the same torchrun command with --resume --run {run}"
+    return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
 
 
 def _train(shards: str, run, given: dict, named: set[str]):
@@ -244,13 +255,16 @@ def _train(shards: str, run, given: dict, named: set[str]):
 
     given = dict(given)
     rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
-    resume, device, tier, threads = (
-        given.pop(name) for name in ("resume", "device", "tier", "threads")
-    )
+    resume = given.pop("resume")
+    if resume:
+        how = loop.recorded_options(run)
+        given |= {k: v for k, v in how.items() if k in given and k not in named}
+    device, tier, threads = (given.pop(name) for name in ("device", "tier", "threads"))
     options = Options(**{name: given.pop(name) for name in OPTIONS})
-    enter(device)  # before the frame store is built: whoever waits for it hears if that fails
+    # Before the frame store is built: whoever waits for it hears if that fails.
+    world = enter(device)
     settled = {k: v for k, v in given.items() if k in named or k == "method"}
-    config = loop.open_run(run, resume)
+    config = loop.open_run(run, resume, world)
     if config is None:
         values, method_config = methods.recipe(given["method"], recipe)
         # An option that is given takes those of the recipe with it that belong to another value.
@@ -321,12 +335,14 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     from sslus.engine.errors import InputError, Interrupted
     from sslus.engine.stream import is_url
     from sslus.ssl import methods
+    from sslus.ssl.train import Settings
+    from sslus.ssl.world import enter
     from sslus.tools.screen import summary
 
     if given["recipe"] != "default":
         raise InputError("--method all: an equal number of steps is not what the recipes have")
     record = folder / "all.json"
-    going = f"sslus train --method all --resume --run {folder}"
+    going = _resume(folder, " --method all")
     if given["resume"]:
         try:
             before = json.loads(record.read_text())
@@ -338,15 +354,22 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         given = given | {k: v for k, v in options.items() if k not in named}
         shards = shards if "shards" in named else recorded_shards
         named = named | set(options) | {"shards"}
-    elif _is_main():
+    else:
         begun = any((folder / name / "config.json").exists() for name in methods.names())
         if begun and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             raise InputError(f"{folder} is there already; go on with: {going}")
-        folder.mkdir(parents=True, exist_ok=True)
-        options = _settings({k: v for k, v in given.items() if k in named and k != "method"})
-        where = shards if is_url(shards) else str(Path(shards).resolve())
-        with atomic_file(record, "w") as f:
-            json.dump({"shards": where, "options": options}, f, indent=2)
+        options = {k: v for k, v in given.items() if k in named and k not in NOT_FOR_ALL}
+        # What a device decides is the same for all methods, wherever the last ones are trained.
+        chosen = Settings(**_settings(given) | {"method": methods.names()[0]})
+        chosen = chosen.resolved(enter(given["device"]).device, num_frames=2**40)
+        for name in ("backbone", "image_size", "batch_size", "precision"):
+            options[name] = getattr(chosen, name)
+        given, named = given | options, named | set(options)
+        if _is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            where = shards if is_url(shards) else str(Path(shards).resolve())
+            with atomic_file(record, "w") as f:
+                json.dump({"shards": where, "options": options}, f, indent=2)
     rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
     for name in methods.names():
         run = folder / name
@@ -362,6 +385,9 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             result = _train(shards, run, mine, named)
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Go on with: {going}", e.signum) from None
+        given["rebuild_store"] = False  # once for all
+        if result.signum:  # it came during the last step
+            raise Interrupted(f"{name} is finished. Go on with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
         first, last = _lines(result)
         rows[name] = (
@@ -390,6 +416,8 @@ def _torchrun(num: int) -> int:
     import time
     from pathlib import Path
 
+    from sslus.tools.cli import EXIT_CODE_FILE
+
     args = [a for a in sys.argv[1:] if not a.startswith("--gpus=")]
     if "--gpus" in args:
         at = args.index("--gpus")
@@ -401,7 +429,9 @@ def _torchrun(num: int) -> int:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
-        env = os.environ | {"SSLUS_EXIT_CODE_FILE": str(code)}
+        env = os.environ | {EXIT_CODE_FILE: str(code)}
+        # torchrun would give each a single thread.
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num)))
         process = subprocess.Popen(torchrun, env=env)
         # A terminal's Ctrl-C reaches the processes by itself; they save, and this one waits.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -430,7 +460,7 @@ def _show(result) -> None:
 
 def _next(result) -> str:
     if result.stopped:
-        return f"sslus train --resume --run {result.run}"
+        return _resume(result.run)
     return f"sslus evaluate {result.run} --labels labels.csv"
 
 
