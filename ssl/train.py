@@ -8,13 +8,15 @@ runs/<name>/config.json             every setting, the shards' digest, versions
             backbone.safetensors    the result
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,17 +312,18 @@ def train(
     world.barrier()  # all have looked at the folder before one changes it
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        if recorded is None:
-            _write_json(run / "config.json", config)
-        checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
-    was_finished = state.step == settings.max_steps
-
-    started = time.monotonic()
-    if not was_finished:
-        loop.run_to_end()
-    if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
-        loop.export()
-    world.barrier()
+    with _alone(run) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            if recorded is None:
+                _write_json(run / "config.json", config)
+            checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
+        was_finished = state.step == settings.max_steps
+        started = time.monotonic()
+        if not was_finished:
+            loop.run_to_end()
+        if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
+            loop.export()
+        world.barrier()
     return TrainResult(
         run=run,
         step=state.step,
@@ -332,6 +335,20 @@ def train(
         stopped=state.step < settings.max_steps,
         signum=loop.signum,
     )
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Two processes that train in one folder would mix their checkpoints: the second is refused."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"{run}: another process is training there; give --run DIR") from e
+        yield
+    finally:
+        os.close(folder)
 
 
 def _check_config(method_config) -> None:

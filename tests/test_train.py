@@ -258,6 +258,21 @@ def test_a_run_of_micro_batches_resumes_where_its_epoch_was(shards, tmp_path, op
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_two_processes_do_not_train_in_one_folder(shards, tmp_path):
+    run = tmp_path / "run"
+    tried = []
+
+    def meanwhile(done, total, note):
+        if not tried:
+            tried.append(done)
+            with pytest.raises(InputError, match="another process is training there"):
+                run_train(shards, run, resume=True)
+
+    result = run_train(shards, run, report=meanwhile)
+    assert tried and result.step == STEPS
+    assert [m["step"] for m in result.metrics] == list(range(2, STEPS + 1, 2))
+
+
 def test_sigkill_loses_only_what_follows_the_checkpoint(shards, whole_run, tmp_path):
     run = tmp_path / "run"
     code = f"""
