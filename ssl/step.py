@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslus.engine.errors import InputError
 from sslus.ssl.loader import Views
+from sslus.ssl.optimizers import set_lr
 from sslus.ssl.state import State
 
 WAYS = ("eager", "compile", "graph")
@@ -55,8 +56,6 @@ class Step:
         self.running: deque[torch.cuda.Event] = deque()
 
     def __call__(self, batches: list[Views], lr: float) -> Tensor:
-        from sslus.ssl.optimizers import set_lr
-
         state = self.state
         set_lr(state.optimizer, lr)
         if self.way == "graph":

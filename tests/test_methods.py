@@ -20,6 +20,7 @@ from sslus.engine.errors import InputError
 from sslus.kernels.vicreg import vicreg_loss, vicreg_terms
 from sslus.kernels.vicreg.reference import covariance_term
 from sslus.ssl import backbones, batchnorm, methods
+from sslus.ssl.dual import DualTask
 from sslus.ssl.heads import widths
 from sslus.ssl.loader import Views
 from sslus.ssl.train import Settings
@@ -405,6 +406,31 @@ def two_steps(name, views, synchronised):
     return loss, grads, again, dict(method.named_buffers())
 
 
+def dual_step(views, synchronised):
+    """Loss and gradients with a cross-entropy beside VICReg's loss."""
+    torch.manual_seed(1)
+    method = DualTask(build("vicreg"), 3, 0.7)
+    if synchronised:
+        batchnorm.synchronise(method, torch.device("cpu"))
+    loss, grads = gradients(method, views)
+    for g in grads.values():
+        if synchronised:
+            dist.all_reduce(g)
+    return loss, grads
+
+
+def some_labelled():
+    """Seven of the first rank's frames are, three of the second's."""
+    labels = torch.tensor([0, 1, -1, 1, 0, 2, 1, 2, -1, -1, -1, 1, -1, -1, 2, 0])
+    return batch(16)._replace(labels=labels)
+
+
+def check_dual_task(rank, alone):
+    loss, grads = dual_step(whole(some_labelled(), rank), True)
+    assert abs(loss - alone[0]) <= 1e-5 * abs(alone[0]), (loss, alone[0])
+    assert_close(grads, alone[1], 1e-5)
+
+
 def check_ranks(rank, alone):
     for name in NAMES:
         for views, want in zip(joint_batches(name), alone[name], strict=True):
@@ -433,9 +459,11 @@ def work(rank, folder):
         alone = {
             name: [two_steps(name, views, False) for views in joint_batches(name)] for name in NAMES
         }
+        alone_dual = dual_step(some_labelled(), False)
         store = dist.FileStore(str(folder / "store"), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         check_ranks(rank, alone)
+        check_dual_task(rank, alone_dual)
         check_shuffled_keys(rank)
         dist.barrier()
         dist.destroy_process_group()
