@@ -19,7 +19,7 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo
+from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, is_untimed, open_video
 
 # Frames decoded at a time, which bounds the memory: 100 MB for 1920 x 1080, and twice that
 # because the next ones are decoded meanwhile. After the last frame DALI begins with the file
@@ -91,8 +91,11 @@ class DaliBackend:
     def refuses(self, info: VideoInfo) -> str | None:
         """Why this device cannot decode such a file, or None if it can."""
         kind = f"{info.codec} {info.pixel_format}"
-        if info.rotation_degrees:
-            return f"DALI does not turn pictures (this one by {info.rotation_degrees} degrees)"
+        if info.rotation_degrees or info.mirrored:
+            how = f"by {info.rotation_degrees} degrees{', mirrored' * info.mirrored}"
+            return f"DALI does not turn pictures (this one {how})"
+        if info.other_streams:
+            return "DALI cannot be told which of several videos in a file to take"
         if not self._gpu:
             if info.codec not in CPU_CODECS or info.pixel_format not in FORMATS_8_BIT:
                 return f"without a GPU DALI decodes 8-bit {', '.join(CPU_CODECS)} only, not {kind}"
@@ -287,18 +290,21 @@ def _check_stamps(path: Path) -> None:
     """DALI sorts frames by the packets' time stamps, in 32 bits, and skips negative ones.
 
     Where the file has none, or none that count, frames would come in the wrong order, or more
-    or fewer than are shown. An AVI has none: FFmpeg works them out, DALI's demuxer does not.
+    or fewer than are shown. An AVI has none: FFmpeg works them out, DALI's demuxer does not, and
+    where frames are reordered FFmpeg's may be wrong.
     """
     import av
 
     try:
-        with av.open(str(path)) as container:
-            packets = [p for p in container.demux(container.streams.video[0]) if p.size]
-            is_avi = container.format.name == "avi"
-    except (av.FFmpegError, OSError, IndexError) as e:
-        raise VideoError(path, f"cannot be read ({getattr(e, 'strerror', None) or e})") from e
+        container, stream = open_video(path)
+        with container:
+            packets = [p for p in container.demux(stream) if p.size]
+            guessed = is_untimed(container)
+            reordered = stream.codec_context.has_b_frames
+    except av.FFmpegError as e:
+        raise VideoError(path, f"cannot be read ({e.strerror or e})") from e
     stamps = [p.pts for p in packets]
-    if None in stamps or (is_avi and stamps != sorted(stamps)):
+    if None in stamps or (guessed and (reordered or stamps != sorted(stamps))):
         raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")
     order = [p.dts for p in packets if p.dts is not None]
     if order != sorted(order):

@@ -4,6 +4,7 @@ Luma is taken from the decoder's own plane; no frame is ever converted to RGB an
 """
 
 import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,15 @@ EXTENSIONS = frozenset(
 # Formats that make the demuxer open other files or addresses than the one it was given.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
 
+# Formats whose packets carry no time of presentation, only their order: FFmpeg guesses one, and
+# guesses wrong where H.264 has B-frames.
+UNTIMED_FORMATS = frozenset({"avi", "asf", "mxf", "mxf_opatom"})
+# Formats that say in their header how long they are, counted from time 0. Of others FFmpeg
+# measures it, so that a part that is cut off is in neither count.
+ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
+
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+FOLDER_LINKS = "links to folders"  # what find_videos counts them under
 
 
 class VideoError(InputError):
@@ -54,6 +63,8 @@ class VideoInfo:
     pixel_aspect: float = 1.0  # width of a pixel over its height
     full_range: bool = False  # luma in 0..255, else 16..235
     rotation_degrees: int = 0  # how far a player turns the picture, counterclockwise
+    mirrored: bool = False  # left to right, before it is turned
+    other_streams: int = 0  # further videos in the file, which nobody decodes
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,11 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
     """The videos under `paths` (files and folders, searched recursively), sorted by name.
 
     Returns the sources and a count, by extension, of the files that were passed over because
-    their name is not a video's. `skip` is a folder not to look into. Raises InputError where a
-    path does not exist, where no video is found, and where two paths lead to different files
-    of the same name, which would get the same id.
+    their name is not a video's. Links to folders are counted under FOLDER_LINKS and not followed:
+    they may lead in a circle, or to a folder that is searched anyway; one that is given by name
+    is. `skip` is a folder not to look into. Raises InputError where a path does not exist, where
+    no video is found, and where two paths lead to different files of the same name, which would
+    get the same id.
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
@@ -143,6 +156,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
         for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
             here = Path(folder)
             folders[:] = sorted(f for f in folders if (here / f).resolve() != skip)
+            ignored[FOLDER_LINKS] += sum((here / f).is_symlink() for f in folders)
             for file in sorted(files):
                 path = here / file
                 if file.startswith(".") or path.suffix.lower() not in EXTENSIONS:
@@ -151,13 +165,19 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
                     add(path, path.relative_to(root).as_posix())
     if not sources:
         where = ", ".join(str(p) for p in paths)
-        other = f" ({sum(ignored.values())} files of other kinds)" if ignored else ""
+        links = ignored.pop(FOLDER_LINKS, 0)
+        seen_there = [f"{sum(ignored.values())} files of other kinds"] if ignored.total() else []
+        seen_there += [f"{links} links to folders, not followed"] if links else []
+        other = f" ({', '.join(seen_there)})" if seen_there else ""
         raise InputError(f"{where}: no video found{other}; name a folder with videos")
-    return [sources[name] for name in sorted(sources)], ignored
+    return [sources[name] for name in sorted(sources)], +ignored
 
 
-def _open(path: Path):
-    """Open a container without letting it reach for anything but the file itself."""
+def open_video(path: Path):
+    """Open a container without letting it reach for anything but the file itself.
+
+    Returns the container and the stream in it to decode: the one that FFmpeg takes for the best.
+    """
     import av
 
     # Absolute, so that no name is read as a protocol; no nested address is followed.
@@ -167,18 +187,38 @@ def _open(path: Path):
             raise VideoError(path, "not a regular file")
         if path.stat().st_size == 0:
             raise VideoError(path, "the file is empty")
-        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
+        container = av.open(
+            str(path.absolute()),
+            # Not `options`: PyAV before 17.1 frees those twice where a stream is found late.
+            container_options={"protocol_whitelist": "file"},
+            metadata_errors="replace",  # a title in Latin-1 says nothing about the pictures
+        )
     except av.FFmpegError as e:
         raise VideoError(path, f"not a readable video ({_reason(e)})") from e
     except OSError as e:
         raise VideoError(path, f"cannot be read ({e.strerror})") from e
-    if REFERRING_FORMATS & set(container.format.name.split(",")):
+    try:
+        if REFERRING_FORMATS & _formats(container):
+            raise VideoError(path, "a playlist that points to other files; give those themselves")
+        stream = container.streams.best("video")
+        if stream is None:
+            raise VideoError(path, "no video stream in it")
+        if stream.codec_context is None:
+            raise VideoError(path, "FFmpeg has no decoder for its codec; convert the file")
+    except BaseException:
         container.close()
-        raise VideoError(path, "a playlist that points to other files; give the files themselves")
-    if not container.streams.video:
-        container.close()
-        raise VideoError(path, "no video stream in it")
-    return container
+        raise
+    return container, stream
+
+
+def is_untimed(container) -> bool:
+    """Whether the times of presentation that FFmpeg gives for its packets are guesses."""
+    return bool(UNTIMED_FORMATS & _formats(container))
+
+
+def _formats(container) -> set[str]:
+    """The names of its format: FFmpeg says "matroska,webm"."""
+    return set(container.format.name.split(","))
 
 
 def _reason(e: Exception) -> str:
@@ -191,10 +231,11 @@ def probe(path: Path) -> VideoInfo:
     Raises VideoError for what is no video, is empty, or does not give a single frame.
     """
     import av
+    from av.stream import Disposition
 
     path = Path(path)
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = open_video(path)
+    with container:
         stream.codec_context.thread_count = 1
         shown = hidden = end = 0
         frame = None
@@ -215,20 +256,49 @@ def probe(path: Path) -> VideoInfo:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
         if frame is None:
             raise VideoError(path, "not a single frame can be decoded")
+        num_frames = stream.frames - hidden
+        if "avi" in _formats(container):
+            num_frames -= _empty_chunks(path, stream.index)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
+        turns, mirrored = _turn(frame)
+        others = [
+            s for s in container.streams.video
+            if s is not stream and not s.disposition & Disposition.attached_pic
+        ]  # fmt: skip
         return VideoInfo(
             codec=stream.codec_context.name,
             pixel_format=frame.format.name,
             height=frame.height,
             width=frame.width,
             rate_hz=float(rate or 0),
-            num_frames=max(shown, stream.frames - hidden)
+            num_frames=max(shown, num_frames)
             + (0 if stream.frames else _missing(container, stream, end)),
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
-            rotation_degrees=int(frame.rotation) % 360,
+            rotation_degrees=90 * turns,
+            mirrored=mirrored,
+            other_streams=len(others),
         )
+
+
+def _empty_chunks(path: Path, stream: int) -> int:
+    """How many chunks of a stream are empty, by the index of an AVI.
+
+    Such a chunk repeats the picture before it. It is counted as a frame in the header, but FFmpeg
+    makes no packet of it. A file that is cut off has no index: there every frame is missed.
+    """
+    with path.open("rb") as f:
+        f.seek(12)  # RIFF, length, "AVI "
+        while len(head := f.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] == b"idx1":
+                data = f.read(length)
+                entries = np.frombuffer(data[: len(data) // 16 * 16], np.uint8).reshape(-1, 16)
+                ours = (entries[:, :2] == np.frombuffer(b"%02d" % stream, np.uint8)).all(1)
+                return int((ours & ~entries[:, 12:].any(1)).sum())  # name, flags, offset, size
+            f.seek(length + length % 2, os.SEEK_CUR)
+    return 0
 
 
 def _missing(container, stream, end: int) -> int:
@@ -237,6 +307,8 @@ def _missing(container, stream, end: int) -> int:
     Matroska and WebM say how long they are but not how many frames they hold: when such a file
     is cut off, only its duration tells. `end` is the end of the last packet in time base units.
     """
+    if not ANNOUNCING_FORMATS & _formats(container):
+        return 0
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
@@ -245,7 +317,7 @@ def _missing(container, stream, end: int) -> int:
     except ValueError:  # not said of this stream; the file's own is its only stream's
         if len(container.streams) > 1 or container.duration is None:
             return 0
-        announced = container.duration / 1e6 + (container.start_time or 0) / 1e6
+        announced = container.duration / 1e6
     short = announced - float(end * stream.time_base)
     # Half a frame of grace: a last frame without a duration of its own is no loss.
     return round(short * rate) if rate and short * rate > 1.5 else 0
@@ -291,39 +363,88 @@ def luma(frame) -> np.ndarray:
             scale = 1 << (first.bits - 8)
             low, span = (0, (1 << first.bits) - 1) if full else (16 * scale, 219 * scale)
             out = np.floor(np.clip((y - low) / span, 0, 1) * 255 + 0.5).astype(np.uint8)
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(out, turns)) if turns else out
+    turns, mirrored = _turn(frame)
+    if mirrored:
+        out = out[:, ::-1]
+    return np.ascontiguousarray(np.rot90(out, turns) if turns else out)
+
+
+def _turn(frame) -> tuple[int, bool]:
+    """How a player shows it: quarter turns counterclockwise, and whether it is mirrored, left to
+    right, before that. FFmpeg's display matrix moves (x, y) to (a x + c y, b x + d y)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    mirrored = a * d < b * c
+    if mirrored:
+        a, b = -a, -b
+    return round(-math.atan2(b, a) / (math.pi / 2)) % 4, mirrored
 
 
 def decode(path: Path) -> Iterator[Frame]:
     """Every frame of a video that the decoder gives, in order, on one thread.
 
     A damaged packet costs its own frames only: the count of what comes is to be compared with
-    VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame; where the
-    file has none, index / rate; where its clock starts anew, as in recordings that were joined,
-    they go on from the frame before. Raises VideoError if the file cannot be opened.
+    VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame, and never
+    fall back: a frame without one comes a period after the one before it, as does a frame at
+    which the clock starts anew, where recordings were joined. Raises VideoError if the file
+    cannot be opened.
     """
     for index, time_seconds, frame in _decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame), bool(frame.is_corrupt))
 
 
 def _decoded(path: Path) -> Iterator[tuple[int, float, object]]:
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = open_video(path)
+    with container:
         # The workers are the parallelism; a second thread here would only take their core.
         stream.codec_context.thread_count = 1
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        index, zero, last = 0, None, 0.0
+        clock = _Clock(stream, in_order=is_untimed(container))
+        index = 0
         for frames in _batches(container, stream):
             for frame in frames:
-                at = index / rate if frame.time is None else frame.time
-                if zero is None:
-                    zero = at
-                elif at - zero < last:
-                    zero = at - (last + 1 / rate)
-                last = at - zero
-                yield index, last, frame
+                yield index, clock(frame), frame
                 index += 1
+
+
+class _Clock:
+    """clock(frame): its time in seconds after the first, for frames in the order they are shown.
+
+    That is its time of presentation (pts), or, `in_order`, the time in the file of the packet
+    that brought it out of the decoder (dts). That is taken too from where the former falls back
+    and the latter does not: in such a file it was guessed.
+    """
+
+    def __init__(self, stream, in_order: bool):
+        self.tick_seconds = float(stream.time_base)
+        self.period_seconds = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        self.in_order = in_order
+        self.zero_seconds = None  # what the stamps say at time 0
+        self.last_seconds = None
+        self.last_stamps = None, None
+
+    def __call__(self, frame) -> float:
+        stamps = frame.pts, frame.dts
+        shown_falls, sent_falls = map(_falls, self.last_stamps, stamps)
+        if shown_falls and sent_falls is False and not self.in_order:
+            self.in_order, self.zero_seconds = True, None
+        self.last_stamps = stamps
+        first = self.last_seconds is None
+        due = 0.0 if first else self.last_seconds + self.period_seconds
+        stamp = stamps[self.in_order]
+        if stamp is None:
+            self.last_seconds = due
+            return due
+        at = stamp * self.tick_seconds
+        if self.zero_seconds is None or at - self.zero_seconds < self.last_seconds:
+            self.zero_seconds = at - due
+        self.last_seconds = at - self.zero_seconds
+        return self.last_seconds
+
+
+def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
+    return None if stamp is None or next_stamp is None else next_stamp < stamp
 
 
 def _batches(container, stream) -> Iterator[list]:

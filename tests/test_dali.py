@@ -177,7 +177,9 @@ def test_damage_is_never_silent(cpu, tmp_path):
     assert not differences(whole, cpu, 32)
 
 
-@pytest.mark.parametrize("file, codec", [("a.avi", "mpeg4"), ("a.h264", "libx264")])
+@pytest.mark.parametrize(
+    "file, codec", [("a.avi", "mpeg4"), ("a.avi", "libx264"), ("a.h264", "libx264")]
+)
 def test_frames_that_dali_would_not_put_in_order_are_refused(file, codec, cpu, tmp_path):
     path = make_clip(tmp_path / file, codec, 12, options={"bf": "2"})
     with pytest.raises(VideoError, match="time stamps"):
@@ -193,6 +195,8 @@ def test_cpu_refuses_what_it_cannot_decode(cpu):
     assert "h264" in cpu.refuses(info_of("h264"))
     assert "yuv420p10le" in cpu.refuses(info_of("vp9", "yuv420p10le"))
     assert "90 degrees" in cpu.refuses(info_of("vp9", rotation_degrees=90))
+    assert "0 degrees, mirrored" in cpu.refuses(info_of("vp9", mirrored=True))
+    assert "several videos" in cpu.refuses(info_of("vp9", other_streams=1))
 
 
 def test_gpu_refuses_what_nvdec_cannot_decode(monkeypatch, cpu):

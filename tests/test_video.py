@@ -3,13 +3,14 @@
 import csv
 import gc
 import os
+import struct
 
 import numpy as np
 import pytest
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
-from sslus.engine.video import VideoError, decode, find_videos, probe
+from sslus.engine.video import FOLDER_LINKS, VideoError, decode, find_videos, probe
 
 
 def expanded(y: np.ndarray) -> np.ndarray:
@@ -102,6 +103,11 @@ def test_grey_gif_is_exact(tmp_path):
         ("mpeg4", "avi", {}),
         ("mjpeg", "mov", {}),
         ("libx264", "mkv", {"bf": "3"}),
+        # without times of presentation, with those of the first frame only, not starting at 0
+        ("libx264", "avi", {"bf": "3"}),
+        ("libx264", "wmv", {"bf": "3"}),
+        ("libx264", "mpg", {"bf": "3"}),
+        ("libx264", "flv", {"bf": "3"}),
         ("libx265", "mp4", {"x265-params": "log-level=none"}),
         ("libvpx", "webm", {}),
     ],
@@ -128,6 +134,27 @@ def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
     np.testing.assert_allclose(got, np.array(times) / 1000, atol=1e-3)
 
 
+def test_times_that_were_guessed_are_noticed_in_any_format(clip, pattern, tmp_path, monkeypatch):
+    """As if nobody knew that an AVI has none: a few frames at the start may come out wrong."""
+    monkeypatch.setattr("sslus.engine.video.UNTIMED_FORMATS", frozenset())
+    path = clip(tmp_path / "x.avi", pattern(50, 64, 80), codec="libx264", options={"bf": "3"})
+    times = np.array([f.time_seconds for f in decode(path)])
+    assert len(times) == 50 and (np.diff(times) > 0).all()
+    assert np.allclose(np.diff(times)[5:], 1 / 25) and times[-1] < 50 / 25 + 0.2
+
+
+def test_an_avi_that_repeats_frames_is_whole(clip, pattern, tmp_path):
+    """It says so by empty chunks, which are counted as frames."""
+    times = [0, 40, 80, 240, 280, 800]
+    path = clip(
+        tmp_path / "x.avi", pattern(6, 48, 64), codec="mjpeg", pixel_format="yuvj420p", times=times
+    )
+    assert probe(path).num_frames == 6
+    np.testing.assert_allclose([f.time_seconds for f in decode(path)], np.array(times) / 1000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert probe(path).num_frames > sum(1 for _ in decode(path)) > 0
+
+
 @pytest.mark.parametrize("container", ["ts", "mpg"])
 def test_times_go_on_where_recordings_were_joined(container, clip, pattern, tmp_path):
     parts = [
@@ -139,6 +166,80 @@ def test_times_go_on_where_recordings_were_joined(container, clip, pattern, tmp_
     times = [f.time_seconds for f in decode(joined)]
     assert len(times) == 17
     assert np.allclose(np.diff(times), np.diff(times)[0], atol=1e-4) and times[1] > 0
+
+
+# FFmpeg's display matrix (a, b, c, d), and what a player makes of a picture
+ORIENTATIONS = {
+    (1, 0, 0, 1): lambda p: p,
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1),  # clockwise: what a phone held upright writes
+    (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
+    (0, -1, 1, 0): lambda p: np.rot90(p),
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): np.transpose,
+    (0, -1, -1, 0): lambda p: np.rot90(np.transpose(p), 2),
+}
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_pictures_come_upright_and_unmirrored(matrix, clip, pattern, tmp_path):
+    luma = pattern(2, 48, 64)
+    path = clip(tmp_path / "x.mp4", luma, codec="libx264", options={"qp": "0"})
+    a, b, c, d = (65536 * x for x in matrix)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44  # ISO 14496-12, 8.3.2: the matrix of a version 0 box
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    want = np.stack([ORIENTATIONS[matrix](expanded(p)) for p in luma])
+    np.testing.assert_array_equal(np.stack([f.luma for f in decode(path)]), want)
+    info = probe(path)
+    assert (info.rotation_degrees % 180 == 0) == (want.shape[1:] == luma.shape[1:])
+    assert info.mirrored == (a * d - b * c < 0)
+
+
+def write_streams(path, counts):
+    """A file with several videos, of so many frames and 16, 32, ... pixels high."""
+    from fractions import Fraction
+
+    import av
+
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in counts]
+        for i, stream in enumerate(streams):
+            stream.width, stream.height, stream.pix_fmt = 64, 16 * (i + 1), "yuv420p"
+        container.start_encoding()
+        for stream, count in zip(streams, counts, strict=True):
+            for t in range(count):
+                frame = av.VideoFrame(64, stream.height, "yuv420p")
+                frame.pts, frame.time_base = t, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            if count:
+                container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("counts, best", [((10, 10), 0), ((0, 10), 1)])
+def test_of_several_videos_in_a_file_the_best_is_taken(counts, best, tmp_path):
+    path = write_streams(tmp_path / "x.mkv", counts)
+    info = probe(path)
+    assert (info.other_streams, info.num_frames, info.height) == (1, 10, 16 * (best + 1))
+    assert [f.luma.shape[0] for f in decode(path)] == [info.height] * 10
+
+
+def test_a_title_in_latin_1_does_no_harm(pattern, tmp_path):
+    import av
+
+    path = tmp_path / "x.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Dr. Mxller"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert b"Mxller" in data
+    path.write_bytes(data.replace(b"Mxller", "Müller".encode("latin-1")))
+    assert probe(path).num_frames == len(list(decode(path))) == 1
 
 
 def test_every_real_video_gives_every_frame(real_data):
@@ -162,6 +263,9 @@ def test_what_is_no_video(clip, pattern, tmp_path):
         "text.mp4": b"this is not a video\n" * 500,
         "noise.mkv": np.random.default_rng(0).bytes(20000),
         "headless.mp4": whole[: len(whole) // 2],  # an MP4's index is at its end
+        "codec.avi": clip(tmp_path / "x.avi", pattern(5, 64, 64))
+        .read_bytes()
+        .replace(b"FMP4", b"ZZQ7"),
         "list.m3u8": b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n",
         "list.mp4": b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n",
     }
@@ -293,6 +397,20 @@ def test_find_videos_is_recursive_sorted_and_counts_the_rest(clips):
     assert ignored == {".csv": 1}
     again, _ = find_videos([clips, clips / "a"])  # the same files by another way
     assert len(again) == 6
+
+
+def test_links_to_folders_are_counted_and_not_followed(clips, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "x.mp4").symlink_to(clips / "u.mp4")  # a link to a file is as good as the file
+    (folder / "circle").symlink_to(folder)
+    (folder / "elsewhere").symlink_to(clips / "a")
+    sources, ignored = find_videos([folder])
+    assert [s.name for s in sources] == ["x.mp4"] and ignored == {FOLDER_LINKS: 2}
+    assert len(find_videos([folder / "elsewhere"])[0]) == 2
+    (folder / "x.mp4").unlink()
+    with pytest.raises(InputError, match=r"no video found \(2 links to folders, not followed\)"):
+        find_videos([folder])
 
 
 def test_find_videos_refuses(clips, tmp_path):
