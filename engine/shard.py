@@ -30,12 +30,24 @@ from sslus.engine.errors import InputError
 from sslus.engine.labels import read_labels
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
-from sslus.engine.video import Backend, PyavBackend, Source, VideoError, find_videos, probe
+from sslus.engine.video import (
+    Backend,
+    Prepared,
+    PyavBackend,
+    Source,
+    VideoError,
+    find_videos,
+    probe,
+)
 from sslus.engine.workers import worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
+LEDGER = "ledger.jsonl"
 KEY_BYTES = 32
 ID_BYTES = 8  # 2^32 videos before two of them are likely to share an id; checked all the same
+# Matroska, FLV and ASF round time stamps to a millisecond: two of them, a frame's and the first
+# one's, are wrong by up to one. And half of that, so that rounding here cannot decide.
+GRACE_SECONDS = 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,13 @@ class Settings:
         if self.stride is not None:
             return lambda index, time_seconds: index % self.stride == 0
         last = -1
+        grace = min(GRACE_SECONDS * self.rate_hz, 0.5)  # in periods
 
         def keep(index: int, time_seconds: float) -> bool:
-            # The first frame of each period of the clock, whatever the video's own rate. A
-            # millionth of a period of grace, or rounded time stamps would drop every other frame.
+            # The first frame of each period of the clock, whatever the video's own rate. Without
+            # grace, one whose time stamp was rounded down would count to the period before.
             nonlocal last
-            period = int(time_seconds * self.rate_hz + 1e-6)
+            period = int(time_seconds * self.rate_hz + grace)
             due, last = period > last, max(period, last)
             return due
 
@@ -84,7 +97,7 @@ class ShardReport:
     out: Path
     manifest: Manifest
     ledger: list[dict]
-    ignored: Counter  # files passed over, by extension
+    ignored: Counter  # files passed over, by extension, and links to folders
     unlabelled: int = 0  # videos without a row in the labels
     resumed: int = 0  # videos that an earlier, interrupted run had decoded
     already: bool = False  # nothing was to be done
@@ -119,7 +132,10 @@ def shard(
     `strict` writes nothing if any file is refused or incomplete; `force` replaces shards that
     were made otherwise. `report(done, total, note)` is called after each video.
 
-    A second call goes on where the first was stopped, or returns at once if all is done.
+    A second call goes on where the first was stopped, or returns at once if all is done; files
+    that were refused are then tried again with `force` only, since their frames would change
+    shards that may be in use. Until new shards are complete, old ones, their key and their ledger
+    stay as they are; the ledger of a run that was stopped or refused is in local/work.
     Raises InputError, OSError (a full disk), Interrupted; what is decoded by then is kept.
     """
     start = time.monotonic()
@@ -132,10 +148,13 @@ def shard(
     marks = _marks(sources, labels)
     backends = choose_backends(device, decoder)
     with _locked(out) as local:
-        ids = _ids(sources, _key(local, key))
+        secret = _key(local, key)
+        ids = _ids(sources, secret)
         request = {"settings": asdict(settings), "decoder": [b[0] for b in backends]}
         wanted = {s.name: [ids[s.name], *_stamp(s.path)] for s in sources}
         done = _finished(out, request, wanted, marks)
+        if done or not (out / manifests.NAME).exists():
+            _keep_key(local, secret)  # or the same command would make other ids
         if done and not force:
             return ShardReport(out, *done, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
@@ -155,9 +174,11 @@ def shard(
             with worker_pool(num_workers, _start_worker, (backends,), kept) as workers:
                 _decode_all(workers, records, sources, ids, settings, work, report)
                 ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
-                _write_ledger(local, ledger)
-                _refuse_failure(ledger, strict)
-                manifest = _write_all(workers, out, work, sources, ids, records, marks, settings)
+                _write_ledger(work, ledger)
+                _refuse_failure(ledger, strict, work / LEDGER)
+                manifest = _write_all(
+                    workers, out, work, sources, ids, records, marks, settings, secret
+                )
         finally:
             _remove_halves(work)
         with atomic_file(local / "request.json", "w") as f:
@@ -169,11 +190,11 @@ def shard(
     )
 
 
-def _refuse_failure(ledger: list[dict], strict: bool) -> None:
+def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
     problems = [r for r in ledger if r["status"] != "ok"]
     if not problems:
         return
-    first = f"The first: {problems[0]['source']}: {problems[0]['why']}"
+    first = f"The first: {problems[0]['source']}: {problems[0]['why']}; all are in {path}"
     if strict:
         raise InputError(
             f"{len(problems)} of {len(ledger)} files are not whole, and --strict was given;"
@@ -187,7 +208,7 @@ def _refuse_failure(ledger: list[dict], strict: bool) -> None:
 
 
 def _key(local: Path, given: Path | None) -> bytes:
-    """The secret from which ids are made: kept in local/, so a second run gives the same ids."""
+    """The secret from which ids are made: the one given, the one kept in local/, or a new one."""
     path = local / "key"
     try:
         if given is None and not path.exists():
@@ -202,10 +223,15 @@ def _key(local: Path, given: Path | None) -> bytes:
     if len(key) != KEY_BYTES:
         remedy = "" if given else "; put it back, or delete it to get a new key and new ids"
         raise InputError(f"{given or path}: want {2 * KEY_BYTES} hex digits{remedy}")
-    if not path.exists() or path.read_bytes().strip() != text.encode():
-        with atomic_file(path, "w") as f:
-            f.write(text + "\n")
     return key
+
+
+def _keep_key(local: Path, key: bytes) -> None:
+    """In local/, so that a second run makes the same ids."""
+    path, text = local / "key", key.hex() + "\n"
+    if not path.exists() or path.read_bytes() != text.encode():
+        with atomic_file(path, "w") as f:
+            f.write(text)
 
 
 def _keyed_hash(key: bytes, kind: str, name: str) -> str:
@@ -296,7 +322,7 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
         return None
     try:
         manifest = read_manifest(out)
-        lines = (out / "local" / "ledger.jsonl").read_text().splitlines()
+        lines = (out / "local" / LEDGER).read_text().splitlines()
         ledger = [json.loads(line) for line in lines]
     except (OSError, ValueError):  # with it InputError and what is no UTF-8 or no JSON
         return None
@@ -317,8 +343,8 @@ def _read_json(path: Path):
         return None
 
 
-def _write_ledger(local: Path, ledger: list[dict]) -> None:
-    with atomic_file(local / "ledger.jsonl", "w") as f:
+def _write_ledger(folder: Path, ledger: list[dict]) -> None:
+    with atomic_file(folder / LEDGER, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in ledger)
 
 
@@ -407,19 +433,16 @@ def _spool_video(path: Path, video_id: str, settings: Settings, work: Path) -> d
     raised.
     """
     start = time.monotonic()
-    record = {
-        "codec": None, "width": None, "height": None, "rate_hz": None,
-        "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
-        "status": "refused", "why": "", "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
-        "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0, "frames": [],
-    }  # fmt: skip
+    record = {**_refusal(path), "frames": []}
     try:
-        info = probe(path)
+        with _blamed(path):
+            info = probe(path)
+            reasons = [(b, b.refuses(info)) for b in _worker_backends]
         record |= {
             "codec": info.codec, "width": info.width, "height": info.height,
             "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
+            "other_streams": info.other_streams,
         }  # fmt: skip
-        reasons = [(b, b.refuses(info)) for b in _worker_backends]
         able = [b for b, why in reasons if why is None]
         if not able:
             raise VideoError(path, "; ".join(f"{b.name}: {why}" for b, why in reasons))
@@ -440,6 +463,37 @@ def _spool_video(path: Path, video_id: str, settings: Settings, work: Path) -> d
     return _without_frames(record)
 
 
+def _refusal(path: Path, why: str = "") -> dict:
+    """The record of a file of which nothing is known."""
+    return {
+        "codec": None, "width": None, "height": None, "rate_hz": None, "other_streams": 0,
+        "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
+        "status": "refused", "why": why, "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
+        "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Around what only reads a file: whatever it throws is that file's refusal."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise VideoError(path, f"its decoder failed ({said})") from e
+
+
+def _blamed_frames(path: Path, frames: Iterator[Prepared]) -> Iterator[Prepared]:
+    while True:
+        with _blamed(path):
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
+
+
 def _decode_video(
     path: Path, video_id: str, info, backend: Backend, settings: Settings, work: Path
 ) -> dict:
@@ -450,7 +504,8 @@ def _decode_video(
     frames, why = [], ""
     with atomic_file(_jpegs_path(work, video_id), durable=False) as f:
         try:
-            for frame in backend.prepared(path, info, keep, settings.size, settings.quality):
+            frames_of = backend.prepared(path, info, keep, settings.size, settings.quality)
+            for frame in _blamed_frames(path, frames_of):
                 decoded += 1
                 corrupt += frame.corrupt
                 if frame.image is None:
@@ -540,13 +595,7 @@ def _decode_all(workers, records, sources, ids, settings, work, report) -> None:
 
 def _crashed(path: Path, video_id: str, work: Path) -> dict:
     Path(f"{_jpegs_path(work, video_id)}.tmp").unlink(missing_ok=True)
-    return {
-        "codec": None, "width": None, "height": None, "rate_hz": None, "expected_frames": 0,
-        "decoded_frames": 0, "kept_frames": 0, "status": "refused",
-        "why": "the decoder crashed on it (or was killed, for want of memory perhaps)",
-        "seconds": 0.0, "decoder": None, "corrupt_frames": 0, "stamp": _stamp(path),
-        "sum": 0, "squares": 0, "crc32": 0,
-    }  # fmt: skip
+    return _refusal(path, "the decoder crashed on it (or was killed, for want of memory perhaps)")
 
 
 def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
@@ -558,9 +607,8 @@ def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
 # ---------------------------------------------------------------- writing
 
 
-def _write_all(workers, out, work, sources, ids, records, marks, settings) -> Manifest:
+def _write_all(workers, out, work, sources, ids, records, marks, settings, key) -> Manifest:
     """Shuffle the frames of all spools into shards, replace old ones, return the manifest."""
-    key = bytes.fromhex((out / "local" / "key").read_text().strip())
     kept = [s for s in sources if records[s.name]["kept_frames"]]
     tables = []  # 40 bytes a frame: all that is held of it
     for s in kept:
@@ -603,7 +651,7 @@ def _write_all(workers, out, work, sources, ids, records, marks, settings) -> Ma
         if isinstance(result, BrokenProcessPool):
             raise InputError("a worker was killed while writing; run it again") from result
         entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
-    _swap(out, new)
+    _swap(out, work, key)
     pixels = len(order) * settings.size**2
     total = sum(records[s.name]["sum"] for s in kept)
     squares = sum(records[s.name]["squares"] for s in kept)
@@ -663,12 +711,16 @@ def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict
     return {"bytes": length, "sha256": sha256}
 
 
-def _swap(out: Path, new: Path) -> None:
-    """Put the new shards in the old ones' place. Without a manifest a folder counts as unfinished,
-    and the spools are still there: a crash in here costs nothing but this second pass."""
+def _swap(out: Path, work: Path, key: bytes) -> None:
+    """Put the new shards, their key and their ledger in the old ones' place. Without a manifest a
+    folder counts as unfinished, and the spools are still there: a crash in here costs nothing but
+    this second pass."""
     (out / manifests.NAME).unlink(missing_ok=True)
     for old in [*out.glob("shard-*.tar"), *out.glob("shard-*.idx")]:
         old.unlink()
-    for path in sorted(new.iterdir()):
+    for path in sorted((work / "new").iterdir()):
         path.rename(out / path.name)
+    _keep_key(out / "local", key)
+    (work / LEDGER).replace(out / "local" / LEDGER)
+    sync_folder(out / "local")
     sync_folder(out)

@@ -39,6 +39,10 @@ class Workers:
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self.context, _start, (self.start, self.arguments))
 
+    def _replace(self, slot: int) -> None:
+        self.pools[slot].shutdown(wait=False)
+        self.pools[slot] = self._pool()
+
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
         """Yield (task number, result) as they come; a crash's result is a BrokenProcessPool."""
         todo = iter(enumerate(tasks))
@@ -48,7 +52,12 @@ class Workers:
             number, task = next(todo, (None, None))
             if number is not None:
                 with uninterrupted():  # the first task of a new pool starts its process
-                    running[self.pools[slot].submit(function, *task)] = number, slot
+                    try:
+                        future = self.pools[slot].submit(function, *task)
+                    except BrokenProcessPool:  # killed while it had nothing to do
+                        self._replace(slot)
+                        future = self.pools[slot].submit(function, *task)
+                    running[future] = number, slot
 
         for slot in range(len(self.pools)):
             feed(slot)
@@ -58,8 +67,7 @@ class Workers:
                 try:
                     result = future.result()
                 except BrokenProcessPool as e:
-                    self.pools[slot].shutdown(wait=False)
-                    self.pools[slot] = self._pool()
+                    self._replace(slot)
                     result = e
                 feed(slot)
                 yield number, result

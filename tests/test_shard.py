@@ -22,7 +22,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
-from sslus.engine.video import decode, find_videos
+from sslus.engine.video import PyavBackend, decode, find_videos
 from sslus.engine.workers import uninterrupted
 
 KEY = "00112233445566778899aabbccddeeff" * 2
@@ -198,11 +198,34 @@ def test_selection(settings, want, clip, pattern, tmp_path):
     assert kept == want and report.ledger[0]["decoded_frames"] == 20
 
 
+@pytest.mark.parametrize("rate_hz", [24, 25, 30000 / 1001, 30, 50, 60, 100, 120, 200])
+@pytest.mark.parametrize("first_seconds", [0, 0.0004, 33.3667])
+def test_time_stamps_rounded_to_a_millisecond_select_evenly(rate_hz, first_seconds):
+    """As Matroska, FLV and ASF round them."""
+    stamps = np.round(1000 * (first_seconds + np.arange(300) / rate_hz)) / 1000
+    for every in (1, 2, 3):
+        keep = Settings(stride=None, rate_hz=rate_hz / every).selector()
+        kept = [i for i, at in enumerate(stamps) if keep(i, at - stamps[0])]
+        assert kept == list(range(0, 300, every))
+
+
+@pytest.mark.parametrize("codec, container", [("ffv1", "mkv"), ("libx264", "avi")])
+def test_the_videos_own_rate_keeps_every_frame(codec, container, clip, pattern, tmp_path):
+    """With rounded time stamps, and with none but the order of the packets."""
+    path = tmp_path / f"x.{container}"
+    clip(path, pattern(60, 48, 64), codec=codec, rate=30, options={"bf": "3"})
+    for rate_hz, every in ((30, 1), (15, 2)):
+        out = tmp_path / str(rate_hz)
+        shard([path], out, Settings(32, None, rate_hz), device="cpu", jobs=1)
+        kept = sorted(int(k.split("-")[1]) for k in samples(out))
+        assert kept == list(range(0, 60, every))
+
+
 # ---------------------------------------------------------------- bad input
 
 
 @pytest.fixture
-def mixed(clips, tmp_path) -> Path:
+def mixed(clips, clip, pattern, tmp_path) -> Path:
     """Good videos among bad ones."""
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -211,6 +234,8 @@ def mixed(clips, tmp_path) -> Path:
     (folder / "text.avi").write_text("not a video " * 99)
     data = (clips / "v.mp4").read_bytes()
     (folder / "headless.mp4").write_bytes(data[: len(data) // 2])
+    data = clip(folder / "codec.avi", pattern(5, 64, 64)).read_bytes()
+    (folder / "codec.avi").write_bytes(data.replace(b"FMP4", b"ZZQ7"))  # FFmpeg knows no such codec
     return folder
 
 
@@ -221,11 +246,12 @@ def test_one_bad_file_costs_that_file_only(mixed, tmp_path):
     ledger = [json.loads(x) for x in (out / "local" / "ledger.jsonl").read_text().splitlines()]
     status = {Path(r["source"]).name: r["status"] for r in ledger}
     assert status == {
-        "good.mp4": "ok", "empty.mp4": "refused", "text.avi": "refused", "headless.mp4": "refused"
+        "good.mp4": "ok", "empty.mp4": "refused", "text.avi": "refused",
+        "headless.mp4": "refused", "codec.avi": "refused",
     }  # fmt: skip
-    for name in ("empty.mp4", "text.avi", "headless.mp4"):
+    for name in set(status) - {"good.mp4"}:
         assert sum(name in line for line in result.stderr.splitlines()) == 1
-    assert "1 of 4" in result.stdout and "Traceback" not in result.stderr
+    assert "1 of 5" in result.stdout and "Traceback" not in result.stderr
     fields = "source id codec width height rate_hz expected_frames decoded_frames kept_frames"
     for record in ledger:
         assert set(f"{fields} status why seconds".split()) <= set(record)
@@ -299,8 +325,68 @@ def test_files_without_a_frame_are_named_and_harm_no_other(kind, clips, tmp_path
 def test_strict_writes_nothing(mixed, tmp_path):
     out = tmp_path / "out"
     result = command("shard", mixed, "-o", out, "--size", 64, "--strict", "--device", "cpu")
-    one_line(result, 1, "3 of 4 files", "--strict")
-    assert public_bytes(out) == {}
+    ledger = out / "local" / "work" / "ledger.jsonl"
+    one_line(result, 1, "4 of 5 files", "--strict", str(ledger))
+    assert public_bytes(out) == {} and ledger.read_text().count("refused") == 4
+
+
+def test_whatever_a_decoder_throws_is_that_files_refusal(clips, tmp_path, monkeypatch):
+    from sslus.engine import shard as module
+
+    def broken(*arguments):
+        raise IndexError("out of range\nin a library")
+
+    class Broken(PyavBackend):
+        def prepared(self, *arguments):
+            yield next(super().prepared(*arguments))
+            broken()
+
+    why = "its decoder failed (IndexError: out of range)"
+    monkeypatch.setattr(module, "_worker_backends", [Broken()])
+    record = module._spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
+    assert (record["status"], record["kept_frames"]) == ("incomplete", 1)
+    assert record["why"].startswith(why + ";")
+    monkeypatch.setattr(module, "probe", broken)
+    record = module._spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
+    assert (record["status"], record["why"]) == ("refused", why)
+
+
+def test_a_refused_file_is_tried_again_on_demand(clips, tmp_path):
+    """Not unasked: the shards would change under whoever trains on them. The way is said."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name in "uv":
+        (videos / f"{name}.mp4").write_bytes((clips / f"{name}.mp4").read_bytes())
+    (videos / "v.mp4").chmod(0)
+    arguments = ["shard", videos, "-o", out, "--size", 64, "--device", "cpu"]
+    first = command(*arguments, preexec_fn=without_override)
+    before = public_bytes(out)
+    (videos / "v.mp4").chmod(0o600)
+    again = command(*arguments, preexec_fn=without_override)
+    assert (first.returncode, again.returncode) == (3, 3) and public_bytes(out) == before
+    for result in (first, again):
+        assert "once the cause is gone, add --force to the same command" in result.stderr
+    forced = command(*arguments, "--force", preexec_fn=without_override)
+    assert forced.returncode == 0 and "2 of 2" in forced.stdout and not forced.stderr.count("force")
+
+
+def test_what_is_left_out_is_said(clips, tmp_path):
+    import av
+
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "folder").symlink_to(clips)
+    with av.open(str(clips / "u.mp4")) as one, av.open(str(videos / "two.mkv"), "w") as two:
+        streams = [two.add_stream_from_template(one.streams.video[0]) for _ in range(2)]
+        for packet in one.demux(video=0):
+            for stream in streams if packet.size else ():
+                packet.stream = stream
+                two.mux(packet)
+    result = command("shard", videos, "-o", out, "--size", 64, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "1 files hold more than one video; the best of each was taken" in result.stdout
+    assert "1 to folders not followed" in result.stdout and "not videos" not in result.stdout
+    assert json.loads((out / "local" / "ledger.jsonl").read_text())["other_streams"] == 1
 
 
 def test_a_truncated_video_is_said_and_its_good_frames_kept(clip, pattern, tmp_path):
@@ -361,6 +447,35 @@ def test_other_settings_are_refused_and_force_replaces(clips, tmp_path, key):
     assert [s["name"] for s in second.manifest.shards] == ["shard-000000.tar"]
     assert len(list(out.glob("*.tar"))) == 1
     assert {r["id"] for r in first.ledger} == {r["id"] for r in second.ledger}  # the key is kept
+
+
+@pytest.mark.parametrize("how", ["other key", "strict", "nothing", "stopped"])
+def test_what_is_finished_outlives_a_run_that_is_not(how, clips, mixed, tmp_path, key, monkeypatch):
+    """Shards, manifest, ledger and key: all or nothing is replaced."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    make(clips, out, key)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+    other.write_text("ff" * 32)
+    arguments = {
+        "other key": ([clips], {}),
+        "strict": ([mixed], {"force": True, "strict": True}),
+        "nothing": ([mixed / "empty.mp4"], {"force": True}),
+        "stopped": ([clips / "u.mp4"], {"force": True}),
+    }[how]
+    if how == "stopped":  # after the first pass
+        monkeypatch.setattr("sslus.engine.shard._write_all", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError if how == "stopped" else InputError):
+        shard(arguments[0], out, SMALL, key=other, device="cpu", jobs=1, **arguments[1])
+    assert {p: p.read_bytes() for p in before} == before
+    assert make(clips, out, None).already
+
+
+def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
+    (tmp_path / "other").write_text("ff" * 32)
+    make(clips, tmp_path / "out", key)
+    first = make(clips, tmp_path / "out", tmp_path / "other", force=True)
+    assert (tmp_path / "out" / "local" / "key").read_text() == "ff" * 32 + "\n"
+    assert make(clips, tmp_path / "out", None).manifest == first.manifest
 
 
 def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, key):
@@ -580,6 +695,22 @@ def test_a_crashing_decoder_costs_one_file(clips, tmp_path, monkeypatch):
     assert sorted(r["status"] for r in report.ledger) == ["ok"] * 5 + ["refused"]
     (bad,) = report.problems
     assert "crashed" in bad["why"]
+
+
+def test_workers_killed_while_idle_are_replaced(clips, tmp_path, key):
+    """Between the two passes, when no file is to blame."""
+    killed = []
+
+    def kill_all(done, total, note):
+        if done == total:
+            for worker in workers_of(os.getpid()):
+                killed.append(worker)
+                os.kill(worker, signal.SIGKILL)
+            time.sleep(0.5)  # until it has been noticed
+
+    assert not make(clips, tmp_path / "out", key, jobs=1, report=kill_all).problems
+    make(clips, tmp_path / "straight", key)
+    assert killed and public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
 
 
 def test_changed_sources_are_seen(clips, pattern, clip, tmp_path):

@@ -7,6 +7,10 @@ import click
 from sslus.tools.screen import progress, summary
 
 SHOWN_PROBLEMS = 5
+TRY_AGAIN = (
+    "refused files are not tried again by themselves: once the cause is gone, add --force to the"
+    " same command"
+)
 
 
 @click.command("shard", short_help="Decode videos into shards for training.")
@@ -57,9 +61,11 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
             frames_per_shard, key, strict, force):  # fmt: skip
     """Decode the videos in PATH... (folders are searched) into shards for training.
 
-    Every container and codec that FFmpeg reads. Luma comes straight from the decoder, in full
-    range. Frames are scaled, shuffled across all videos and stored as grey JPEGs in tar files that
-    webdataset and NVIDIA DALI read (a .idx index lies beside each), with manifest.json.
+    Every container and codec that FFmpeg reads; of several videos in one file, the one that
+    FFmpeg takes for the best. Links to folders are counted but not followed: name the folders
+    they lead to. Luma comes straight from the decoder, in full range. Frames are scaled, shuffled
+    across all videos and stored as grey JPEGs in tar files that webdataset and NVIDIA DALI read
+    (a .idx index lies beside each), with manifest.json.
 
     \b
     sslus shard videos/
@@ -72,7 +78,8 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     The pixels are stored as they are: text burnt into the image stays in it.
 
     Stop it at any time; the same command goes on from there. Exit code 3: the shards are complete,
-    but some file was refused or gave fewer frames than it announces.
+    but some file was refused or gave fewer frames than it announces. The same command does not
+    try such files again; with --force it does, and makes all shards anew.
     """
     from sslus.engine.errors import InputError
     from sslus.engine.shard import Settings, shard
@@ -95,6 +102,8 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
 
 def show(result) -> None:
     """The account: every file and every frame is in it."""
+    from sslus.engine.video import FOLDER_LINKS
+
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)
     decoded = sum(r["decoded_frames"] for r in ledger)
@@ -110,9 +119,16 @@ def show(result) -> None:
         "shards": f"{len(manifest.shards)} in {result.out} ({size_mb:,.1f} MB), {note}",
         "digest": manifest.digest[:16],
     }
-    if result.ignored:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in result.ignored.most_common(5))
-        rows["not videos"] = f"{sum(result.ignored.values())} files passed over ({kinds})"
+    files = result.ignored.copy()
+    links = files.pop(FOLDER_LINKS, 0)
+    if files:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
+        rows["not videos"] = f"{files.total()} files passed over ({kinds})"
+    if links:
+        rows["links"] = f"{links} to folders not followed; name those folders too if you want them"
+    several = sum(r.get("other_streams", 0) > 0 for r in ledger)
+    if several:
+        rows["streams"] = f"{several} files hold more than one video; the best of each was taken"
     if manifest.labels:
         rows["labels"] = f"{', '.join(manifest.labels)}; {result.unlabelled} videos without one"
     problems = result.problems
@@ -122,5 +138,7 @@ def show(result) -> None:
             f"{len(problems) - SHOWN_PROBLEMS} more files are not whole;"
             f" all are in {result.out / 'local' / 'ledger.jsonl'}"
         )
+    if any(r["status"] == "refused" for r in problems):
+        warnings.append(TRY_AGAIN)
     where = "" if result.out == Path("shards") else f" {result.out}"
     summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")
