@@ -45,18 +45,16 @@ def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterat
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under `path` only when the block ends without an exception.
 
-    Yields the temporary folder `<path>.tmp`; a leftover of an earlier crash is removed first.
+    Yields the temporary folder `<path>.tmp`; leftovers of an earlier crash are removed first.
     The caller syncs the files it writes in it. A folder already at `path` is replaced.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = _beside(path)
+    remove_leftovers(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         sync_folder(temporary)
         if path.exists():
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -66,3 +64,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What a crash inside atomic_folder(path) left behind. Only for who may write there alone."""
+    for folder in _beside(path):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a folder is while it is made, and while another takes its place."""
+    return path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")

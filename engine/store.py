@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sslus.engine import tar
-from sslus.engine.atomic import atomic_folder
+from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import Manifest, read_manifest
 
@@ -90,7 +90,8 @@ class FrameStore:
         """The store of a folder of shards, built on the first call.
 
         It lies in `folder` (default: `shards`/store) and appears there only when it is complete;
-        several processes may call this at once, one builds. `threads` decode (default: one a
+        several processes may call this at once, one builds. One that is there may lie on a file
+        system that cannot be written to. `threads` decode (default: one a
         core); `report(done, total, note)` counts frames. Raises InputError where the shards are
         unfinished, of another version or damaged, and where the store there belongs to other
         shards and `rebuild` is not given; OSError on a full disk.
@@ -99,10 +100,17 @@ class FrameStore:
         manifest = read_manifest(shards)
         folder = Path(folder) if folder else shards / "store"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(folder.name + ".lock").open("w") as lock:
+        try:
+            lock = folder.with_name(folder.name + ".lock").open("w")
+        except OSError:  # where no lock can be written, nobody builds
+            if rebuild or not folder.exists():
+                raise
+            return _load(folder, manifest)
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if rebuild or not folder.exists():
                 _build(shards, manifest, folder, threads, report)
+            remove_leftovers(folder)
         return _load(folder, manifest)
 
 

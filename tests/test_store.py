@@ -160,6 +160,26 @@ def test_a_stopped_build_leaves_no_store_and_the_next_gives_the_same_bytes(how, 
     assert not (shards / "store.tmp").exists()
 
 
+def test_what_a_crash_in_a_rebuild_left_is_removed(shards):
+    """Between its two renames, and after them."""
+    for name in ("store.old", "store.tmp"):
+        (shards / name).mkdir()
+        (shards / name / "frames.u8").write_bytes(b"1")
+    for _ in range(2):
+        FrameStore.open(shards)
+        assert sorted(p.name for p in shards.glob("store*")) == ["store", "store.lock"]
+        (shards / "store.old").mkdir()
+
+
+def test_a_store_opens_where_nothing_can_be_written(clips, small_disk):
+    shard([clips / "u.mp4"], small_disk / "shards", SETTINGS, device="cpu", jobs=1)
+    built = FrameStore.open(small_disk / "shards").frames.sum()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert FrameStore.open(small_disk / "shards").frames.sum() == built
+    with pytest.raises(OSError, match="Read-only"):
+        FrameStore.open(small_disk / "shards", folder=small_disk / "other")
+
+
 def test_shards_of_another_version_give_no_store(shards):
     damage(shards / "manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 7'))
     with pytest.raises(InputError, match="another version of sslus.*format 7.*--force"):
