@@ -10,12 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bits.h"
 #include "clones.h"
 #include "pool.h"
 #include "registry.h"
@@ -50,7 +51,7 @@ class Rows {
   SSLUS_INLINE const float* at(int64_t i, int64_t j, int64_t n, float* __restrict room) const {
     if (!half_) return static_cast<const float*>(data_) + i * stride_ + j;
     const uint16_t* from = static_cast<const uint16_t*>(data_) + i * stride_ + j;
-    for (int64_t x = 0; x < n; ++x) room[x] = __builtin_bit_cast(float, uint32_t{from[x]} << 16);
+    for (int64_t x = 0; x < n; ++x) room[x] = sslus::bit_cast<float>(uint32_t{from[x]} << 16);
     return room;
   }
 
@@ -189,7 +190,8 @@ SSLUS_CLONES void cross_stripe(const Twin& a, const Twin& b, const float* __rest
 }
 
 // work(first, count) for the pieces of `total`. On OpenMP's threads where there are such: BLAS uses
-// them too, and they go on spinning after a product, in the way of any others.
+// them too, and they go on spinning after a product, in the way of any others. The first exception
+// is thrown on, after all pieces: one that left OpenMP's loop would end the process.
 template <typename Work>
 void share(int64_t total, int64_t piece, int64_t threads, const Work& work) {
   const int64_t num = (total + piece - 1) / piece;
@@ -197,8 +199,17 @@ void share(int64_t total, int64_t piece, int64_t threads, const Work& work) {
   nb::gil_scoped_release release;
 #if defined(_OPENMP)
   if (threads > 1 && num > 1) {
+    std::exception_ptr error;
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < num; ++i) one(i);
+    for (int64_t i = 0; i < num; ++i) {
+      try {
+        one(i);
+      } catch (...) {
+#pragma omp critical(sslus_error)
+        if (!error) error = std::current_exception();
+      }
+    }
+    if (error) std::rethrow_exception(error);
     return;
   }
 #else

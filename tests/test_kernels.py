@@ -8,6 +8,8 @@ The reference itself is held against an oracle written from the paper, without a
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +334,22 @@ def test_parity_at_the_widest(name, n):
     for t, k in zip([loss.detach(), *(z.grad for z in leaves)], kernel, strict=True):
         # At D = 4096 the definition in float32 is off by 2.6e-6.
         assert (k - t).abs().max() <= 5e-6 * t.abs().max()
+
+
+def test_a_failure_in_a_thread_is_an_exception():
+    """Where memory runs out in a loop of OpenMP, which must not be left by an exception."""
+    script = """if True:
+        import torch
+        from sslus.kernels import _cpu
+        z = torch.zeros(1, 512).expand(1 << 48, 512)  # would be packed into 2^58 bytes
+        for threads in (1, 2):
+            try:
+                _cpu.centre_columns(z, z, torch.zeros(512), -1.0, threads)
+            except MemoryError:
+                print(threads)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["1", "2"]), done.stderr
 
 
 class Largest(TorchDispatchMode):

@@ -18,7 +18,7 @@ compile() { # name, flags: the dispatch by processor starts before a sanitizer d
 
 compile address -O1 -DSSLUS_NO_CLONES -fsanitize=address,undefined -fno-sanitize-recover=all
 compile threads -O1 -DSSLUS_NO_CLONES -fsanitize=thread
-compile baseline -O3 -DSSLUS_NO_CLONES
+compile baseline -O3 -DSSLUS_NO_CLONES -DSSLUS_NO_BIT_CAST # also what old compilers make of it
 compile processor -O3
 for pid in "${pids[@]}"; do wait "$pid"; done
 for name in "${names[@]}"; do

@@ -15,6 +15,7 @@
 #endif
 
 #include "augment/axis.h"
+#include "bits.h"
 #include "clones.h"
 #include "philox.h"
 
@@ -28,12 +29,6 @@ constexpr int kWhite = 255 * kStep;
 // round(x * weight / 2^15). Compilers know this form: pmulhrsw, sqrdmulh.
 SSLUS_INLINE int16_t scaled(int16_t x, int16_t weight) {
   return static_cast<int16_t>((((int32_t{x} * weight) >> 14) + 1) >> 1);
-}
-
-// std::bit_cast of C++20; loops with memcpy in its place are not vectorised.
-template <typename To, typename From>
-SSLUS_INLINE To bit_cast(From from) {
-  return __builtin_bit_cast(To, from);
 }
 
 SSLUS_INLINE int16_t fine(int pixel) { return static_cast<int16_t>(pixel * kFine); }

@@ -17,9 +17,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "pool.h"
+#include "bits.h"
 #include "clones.h"
 #include "philox.h"
+#include "pool.h"
 #include "registry.h"
 
 namespace nb = nanobind;
@@ -50,16 +51,12 @@ SSLUS_CLONES void rank_cells(uint64_t id, int64_t num_cells, uint32_t* __restric
 }
 
 SSLUS_INLINE float widened(uint16_t bits) {
-  const uint32_t word = uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &word, 4);
-  return x;
+  return sslus::bit_cast<float>(uint32_t{bits} << 16);
 }
 
 // To the nearest, ties to even; a NaN stays one.
 SSLUS_INLINE uint16_t narrowed(float x) {
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
+  const auto word = sslus::bit_cast<uint32_t>(x);
   const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   return static_cast<uint16_t>((word & 0x7fffffff) > 0x7f800000 ? word >> 16 | 0x40 : rounded);
 }
@@ -258,9 +255,8 @@ void each_row(const Plan& p, const int32_t* table, Scratch& s, F row) {
 }
 
 void fill_row(const float* x, const uint32_t* line, float fill, int64_t n, float* out) {
-  uint32_t word;
-  std::memcpy(&word, &fill, 4);
-  blend(reinterpret_cast<const uint32_t*>(x), line, word, n, reinterpret_cast<uint32_t*>(out));
+  blend(reinterpret_cast<const uint32_t*>(x), line, sslus::bit_cast<uint32_t>(fill), n,
+        reinterpret_cast<uint32_t*>(out));
 }
 
 void fill_row(const uint16_t* x, const uint32_t* line, float fill, int64_t n, uint16_t* out) {
