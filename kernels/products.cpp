@@ -155,6 +155,51 @@ SSLUS_CLONES void distances_stripe(const Rows& a, const Rows& b, int64_t rows, i
   });
 }
 
+// Means and variances over the rows, of the columns of a stripe: those of a and b, and the variance
+// of a - b, which says how far they are apart where that is little. Squares are of the distance from
+// the first row, which squared is rows - 1 variances from the mean at most: as many times its
+// rounding is a variance off when the square of the mean is taken away.
+struct Moments {
+  float *mean_a, *mean_b, *a, *b, *difference;
+};
+
+SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int64_t j, int64_t n,
+                                 const Moments& to) {
+  constexpr int kSums = 6;
+  float room_a[kStripe], room_b[kStripe], first_a[kStripe], first_b[kStripe];
+  float run[kSums][kStripe];
+  double sums[kSums][kStripe] = {};
+  std::copy_n(a.at(0, j, n, room_a), n, first_a);
+  std::copy_n(b.at(0, j, n, room_b), n, first_b);
+  for (int64_t i0 = 0; i0 < rows; i0 += kRun) {
+    for (auto& row : run) std::fill_n(row, n, 0.0f);
+    for (int64_t i = i0; i < std::min(i0 + kRun, rows); ++i) {
+      const float *p = a.at(i, j, n, room_a), *q = b.at(i, j, n, room_b);
+      for (int64_t x = 0; x < n; ++x) {
+        const float u = p[x] - first_a[x], v = q[x] - first_b[x];
+        const float w = (p[x] - q[x]) - (first_a[x] - first_b[x]);
+        run[0][x] += u;
+        run[1][x] += v;
+        run[2][x] += w;
+        run[3][x] += u * u;
+        run[4][x] += v * v;
+        run[5][x] += w * w;
+      }
+    }
+    for (int k = 0; k < kSums; ++k)
+      for (int64_t x = 0; x < n; ++x) sums[k][x] += run[k][x];
+  }
+  const auto count = static_cast<double>(rows);
+  for (int64_t x = 0; x < n; ++x) {
+    const double u = sums[0][x] / count, v = sums[1][x] / count, w = sums[2][x] / count;
+    to.mean_a[j + x] = static_cast<float>(first_a[x] + u);
+    to.mean_b[j + x] = static_cast<float>(first_b[x] + v);
+    to.a[j + x] = static_cast<float>(std::max(0.0, sums[3][x] / count - u * u));
+    to.b[j + x] = static_cast<float>(std::max(0.0, sums[4][x] / count - v * v));
+    to.difference[j + x] = static_cast<float>(std::max(0.0, sums[5][x] / count - w * w));
+  }
+}
+
 // A view of BarlowTwins: its columns, which the gradient takes the place of, and what it is made of.
 struct Twin {
   Out x, product;  // product: of the other's Gram matrix and x; overwritten
@@ -287,6 +332,18 @@ void distances(Input a, Input b, Row out, int64_t threads) {
   });
 }
 
+void moments(Input a, Input b, Matrix out, int64_t threads) {
+  const size_t rows = a.shape(0), width = a.shape(1);
+  require(rows > 0 && alike(b, rows, width) && out.shape(0) == 5 && out.shape(1) == width,
+          "want matrices of one shape, and five numbers for each column");
+  const Rows p(a), q(b);
+  const Out o(out);
+  const Moments to{o.at(0, 0), o.at(1, 0), o.at(2, 0), o.at(3, 0), o.at(4, 0)};
+  share(static_cast<int64_t>(width), kStripe, threads, [&](int64_t j, int64_t n) {
+    moments_stripe(p, q, static_cast<int64_t>(rows), j, n, to);
+  });
+}
+
 void cross_gradients(Matrix xa, Matrix xb, Matrix product_a, Matrix product_b, ConstRow w,
                      double factor, ConstRow left_a, ConstRow left_b, ConstRow scale_a,
                      ConstRow scale_b, int64_t threads) {
@@ -318,6 +375,9 @@ const sslus::Binding binding([](nb::module_& m) {
         "x_ij = factor weights_i (a_ij - b_ij) + slope_j x_ij + alpha product_ij.");
   m.def("distances", &distances, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
         nb::arg("out").noconvert(), nb::arg("threads"), "out_j = sum_i (a_ij - b_ij)^2.");
+  m.def("moments", &moments, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
+        nb::arg("out").noconvert(), nb::arg("threads"),
+        "out (5, D): of the columns, the means of a and b, the biased variances of a, b and a - b.");
   m.def("cross_gradients", &cross_gradients, nb::arg("xa").noconvert(), nb::arg("xb").noconvert(),
         nb::arg("product_a").noconvert(), nb::arg("product_b").noconvert(),
         nb::arg("w").noconvert(), nb::arg("factor"), nb::arg("left_a").noconvert(),

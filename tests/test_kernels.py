@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sslus.kernels import _cpu
+from sslus.kernels.moments import moments
 from sslus.kernels.op import CHOICES, OPS, Op, load_all
 from sslus.kernels.ranks import Ranks
 
@@ -336,11 +337,30 @@ def test_parity_at_the_widest(name, n):
         assert (k - t).abs().max() <= 5e-6 * t.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["plain", "collapsed", "near", "dominant", "outlier"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (2, 257), (300, 600)], ids=str)
+def test_moments(shape, dtype, kind):
+    za, zb = inputs({"tensors": [shape] * 2}, torch.float32, kind=kind)
+    if kind == "outlier":  # the first row, from which squares are taken, is the furthest
+        za[0] += 1000
+    za, zb = za.to(dtype).mT.contiguous().mT, zb.to(dtype)
+    a, b = za.double(), zb.double()
+    want = [a.mean(0), b.mean(0), *(x.var(0, correction=0) for x in (a, b, a - b))]
+    means, variances, of_difference = moments(za, zb, Ranks())
+    found = (*means, *variances, of_difference)
+    for x, w, scale in zip(found, want, (a, b, a, b, a - b), strict=True):
+        # A few roundings for each row: see moments_stripe in products.cpp.
+        most = 2**-22 * scale.abs().amax(0)
+        assert ((x - w).abs() <= most + len(za) * 2**-21 * w.abs() + most**2).all()
+
+
 def test_a_failure_in_a_thread_is_an_exception():
     """Where memory runs out in a loop of OpenMP, which must not be left by an exception."""
     script = """if True:
         import torch
         from sslus.kernels import _cpu
+from sslus.kernels.moments import moments
         z = torch.zeros(1, 512).expand(1 << 48, 512)  # would be packed into 2^58 bytes
         for threads in (1, 2):
             try:

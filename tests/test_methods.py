@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 from sslus.engine.errors import InputError
+from sslus.kernels.barlow.reference import standardised
 from sslus.kernels.vicreg import vicreg_loss, vicreg_terms
 from sslus.kernels.vicreg.reference import covariance_term
 from sslus.ssl import backbones, batchnorm, methods
@@ -97,6 +98,19 @@ def test_vicreg_terms_add_up_to_the_loss():
     assert sum(weights[k] * v for k, v in terms.items()).item() == pytest.approx(loss.item())
     want = (covariance_term(za) + covariance_term(zb)).item()
     assert terms["covariance"].item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_barlowtwins_terms_are_those_of_the_definition(weighted):
+    views = batch(40)._replace(weights=torch.ones(40) if weighted else None)
+    method = build("barlowtwins", projector="24")
+    loss, terms, ha, hb = method(views)
+    a, b = (standardised(method.projector(h)) for h in (ha, hb))
+    c = a.T @ b / 40
+    want = (c.diagonal() - 1).square().sum().item()
+    assert terms["invariance"].item() == pytest.approx(want, rel=1e-4)
+    want = c.square().sum().item() - c.diagonal().square().sum().item()
+    assert terms["redundancy"].item() == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

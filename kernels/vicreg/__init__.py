@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslus.kernels.moments import moments
 from sslus.kernels.op import Op
 from sslus.kernels.ranks import Ranks, group_name
 from sslus.kernels.vicreg import cpu, reference
@@ -69,8 +70,14 @@ def vicreg_terms(
     a second N x D x D: no more exact than the loss's own last digits.
     """
     ranks = Ranks.named(group_name(group))
-    inv = ranks.sum_(reference.invariance_term(za, zb, weights)) / ranks.world
-    var = (reference.variance_term(ranks.join(za)) + reference.variance_term(ranks.join(zb))) / 2
-    rest = loss.detach() - invariance * inv - variance * var
+    n = len(za) * ranks.world
+    m = moments(za, zb, ranks)
+    if weights is None:
+        far = m.means[0] - m.means[1]
+        inv = torch.addcmul(m.of_difference, far, far).mean()
+    else:
+        inv = ranks.sum_(reference.invariance_term(za, zb, weights)) / ranks.world
+    var = reference.hinge(m.variances * (n / (n - 1)))
+    rest = loss.detach().sub(inv, alpha=invariance).sub(var, alpha=variance)
     cov = rest / covariance if covariance else torch.zeros_like(rest)
     return {"invariance": inv, "variance": var, "covariance": cov}

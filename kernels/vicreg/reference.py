@@ -45,8 +45,12 @@ def invariance_term(za: Tensor, zb: Tensor, weights: Tensor | None = None) -> Te
 
 def variance_term(z: Tensor) -> Tensor:
     """Equations 1 and 2."""
+    return hinge(z.var(dim=0, unbiased=True))
+
+
+def hinge(variances: Tensor) -> Tensor:
     # 1e-4 inside the root bounds its slope where a dimension is dead.
-    return F.relu(1 - (z.var(dim=0, unbiased=True) + 1e-4).sqrt()).mean()
+    return F.relu(1 - (variances + 1e-4).sqrt()).mean()
 
 
 def covariance_term(z: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sslus.kernels.barlow import barlow_loss
+from sslus.kernels.moments import moments
 from sslus.kernels.ranks import Ranks, group_name
 from sslus.ssl.heads import mlp, widths
 from sslus.ssl.loader import Views
@@ -70,17 +71,19 @@ class Method(nn.Module):
             za, zb = za.float(), zb.float()
             if views.weights is None:
                 loss = barlow_loss(za, zb, off_diagonal=self.off_diagonal)
+                terms = self.terms(za, zb, loss.detach())
             else:
-                loss = weighted_barlow(za, zb, views.weights, self.off_diagonal)
-            terms = self.terms(za, zb, views.weights, loss.detach())
+                loss, terms = weighted_barlow(za, zb, views.weights, self.off_diagonal)
         return Output(self.scale * loss, terms, ha, hb)
 
     @torch.no_grad()
-    def terms(self, za: Tensor, zb: Tensor, weights: Tensor | None, loss: Tensor) -> dict:
+    def terms(self, za: Tensor, zb: Tensor, loss: Tensor) -> dict[str, Tensor]:
         """The two sums. The second is what is left of the loss: N x D work, not N x D x D."""
-        w = shares(za, weights)
-        a, b = (standardised(Ranks.named(group_name(None)).join(z), w) for z in (za, zb))
-        invariance = ((w * a * b).sum(0) - 1).square().sum()
+        m = moments(za, zb, Ranks.named(group_name(None)))
+        sa, sb = (m.variances + 1e-5).sqrt()
+        # C_ii - 1, small where the views agree, and so not taken as a difference.
+        low = ((sa - sb).square() - m.of_difference - 2e-5) / (2 * sa * sb)
+        invariance = low.square().sum()
         rest = loss - invariance
         redundancy = rest / self.off_diagonal if self.off_diagonal else torch.zeros_like(rest)
         return {"invariance": invariance, "redundancy": redundancy}
@@ -89,21 +92,22 @@ class Method(nn.Module):
         """BarlowTwins keeps nothing from one step to the next."""
 
 
-def weighted_barlow(za: Tensor, zb: Tensor, weights: Tensor, off_diagonal: float) -> Tensor:
-    """The loss with every mean over the rows a weighted one; over all ranks. In plain PyTorch."""
+def weighted_barlow(
+    za: Tensor, zb: Tensor, weights: Tensor, off_diagonal: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with every mean over the rows a weighted one, and its terms, for a log.
+
+    Over all ranks. In plain PyTorch.
+    """
     ranks = Ranks.named(group_name(None))
-    w = shares(za, weights)
+    w = ranks.join(weights)
+    w = (w / w.sum())[:, None]  # how much each row of the joint batch counts
     za, zb = (standardised(ranks.join_with_gradient(z), w) for z in (za, zb))
     c = za.T @ (w * zb)
     eye = torch.eye(len(c), dtype=torch.bool, device=c.device)
-    off = c.masked_fill(eye, 0).square().sum()
-    return (c.diagonal() - 1).square().sum() + off_diagonal * off
-
-
-def shares(z: Tensor, weights: Tensor | None) -> Tensor:
-    """(N, 1) of sum 1: how much each row of the joint batch counts."""
-    w = Ranks.named(group_name(None)).join(z.new_ones(len(z)) if weights is None else weights)
-    return (w / w.sum())[:, None]
+    invariance, redundancy = (c.diagonal() - 1).square().sum(), c.masked_fill(eye, 0).square().sum()
+    terms = {"invariance": invariance.detach(), "redundancy": redundancy.detach()}
+    return invariance + off_diagonal * redundancy, terms
 
 
 def standardised(z: Tensor, w: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Means and variances of the columns of two views, of which the terms that a log shows are made.
+
+One pass over the views; across ranks six numbers a column are added up, and no rows gathered.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslus.kernels import _cpu
+from sslus.kernels.ranks import Ranks
+
+
+class Moments(NamedTuple):
+    """Of each column over the rows of all ranks; variances are biased.
+
+    The last is of za - zb: small where the views agree, and so not to be had from the others.
+    """
+
+    means: Tensor  # (2, D): of za and of zb
+    variances: Tensor  # (2, D)
+    of_difference: Tensor  # (D,)
+
+
+@torch.no_grad()
+def moments(za: Tensor, zb: Tensor, ranks: Ranks) -> Moments:
+    """za, zb: (N, D) float, the rows of this rank."""
+    compiled = za.device.type == "cpu" and torch.float64 not in (za.dtype, zb.dtype)
+    own = _moments_cpu(za, zb) if compiled else _in_torch(za, zb)
+    if ranks.world > 1:
+        x = own.double()  # or squares of means, taken away again, would leave their rounding
+        means = torch.cat([x[:2], x[:1] - x[1:2]])
+        joint = ranks.sum_(torch.cat([means, x[2:] + means.square()])) / ranks.world
+        variances = (joint[3:] - joint[:3].square()).clamp(min=0)
+        own = torch.cat([joint[:2], variances]).to(own.dtype)
+    return Moments(own[:2], own[2:4], own[4])
+
+
+def _in_torch(za: Tensor, zb: Tensor) -> Tensor:
+    za, zb = (z if z.dtype == torch.float64 else z.float() for z in (za, zb))
+    (var_a, mean_a), (var_b, mean_b) = (torch.var_mean(z, 0, correction=0) for z in (za, zb))
+    return torch.stack([mean_a, mean_b, var_a, var_b, (za - zb).var(0, correction=0)])
+
+
+@torch.library.custom_op("sslus::moments_cpu", mutates_args=())
+def _moments_cpu(za: Tensor, zb: Tensor) -> Tensor:
+    """(5, D) float32. In torch a variance over the rows takes several times as long."""
+    out = za.new_empty(5, za.shape[1], dtype=torch.float32)
+    _cpu.moments(za.contiguous(), zb.contiguous(), out, torch.get_num_threads())
+    return out
+
+
+@_moments_cpu.register_fake
+def _(za, zb):
+    return za.new_empty(5, za.shape[1], dtype=torch.float32)
