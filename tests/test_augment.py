@@ -7,6 +7,7 @@ where such pixels are left out, and gamma below 0.6 at black, which is not asked
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,29 @@ def test_threads_and_earlier_calls_change_nothing(batch, monkeypatch):
     for caller in callers:
         caller.join()
     assert len(results) == 6 and all(torch.equal(r, want) for r in results.values())
+
+
+def test_others_run_while_views_are_made():
+    """A loader's threads, and whoever waits for its batch, go on: the GIL is released."""
+    frames, index = frames_of(256, num=1), torch.zeros(64, dtype=torch.int64)
+    params = table(256, [{"sigma": 16}] * len(index))
+    out = torch.empty(len(index), 1, 512, 512)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.perf_counter()
+    MAPS["views"].cpu(frames, index, params, out, mean=0.0, std=1.0, threads=1)
+    end = time.perf_counter()
+    stop.set()
+    other.join()
+    # Not at its edges, where this thread waits for its turn.
+    edge = (end - start) / 8
+    assert sum(start + edge < t < end - edge for t in ticks) >= 5, end - start
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

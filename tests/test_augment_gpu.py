@@ -5,7 +5,9 @@ where the interpreter is on, so in a process of its own (this file run as a scri
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -71,7 +73,11 @@ ROWS = [
 
 
 @runs
-@pytest.mark.parametrize("store, size", [(32, (32, 32)), (96, (80, 70)), (50, (130, 17))])
+@pytest.mark.parametrize(
+    "store, size",
+    # At 136 the last steps have tiles of another form; at 3 x 2 weights are summed in turns.
+    [(32, (32, 32)), (96, (80, 70)), (50, (130, 17)), (32, (24, 136)), (200, (3, 2))],
+)
 def test_each_step_is_the_reference(store, size, monkeypatch):
     # What is left in memory by others, and by the view before, must not show.
     monkeypatch.setattr(torch, "empty", lambda shape, **kw: torch.full(shape, torch.nan, **kw))
@@ -155,14 +161,29 @@ def test_compiles_without_spills(capability):
         assert found["REG"] * 32 * gpu.NUM_WARPS * gpu.PROGRAMS <= 65536, found
 
 
-def compiled(capability, store=256, size=(224, 224)):
+def test_extreme_shrinking_compiles_like_any_other():
+    """1000 -> 3 x 2, of 668 pixels and more each: no tile of weights is as long as that."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, "90", "1000", "3", "2"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["STACK"] == 0 and found["LOCAL"] == 0, found
+    meta = gpu.plan(1000, (3, 2))
+    # With a tile of BO x 1024 the compiler took half a minute.
+    assert found["largest"] == meta["BO"] * meta["BM"], found
+
+
+def compiled(capability, store=256, height=224, width=224):
     """Resources of the kernel on a device of this compute capability."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     pointers = {"frames": "*u8", "index": "*i64", "table": "*fp32", "out": "*bf16"}
     scalars = {"num_frames": "i32", "num_views": "i32", "white": "fp32", "black": "fp32"}
-    meta = gpu.plan(store, size) | {"DEVICE": True}
+    meta = gpu.plan(store, (height, width)) | {"DEVICE": True}
     signature = pointers | {"scratch": "*fp16"} | scalars | dict.fromkeys(meta, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
     source = ASTSource(gpu.augment_kernel, signature, meta, aligned)
@@ -173,6 +194,8 @@ def compiled(capability, store=256, size=(224, 224)):
     )
     ptx = kernel.asm["ptx"]
     found = {product: ptx.count(product) for _, product in LIMITS.values()}
+    tiles = re.findall(r"tensor<([\dx]+)x[a-z]", kernel.asm["ttir"])
+    found["largest"] = max(math.prod(map(int, tile.split("x"))) for tile in tiles)
     return found | {"shared": kernel.metadata.shared} | usage(kernel.asm["cubin"])
 
 
@@ -193,4 +216,4 @@ def usage(cubin):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(*map(int, sys.argv[1:2]))))
+    print(json.dumps(compiled(*map(int, sys.argv[1:]))))

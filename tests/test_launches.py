@@ -68,6 +68,7 @@ def test_every_kernel_is_launched():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"vicreg", "barlow", "scale", "views", "mask_fill"} <= set(found) and all(found.values())
+    assert found["views"] == ["augment_kernel"]
 
 
 if __name__ == "__main__":

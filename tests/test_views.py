@@ -94,6 +94,51 @@ def test_every_preset_draws_what_the_op_takes(name, size):
         )
 
 
+PLAIN = {"p_jitter": 0, "p_blur": 0, "p_solarize": 0, "p_gain": 0, "p_speckle": 0}
+MACHINE = {
+    "min_area": 0.4, "max_aspect": 1.2, "p_flip": 0.5, "p_jitter": 0.8, "brightness": 0.25,
+    "contrast": 0.25, "gamma": 0.2, "p_blur": 0.3, "max_sigma": 1 / 224, "p_solarize": 0,
+    "p_gain": 0.5, "gain": 0.3, "p_speckle": 0.5, "speckle": 0.15,
+}  # fmt: skip
+PHOTO = {
+    "min_area": 0.08, "max_area": 1, "max_aspect": 4 / 3, "p_flip": 0.5, "p_jitter": 0.8,
+    "gamma": 0, "max_sigma": 2 / 224, "p_gain": 0, "p_speckle": 0,
+}  # fmt: skip
+SIMCLR = PHOTO | {"brightness": 0.8, "contrast": 0.8, "p_blur": 0.5, "p_solarize": 0}
+TWINS = PHOTO | {"brightness": 0.4, "contrast": 0.4, "solarize": 0.5}
+FRAME = {"min_area": 1, "max_area": 1, "max_aspect": 1, "p_flip": 0}
+
+
+@pytest.mark.parametrize(
+    "name, first, second",
+    [
+        # Crops that keep most of the image, changes that are a machine's.
+        ("ultrasound", MACHINE, MACHINE),
+        # arXiv:2002.05709, appendix A, but for colour.
+        ("simclr", SIMCLR, SIMCLR),
+        # arXiv:2006.07733, table 6: the views differ.
+        (
+            "barlowtwins", TWINS | {"p_blur": 1, "p_solarize": 0},
+            TWINS | {"p_blur": 0.1, "p_solarize": 0.2},
+        ),
+        # The target is the frame, and so is its place in the input.
+        (
+            "autoencoder", FRAME | PLAIN,
+            FRAME | PLAIN | {
+                "p_jitter": 0.8, "brightness": 0.2, "contrast": 0.2, "p_blur": 0.5,
+                "p_speckle": 0.8, "speckle": 0.3,
+            },
+        ),
+        ("inpainting", PLAIN | {"min_area": 0.5}, PLAIN | {"min_area": 0.5}),
+    ],
+)  # fmt: skip
+def test_presets_have_the_values_of_their_source(name, first, second):
+    assert set(PRESETS) == {"ultrasound", "simclr", "barlowtwins", "autoencoder", "inpainting"}
+    for config, want in zip(PRESETS[name], (first, second), strict=True):
+        for field, value in want.items():
+            assert getattr(config, field) == pytest.approx(value), field
+
+
 def test_the_compiled_border_knows_the_bounds_of_the_table(monkeypatch):
     """It decides whether check_params, which names what is wrong, is asked at all."""
     monkeypatch.setattr("sslus.kernels.augment.check_params", lambda *_, **__: None)

@@ -41,6 +41,7 @@ NUM_WARPS = 8
 PROGRAMS = 2  # on each multiprocessor
 _NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 _MAX_RADIUS = tl.constexpr(MAX_RADIUS)
+_MOST_TAPS = tl.constexpr(32)  # at a time: a tile of BO x 1024 takes half a minute to compile
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _ROOT_HALF_LOG2_E = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))
 _NOISE_STD = tl.constexpr(math.sqrt(21845))
@@ -62,11 +63,19 @@ def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
 
 @triton.jit
 def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.constexpr):
-    """Sum of output o's rounded weights, over the TAPS pixels around its centre."""
+    """Sum of output o's rounded weights, over the TAPS pixels around its centre.
+
+    Shrunk by less than 15, all are summed at once; else they are summed in turns.
+    """
     scale = length / COUNT
     left = tl.floor(start + (o.to(tl.float32) + 0.5) * scale - tl.maximum(scale, 1.0) - 0.5)
-    k = left.to(tl.int32)[:, None] + tl.arange(0, TAPS)[None, :]
-    return tl.sum(_tent(k, o[:, None], start, length, first, last, COUNT).to(tl.float32), 1)
+    SPAN: tl.constexpr = min(TAPS, _MOST_TAPS)
+    k = left.to(tl.int32)[:, None] + tl.arange(0, SPAN)[None, :]
+    total = tl.sum(_tent(k, o[:, None], start, length, first, last, COUNT).to(tl.float32), 1)
+    for past in tl.range(SPAN, TAPS, SPAN):
+        weight = _tent(k + past, o[:, None], start, length, first, last, COUNT)
+        total += tl.sum(weight.to(tl.float32), 1)
+    return total
 
 
 @triton.jit
