@@ -691,7 +691,7 @@ def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[i
 
 
 def _kind(za: Tensor, zb: Tensor, loss: Loss) -> Kind:
-    """Of rows of this length: across ranks they are not the loss's."""
+    """Of these rows and columns: across ranks they are not the loss's."""
     half = torch.float32 not in (za.dtype, zb.dtype) and min(loss.n, loss.d) >= FEW
     return Kind(half, ragged=any(size % 16 for size in za.shape))
 
@@ -738,8 +738,8 @@ def gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
     rows = za, zb, weights
-    kind = _kind(za, zb, loss)
     za, zb = ranks.to_columns(za), ranks.to_columns(zb)
+    kind = _kind(za, zb, loss)  # of the columns here: 8192 of three ranks are 2731
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
     new = za.new_empty

@@ -7,12 +7,14 @@ lies the gradient that is too small by the number of ranks.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHECKED: set[tuple[str, str]] = set()
+# On a GPU: {group: {(op, D): N}}, what all its ranks were found to hold.
+_CHECKED: WeakKeyDictionary[dist.ProcessGroup, dict[tuple, int]] = WeakKeyDictionary()
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
@@ -45,20 +47,27 @@ class Ranks:
         """Raises ValueError, on every rank alike, unless all ranks hold as many rows and columns.
 
         Statistics of an uneven batch would be right, but its loss a mean of unequal shares.
+        On a GPU reading the answer waits for it, so the ranks ask each other once for each op and
+        width. From then on a rank with another number of rows raises by itself: to ask would wait,
+        and for ever where the others, whose number is the same, do not.
         """
         if not self.group:
             return
-        # On a GPU reading the answer waits for it: once for each op, at the first call of all.
-        if z.is_cuda:
-            if (self.group.group_name, name) in _CHECKED:
-                return
-            _CHECKED.add((self.group.group_name, name))
+        checked, key = _CHECKED.setdefault(self.group, {}), (name, *z.shape[1:2])
+        if _asks_once(z) and key in checked:
+            if checked[key] != len(z):
+                raise ValueError(
+                    f"{name}: want {checked[key]} rows on every rank, as in the first call, got"
+                    f" {len(z)}: drop the last, uneven batch"
+                )
+            return
         shapes = self._gathered(torch.tensor(z.shape[:2], device=z.device))
         if len({tuple(s.tolist()) for s in shapes}) > 1:
             raise ValueError(
                 f"{name}: want the same (N, D) on every rank, got"
                 f" {', '.join(str(tuple(s.tolist())) for s in shapes)}: drop the last, uneven batch"
             )
+        checked[key] = len(z)
 
     def sum_(self, x: Tensor) -> Tensor:
         """x added over the ranks, in place; the same bits on every rank."""
@@ -122,3 +131,8 @@ class Ranks:
         parts = [torch.empty_like(x) for _ in range(self.world)]
         dist.all_gather(parts, x, group=self.group)
         return parts
+
+
+def _asks_once(z: Tensor) -> bool:
+    """Whether to read a value of z's device is to wait for it."""
+    return z.is_cuda

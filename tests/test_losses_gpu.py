@@ -199,6 +199,39 @@ def test_a_mask_is_never_a_tensor(kind, monkeypatch):
     assert 2 * gradient <= found.backward_bytes <= 2 * gradient + spare
 
 
+@pytest.mark.parametrize("num, ragged", [(2, False), (3, True)])
+@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+def test_blocks_are_for_the_columns_of_a_rank(name, num, ragged, monkeypatch):
+    """Of D = 8192 three ranks have 2731 each, whose numbers are loaded one by one."""
+    from sslus.kernels import gram_gpu
+
+    class OneOf(Ranks):
+        """Its rows and columns, in numbers: nothing computes."""
+
+        world, rank = num, 0
+
+        def to_columns(self, x):
+            return x.new_empty(num * len(x), self._widths(x.shape[1])[0])
+
+        def to_rows(self, x, d):
+            return x.new_empty(len(x) // num, d)
+
+        def join(self, x):
+            return x.new_empty(num * len(x))
+
+        def sum_(self, x):
+            return x.zero_()
+
+    kinds = {}
+    monkeypatch.setattr(
+        gram_gpu, "_launch", lambda _, name, *__, kind, **___: kinds.setdefault(name, kind)
+    )
+    op = ops.load_all()[name]
+    tensors = [torch.zeros(16, 8192, dtype=torch.bfloat16) for _ in "ab"]
+    op.gpu(*tensors, ranks=OneOf(), **op.cases[0]["scalars"])
+    assert "multiply 64" in kinds and all(kind.ragged == ragged for kind in kinds.values()), kinds
+
+
 def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
     """Triton launches on the current device, which need not be the tensors'."""
     from sslus.kernels.scale_gpu import scale_kernel

@@ -7,13 +7,16 @@ do, has its gradient too small by the number of ranks, and fails here.
 
 import os
 import traceback
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sslus.kernels import ranks
 from sslus.kernels.mask import Mask
+from sslus.kernels.moments import moments
 from sslus.kernels.op import OPS, Op, load_all
 
 ROWS = 4  # on each rank
@@ -82,6 +85,23 @@ def uneven(rank):
                 gradients(name, which, z)
 
 
+def remembered(rank):
+    """Where asking the others would wait for a GPU, they ask once, and then look for themselves."""
+    z = torch.ones(3 + (rank == 1), 5)
+    with mock.patch.object(ranks, "_asks_once", lambda z: True):
+        for _ in range(2):  # what was wrong is not taken for granted later
+            with pytest.raises(ValueError, match="same .* on every rank, got"):
+                gradients("barlow", "cpu", [z, z])
+        z = torch.ones(3, 5)
+        gradients("barlow", "cpu", [z, z])
+        gradients("barlow", "cpu", [z[:, :4], z[:, :4]])  # another model
+        with mock.patch.object(dist, "all_gather", side_effect=AssertionError("asked again")):
+            gradients("barlow", "cpu", [z, z])
+            if rank == 1:  # the others would not answer
+                with pytest.raises(ValueError, match="want 3 rows .* got 2: drop the last, uneven"):
+                    gradients("barlow", "cpu", [z[:2], z[:2]])
+
+
 def compiled(rank, alone):
     from sslus.kernels.vicreg import vicreg_loss
 
@@ -102,8 +122,13 @@ def terms(rank, alone):
     loss = alone[3, 1][0]
     weights = SCALARS["vicreg"]
     own = [x[rank * ROWS : (rank + 1) * ROWS] for x in batch]
-    got = vicreg_terms(*own, loss, **weights)
+    with mock.patch.object(dist, "all_gather", side_effect=AssertionError("rows are gathered")):
+        got = vicreg_terms(*own, loss, **weights)
+        far = moments(*(x + 1000 for x in own), ranks.Ranks(dist.group.WORLD))
     a, b = batch
+    far = (*far.variances, far.of_difference)
+    for x, z in zip(far, ((a + 1000), (b + 1000), a - b), strict=True):
+        torch.testing.assert_close(x, z.var(0, correction=0), rtol=1e-3, atol=1e-6)
     assert torch.isclose(got["invariance"], (a - b).square().mean())
     assert torch.isclose(sum(weights[k] * v for k, v in got.items()), loss)
 
@@ -122,6 +147,7 @@ def work(rank, folder):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
         check(rank, 3, None, alone)
         uneven(rank)
+        remembered(rank)
         compiled(rank, alone)
         terms(rank, alone)
         pair = dist.new_group([0, 1])
