@@ -6,6 +6,7 @@ and 1e-6 of the largest entry more, since the reference may happen to be exact.
 The reference itself is held against an oracle written from the paper, without autograd.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -165,9 +166,11 @@ def inputs(case, dtype, device="cpu", kind="plain", seed=0):
     return [x.to(device, dtype) for x in out]
 
 
-def value_and_grads(op, which, tensors, scalars, factor=3):
+def value_and_grads(op, which, tensors, scalars, factor=3, around=None):
+    """around: a context for the forward pass."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    loss = op.run(which, *leaves, **scalars)
+    with around or contextlib.nullcontext():
+        loss = op.run(which, *leaves, **scalars)
     (factor * loss).backward()  # 3: a backward that ignores its incoming gradient must fail
     assert all(leaf.grad is None for leaf in leaves[op.num_gradients :])
     return [loss.detach(), *(leaf.grad for leaf in leaves[: op.num_gradients])]
@@ -204,19 +207,27 @@ def test_reference_gradient(op, case):
     )
 
 
+def implementation(which):
+    missing = which == "gpu" and not (torch.cuda.is_available() or INTERPRET)
+    if missing and os.environ.get("SSLUS_REQUIRE_GPU") == "1":
+        raise RuntimeError("SSLUS_REQUIRE_GPU=1, but there is no CUDA device")
+    skip = pytest.mark.skipif(missing, reason="no CUDA device and TRITON_INTERPRET is not 1")
+    return pytest.param(which, marks=skip)
+
+
+KERNELS = [implementation(which) for which in ("cpu", "gpu")]
+
+
+def device_of(which):
+    return "cuda" if which == "gpu" and torch.cuda.is_available() else "cpu"
+
+
 def kernels():
     for op in LOSSES:
         for k, case in enumerate(op.cases):
-            for which in ("cpu", "gpu"):
-                if getattr(op, which) is None:
-                    continue
-                missing = which == "gpu" and not (torch.cuda.is_available() or INTERPRET)
-                if missing and os.environ.get("SSLUS_REQUIRE_GPU") == "1":
-                    raise RuntimeError("SSLUS_REQUIRE_GPU=1, but there is no CUDA device")
-                skip = pytest.mark.skipif(
-                    missing, reason="no CUDA device and TRITON_INTERPRET is not 1"
-                )
-                yield pytest.param(op, case, which, id=f"{op.name}-{which}-{k}", marks=skip)
+            for which, marks in ((p.values[0], p.marks) for p in KERNELS):
+                if getattr(op, which):
+                    yield pytest.param(op, case, which, id=f"{op.name}-{which}-{k}", marks=marks)
 
 
 def assert_parity(op, which, *draws, scalars):
@@ -240,11 +251,60 @@ def assert_parity(op, which, *draws, scalars):
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("op, case, which", list(kernels()))
 def test_kernel_parity(op, case, which, strided, dtype):
-    device = "cuda" if which == "gpu" and torch.cuda.is_available() else "cpu"
-    tensors = inputs(case, dtype, device)
+    tensors = inputs(case, dtype, device_of(which))
     if strided:
         tensors = [t.mT.contiguous().mT if t.ndim >= 2 else t for t in tensors]
     assert_parity(op, which, tensors, scalars=case["scalars"])
+
+
+# Both forms of vicreg and barlow, and enough rows and columns for planes of half precision.
+TYPED = [(name, [shape] * 2) for name in ("vicreg", "barlow") for shape in ((64, 70), (70, 64))]
+TYPED += [("ntxent", [(9, 48)] * 2), ("infonce_queue", [(9, 48), (9, 48), (70, 48)])]
+TYPED += [("byol", [(9, 48)] * 4)]
+
+
+def typed(name, shapes, dtypes, device):
+    tensors = inputs({"tensors": shapes}, torch.float32, device)
+    tensors = [t.to(dtypes[i % 2]) for i, t in enumerate(tensors)]
+    return OPS[name], tensors, OPS[name].cases[0]["scalars"]
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("name, shapes", TYPED)
+def test_parity_where_every_other_input_is_of_another_type(name, shapes, which, first):
+    """As a float32 queue is beside bfloat16 projections: neither is read as the other."""
+    second = torch.bfloat16 if first == torch.float32 else torch.float32
+    op, tensors, scalars = typed(name, shapes, (first, second), device_of(which))
+    assert_parity(op, which, tensors, scalars=scalars)
+
+
+@pytest.mark.parametrize("which", KERNELS[1:])
+@pytest.mark.parametrize("name, shapes", TYPED)
+def test_parity_in_float16(name, shapes, which):
+    op, tensors, scalars = typed(name, shapes, (torch.float16,) * 2, device_of(which))
+    assert_parity(op, which, tensors, scalars=scalars)
+
+
+@pytest.mark.parametrize("which", [pytest.param("reference"), *KERNELS])
+@pytest.mark.parametrize("name, shapes", TYPED)
+def test_autocast_changes_nothing(name, shapes, which):
+    """An op knows where it wants precision; autocast would round the factors of its products."""
+    device = device_of(which)
+    op, tensors, scalars = typed(name, shapes, (torch.float32,) * 2, device)
+    want = value_and_grads(op, which, tensors, scalars)
+    around = torch.autocast(device, torch.bfloat16)
+    got = value_and_grads(op, which, tensors, scalars, around=around)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("which", ["auto", "reference", *KERNELS])
+def test_an_empty_batch_is_refused(which):
+    for op in LOSSES:
+        tensors = [torch.zeros(0, *shape[1:]) for shape in op.cases[0]["tensors"]]
+        with pytest.raises(ValueError, match=f"op '{op.name}': the batch is empty") as error:
+            op.run(which, *tensors, **op.cases[0]["scalars"])
+        assert "\n" not in str(error.value)
 
 
 SHAPES = [(2, 9), (3, 1), (65, 64), (64, 65), (257, 1030), (1030, 257), (17, 2053), (4096, 7)]
@@ -300,7 +360,7 @@ def test_gpu_parity_where_sums_cancel(name, shape, kind, dtype):
 
 def assert_parity_of_terms(name, which, shape, kind, dtype):
     op = OPS[name]
-    device = "cuda" if which == "gpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(which)
     seeds = range(16 if np.prod(shape) < 64 else 1)
     draws = [inputs({"tensors": [shape, shape]}, dtype, device, kind, seed) for seed in seeds]
     scalars = dict(op.cases[0]["scalars"])
@@ -360,7 +420,6 @@ def test_a_failure_in_a_thread_is_an_exception():
     script = """if True:
         import torch
         from sslus.kernels import _cpu
-from sslus.kernels.moments import moments
         z = torch.zeros(1, 512).expand(1 << 48, 512)  # would be packed into 2^58 bytes
         for threads in (1, 2):
             try:
