@@ -1,0 +1,62 @@
+"""labels.csv: what is not clear is refused with its line; nobody gets another's patient."""
+
+import pytest
+
+from sslus.engine.errors import InputError
+from sslus.engine.labels import Label, read_labels
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content: str | bytes) -> list[Label]:
+        path = tmp_path / "labels.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_labels(path)
+
+    return read
+
+
+HEADER = "path,label,patient\n"
+
+
+def test_a_row_is_what_its_cells_say(read, tmp_path):
+    rows = read(
+        "\ufeffpath , label,note,patient,split\r\n"  # as a spreadsheet writes it
+        'A/x.mp4,"left, ""atrial""",,p1,train\r\n'
+        "\r\n"
+        f" {tmp_path}/far/../y.mp4 , right ,seen twice,p 2,test\r\n"
+        ",,,,\r\n"
+    )
+    assert rows == [
+        Label(tmp_path.resolve() / "A/x.mp4", 'left, "atrial"', "p1", "train"),
+        Label(tmp_path.resolve() / "y.mp4", "right", "p 2", "test"),
+    ]
+    assert read("patient,path,label\rp1,x.mp4,left\r")[0].patient == "p1"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        # Each of these would give a video the wrong patient, in silence.
+        (HEADER + "A/x.mp4,left, atrial,p1\n", "line 2: want 3 cells like the header, got 4; put"),
+        (HEADER + 'a.mp4,"left,p1\nb.mp4,left",p2\n', "line 3: the label has a line break"),
+        ("path,label,patient,patient\na.mp4,left,p1,p2\n", r"each once, got path,.*,patient$"),
+        (HEADER + "a.mp4,left,p1\n./a.mp4,left,p2\n", "line 3: ./a.mp4 stands already in line 2"),
+        # A line is that of an editor, whatever stands above it.
+        (HEADER + "\n\r\n,,\na.mp4,,p1\n", "line 5: the label is empty"),
+        (HEADER + 'a.mp4,left,p1\n\nb.mp4,"left,p1\n', "line 4: unexpected end of data; are the"),
+        (HEADER + "\na.mp4,left\n", "line 3: want 3 cells like the header, got 2"),
+        (HEADER + "a\0.mp4,left,p1\n", "line 2: the path has a line break"),
+        ("path,label,patient,split\na,l,p,train\n\nb,l,p,test\n", "line 4: patient p is in train"),
+        ("path,label,patient,split\na,l,p,dev\n", "line 2: split must be train or test, got 'dev'"),
+        ("path,label,patient,split\na,l,p,\nb,l,q,test\n", "split is given for some rows only"),
+        ("path;label;patient\na;l;p\n", "want the columns .*, got path;label;patient"),
+        ("", "want the columns .*, got an empty file"),
+        (HEADER, "no rows under the header"),
+        ((HEADER + "a,é,p\n").encode("latin-1"), "is not UTF-8 .*; save it as UTF-8"),
+    ],
+)
+def test_what_is_not_clear_is_refused_in_one_line(read, content, said):
+    with pytest.raises(InputError, match=said) as e:
+        read(content)
+    assert "\n" not in str(e.value) and "labels.csv" in str(e.value)
