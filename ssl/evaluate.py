@@ -6,13 +6,15 @@ are judged on the same frames, folds and subsets of labels.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,14 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.labels import read_labels
 from sslus.engine.store import FrameStore
+from sslus.engine.stream import is_url
 from sslus.ssl import backbones, views
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
 PROTOCOLS = ("linear",)
 NUM_FOLDS = 5  # fewer where a class has fewer patients
+NUM_DEALS = 100  # of patients, at most: twenty classes of two patients each can take that many
 FEATURE_BATCH = 64
 SETTLED_BY = 1024  # frames, at most, that give a random backbone its BatchNorm statistics
 # Chosen once, for standardised features, and the same for every backbone: picking it on the
@@ -117,8 +121,10 @@ def evaluate(
     larger ones, and the seeds draw both the folds and the order.
 
     Writes results.json, report.md, confusion.png and the features (reused by the next call).
+    Reports are passed on, so no path, file name or patient stands in them; classes do.
     `shards` defaults to those the run was trained on; their local/ folder must be there.
-    Raises InputError for a run, labels or shards that cannot be used.
+    Raises InputError for a run, labels or shards that cannot be used, and while another process
+    writes into `out`.
     """
     run = Path(run)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
@@ -129,58 +135,72 @@ def evaluate(
             "evaluate: want at least one seed, and fractions above 0 up to 100 percent"
         )
     config = _read_run(run)
-    shards = Path(shards or config["shards"]["path"])
+    shards = shards or config["shards"]["path"]
+    if is_url(shards):
+        raise InputError(
+            f"{shards}: is a URL, and only the local/ folder of shards says which video a frame is"
+            " from; copy the shards to a disk and name them with --shards"
+        )
+    shards = Path(shards)
     store = FrameStore.open(shards)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
     out = Path(out or run / "evaluation")
-    out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out):
+        features = _features_of_both(run, config, store, frames, pick_device(device), out, stage)
+        deals = [folds(frames, seed) for seed in range(num_seeds)]
+        with stage("probe", "fits") as report:
+            rows, slow = _probe_all(frames, features, sorted({*percents}), deals, report)
 
-    settings = config["settings"]
-    where = pick_device(device)
-    features = {}
-    with stage("features", "frames") as report:
-        for i, (name, trained) in enumerate([(settings["method"], True), ("random init", False)]):
-            backbone = backbones.build(
-                settings["backbone"], settings["image_size"], settings["seed"]
+        unseen = [
+            repr(name)
+            for c, name in enumerate(frames.names)
+            if not all(np.any(frames.y[train] == c) for pairs in deals for train, _ in pairs)
+        ]
+        if unseen:
+            notes.append(
+                f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
+                " lowers its scores; its patients are too few or share other classes, label more"
             )
-            if trained:
-                _load(backbone, run / "backbone.safetensors")
-            else:
-                seen = frames.index[:: -(-len(frames) // SETTLED_BY)]
-                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
-                backbone.to(where)
-                settle_batch_norm(backbone, (_frames(store, p, config, where) for p in parts))
-                backbone.cpu()
-            features[name] = _features(
-                backbone, store, frames.index, config, where, out,
-                lambda done, i=i: report(i * len(frames) + done, 2 * len(frames), ""),
-            )  # fmt: skip
-    with stage("probe", "fits") as report:
-        rows, slow = _probe_all(frames, features, sorted(percents), num_seeds, report)
-
-    if frames.num_without_frames:
-        notes.append(
-            f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
-            f" (why: {shards / 'local' / 'ledger.jsonl'})"
+        if frames.num_without_frames:
+            notes.append(
+                f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
+                " (why: local/ledger.jsonl of the shards)"
+            )
+        if slow:
+            notes.append(
+                f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged"
+            )
+        result = Evaluation(
+            rows=rows,
+            out=out,
+            shards=shards,
+            names=frames.names,
+            num_frames=len(frames),
+            num_videos=len(np.unique(frames.video)),
+            num_patients=len(np.unique(frames.patient)),
+            split="the split of labels.csv"
+            if frames.test is not None
+            else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
+            warnings=notes,
         )
-    if slow:
-        notes.append(f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged")
-    result = Evaluation(
-        rows=rows,
-        out=out,
-        shards=shards,
-        names=frames.names,
-        num_frames=len(frames),
-        num_videos=len(np.unique(frames.video)),
-        num_patients=len(np.unique(frames.patient)),
-        split="the split of labels.csv"
-        if frames.test is not None
-        else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
-        warnings=notes,
-    )
-    _write(result, frames, config, run, labels, num_seeds)
+        _write(result, frames, store, config["settings"], run)
     return result
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Make the folder and hold its lock: two processes would write the same files."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(
+                f"{out}: another `sslus evaluate` is writing here; wait for it, or give another"
+                " folder with -o"
+            ) from e
+        yield
 
 
 def _read_run(run: Path) -> dict:
@@ -199,6 +219,37 @@ def _read_run(run: Path) -> dict:
             " train it again"
         ) from e
     return config
+
+
+def _features_of_both(
+    run: Path,
+    config: dict,
+    store: FrameStore,
+    frames: LabelledFrames,
+    device: torch.device,
+    cache: Path,
+    stage: Stage,
+) -> dict[str, np.ndarray]:
+    """The features of the trained and of the random backbone, under the names in the table."""
+    settings, num, features = config["settings"], len(frames), {}
+    with stage("features", "frames") as report:
+        for i, (name, trained) in enumerate([(settings["method"], True), ("random init", False)]):
+            backbone = backbones.build(
+                settings["backbone"], settings["image_size"], settings["seed"]
+            )
+            if trained:
+                _load(backbone, run / "backbone.safetensors")
+            else:
+                seen = frames.index[:: -(-num // SETTLED_BY)]
+                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
+                backbone.to(device)
+                settle_batch_norm(backbone, (_frames(store, p, config, device) for p in parts))
+                backbone.cpu()
+            features[name] = _features(
+                backbone, store, frames.index, config, device, cache,
+                lambda done, i=i: report(i * num + done, 2 * num, ""),
+            )  # fmt: skip
+    return features
 
 
 def _load(backbone: nn.Module, path: Path) -> None:
@@ -308,8 +359,10 @@ def folds(frames: LabelledFrames, seed: int) -> list[tuple[np.ndarray, np.ndarra
     """(train, test) positions, (n,) int64 each; a patient is on one side only.
 
     Without a fixed split: every class's patients are dealt out over the folds in random order,
-    the rarest class first. (scikit-learn's StratifiedGroupKFold sorts the patients by size, so
-    its seed hardly changes the folds.)
+    the rarest class first. Where patients have several classes, a class can lie in one fold as a
+    whole, and no other patient is left to learn it from: of NUM_DEALS deals the first without such
+    a class counts, or the one with the fewest. (scikit-learn's StratifiedGroupKFold loses a class
+    more often, and sorts the patients by size, so that its seed hardly changes the folds.)
     """
     if frames.test is not None:
         pairs = [(np.flatnonzero(~frames.test), np.flatnonzero(frames.test))]
@@ -327,13 +380,29 @@ def _deal(frames: LabelledFrames, k: int, seed: int) -> np.ndarray:
     """The fold of each patient, (highest patient + 1,) int64; -1 for those without frames."""
     rng = np.random.default_rng(seed)
     of_class = [np.unique(frames.patient[frames.y == c]) for c in range(len(frames.names))]
-    fold = np.full(frames.patient.max() + 1, -1)
+    best, fewest = None, math.inf
+    for _ in range(NUM_DEALS):
+        fold = _deal_once(of_class, k, rng)
+        num_lost = sum(len(np.unique(fold[patients])) == 1 for patients in of_class)
+        if num_lost < fewest:
+            best, fewest = fold, num_lost
+        if num_lost == 0:
+            break
+    return best
+
+
+def _deal_once(of_class: list[np.ndarray], k: int, rng: np.random.Generator) -> np.ndarray:
+    fold = np.full(max(patients.max() for patients in of_class) + 1, -1)
+    of_all = np.zeros(k, np.int64)
     for patients in sorted(of_class, key=len):
-        for patient in rng.permutation(patients[fold[patients] < 0]):
+        dealt = fold[patients] >= 0
+        of_this = np.bincount(fold[patients[dealt]], minlength=k)
+        for patient in rng.permutation(patients[~dealt]):
             # Where this class has fewest patients, then where there are fewest at all.
-            of_this = np.bincount(fold[patients][fold[patients] >= 0], minlength=k)
-            of_all = np.bincount(fold[fold >= 0], minlength=k)
-            fold[patient] = np.lexsort((rng.random(k), of_all, of_this))[0]
+            chosen = np.lexsort((rng.random(k), of_all, of_this))[0]
+            fold[patient] = chosen
+            of_this[chosen] += 1
+            of_all[chosen] += 1
     return fold
 
 
@@ -348,7 +417,8 @@ def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) 
         for patient in order:
             own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
             videos.extend(rng.permutation(own).tolist())
-        kept.extend(videos[: math.ceil(percent / 100 * len(videos))])
+        # Exact: as floats, 7 % of 100 are a little more than 7, and 8 would be kept.
+        kept.extend(videos[: math.ceil(Fraction(str(percent)) * len(videos) / 100)])
     return train[np.isin(frames.video[train], kept)]
 
 
@@ -360,9 +430,11 @@ def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple
 
     if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
         return np.full(len(x_test), y_train[0]), True
-    mean, std = x_train.mean(axis=0), x_train.std(axis=0)
-    # A constant feature says nothing; dividing by its rounding error would make it shout.
+    # In float64: summed as float32, a constant feature has a mean beside it and a deviation. It
+    # says nothing, and dividing by its rounding error would make it shout.
+    mean, std = (f(x_train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
     scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-12), 1 / np.maximum(std, 1e-30), 0)
+    mean, scale = mean.astype(x_train.dtype), scale.astype(x_train.dtype)
     model = LogisticRegression(
         C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=MAX_ITERATIONS
     )
@@ -415,9 +487,9 @@ def _features(
     report: Callable[[int], None],
 ) -> np.ndarray:
     """(n, F) float32: the frozen backbone's output for each frame; cached in the folder `cache`."""
-    size = config["settings"]["image_size"]
+    name, size = (config["settings"][k] for k in ("backbone", "image_size"))
     mean, std = config["shards"]["mean"], config["shards"]["std"]
-    key = hashlib.sha256(f"{store.digest} {size} {mean} {std} {device.type}".encode())
+    key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
     key.update(index.astype(np.int64).tobytes())
     for name, tensor in backbone.state_dict().items():
         key.update(name.encode())
@@ -444,16 +516,19 @@ def _features(
     return features
 
 
-def _probe_all(frames, features, percents, num_seeds, report) -> tuple[list[Row], int]:
-    """Every backbone at every share with every seed, and how many fits did not converge."""
-    num_classes, slow, done = len(frames.names), 0, 0
+def _probe_all(frames, features, percents, deals, report) -> tuple[list[Row], int]:
+    """Every backbone at every share with every seed, and how many fits did not converge.
+
+    deals: the `folds` of each seed.
+    """
+    num_classes, num_seeds, slow, done = len(frames.names), len(deals), 0, 0
     majority = "majority class"
     cells = [(name, p) for name in features for p in percents] + [(majority, 100.0)]
     confusions = {cell: np.zeros((num_seeds, num_classes, num_classes), np.int64) for cell in cells}
     used: dict[float, list] = {p: [] for p in {*percents, 100.0}}
-    total = num_seeds * len(folds(frames, 0)) * len(features) * len(percents)
-    for seed in range(num_seeds):
-        for train, test in folds(frames, seed):
+    total = num_seeds * len(deals[0]) * len(features) * len(percents)
+    for seed, pairs in enumerate(deals):
+        for train, test in pairs:
             truth = frames.y[test]
             for p in used:
                 kept = share(frames, train, p, seed)
@@ -469,7 +544,7 @@ def _probe_all(frames, features, percents, num_seeds, report) -> tuple[list[Row]
             seen = train if frames.test is not None else slice(None)
             guess = np.bincount(frames.y[seen]).argmax()
             np.add.at(confusions[majority, 100.0][seed], (truth, guess), 1)
-    tested = np.concatenate([test for _, test in folds(frames, 0)])
+    tested = np.concatenate([test for _, test in deals[0]])
     rows = []
     for (name, p), confusion in confusions.items():
         f1, accuracy, per_class = zip(*(scores(c) for c in confusion), strict=True)
@@ -498,19 +573,20 @@ def _probe_all(frames, features, percents, num_seeds, report) -> tuple[list[Row]
     return rows, slow
 
 
-def _write(result: Evaluation, frames, config, run: Path, labels: Path, num_seeds: int) -> None:
+def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: Path) -> None:
+    weights = (run / "backbone.safetensors").read_bytes()
     facts = {
-        "format": 1,
+        "format": 2,
         "protocol": "linear",
-        "run": str(run),
-        "labels": str(labels),
+        "run": {k: settings[k] for k in ("method", "backbone", "image_size", "seed")}
+        | {"weights_sha256": hashlib.sha256(weights).hexdigest()},
         "settings": {
-            "num_seeds": num_seeds,
+            "num_seeds": result.rows[0].num_seeds,
             "inverse_regularisation": INVERSE_REGULARISATION,
             "max_iterations": MAX_ITERATIONS,
             "split": result.split,
         },
-        "shards_digest": config["shards"]["digest"],
+        "shards_digest": store.digest,
         "num_frames": result.num_frames,
         "num_videos": result.num_videos,
         "num_patients": result.num_patients,
@@ -524,7 +600,7 @@ def _write(result: Evaluation, frames, config, run: Path, labels: Path, num_seed
         json.dump(facts, f, indent=2)
         f.write("\n")
     with atomic_file(result.out / "report.md", "w") as f:
-        f.write(markdown(result, run))
+        f.write(markdown(result, settings))
     _draw(result, result.out / "confusion.png")
 
 
@@ -550,13 +626,16 @@ def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def markdown(result: Evaluation, run: Path) -> str:
+def markdown(result: Evaluation, settings: dict) -> str:
     header, cells = table(result)
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
-    per_class = [row for row in result.rows if row.percent == result.rows[-1].percent]
+    *judged, majority = result.rows
+    per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
+    names = [name.replace("|", "\\|") for name in result.names]
     return "\n".join(
         [
-            f"# Linear probe of {run}",
+            f"# Linear probe of {settings['method']}: {settings['backbone']} at"
+            f" {settings['image_size']} px",
             "",
             f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
             f" patients; {result.split}; mean ± standard deviation over"
@@ -566,7 +645,7 @@ def markdown(result: Evaluation, run: Path) -> str:
             "",
             "F1 of each class:",
             "",
-            f"| backbone | labels | {' | '.join(result.names)} |",
+            f"| backbone | labels | {' | '.join(names)} |",
             f"| {' | '.join(['---'] * (2 + len(result.names)))} |",
             *(
                 f"| {row.backbone} | {row.percent:g} % |"
@@ -599,10 +678,13 @@ def _draw(result: Evaluation, path: Path) -> None:
                 j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
                 color="white" if part[i, j] > 0.5 else "black",
             )  # fmt: skip
-        axes.set_xticks(range(k), result.names, rotation=45, ha="right")
+        # A dollar in a class's name is a dollar.
+        axes.set_xticks(range(k), result.names, rotation=45, ha="right", parse_math=False)
         sums = counts.sum(axis=1)
         axes.set_yticks(
-            range(k), [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)]
+            range(k),
+            [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)],
+            parse_math=False,
         )
         axes.set_xlabel("prediction")
         axes.set_ylabel("truth")

@@ -1,13 +1,17 @@
 """The probe: frozen means frozen, and no patient is on both sides."""
 
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import save_file
 
 from sslus.engine.errors import InputError
@@ -95,6 +99,16 @@ def big(num_patients=30, num_classes=4, seed=0):
     )  # fmt: skip
 
 
+def small(*classes):
+    """Labelled frames: `classes` are the patients of each, with a video of two frames each."""
+    pairs = [(c, p) for c, patients in enumerate(classes) for p in patients for _ in range(2)]
+    y, patient = np.array(pairs).T
+    names = [f"class {c}" for c in range(len(classes))]
+    return evaluate.LabelledFrames(
+        np.arange(len(y)), y, np.arange(len(y)) // 2, patient, None, names, 0, 0
+    )
+
+
 def test_labels_join_by_source_file(frames, shards, videos):
     store = FrameStore.open(shards)
     assert len(frames) == len(store) == 18 * 6 and frames.num_unlabelled == 0
@@ -123,16 +137,47 @@ def test_patients_never_leak_and_every_frame_is_tested_once(seed):
     assert not np.array_equal(tested, other)
 
 
+@pytest.mark.parametrize(
+    "classes, num_lost",
+    [
+        ([(0, 1), (2, 3), (0, 2)], 0),  # 0 and 2 apart, though they may fall together
+        ([(i, i + 1) for i in range(11)], 0),  # one way only: every other patient
+        ([(0, 1), (1, 2), (0, 2)], 1),  # two of three are together, however they are dealt
+    ],
+)
+def test_every_class_can_be_learned_where_patients_allow_it(classes, num_lost):
+    frames = small(*classes)
+    for seed in range(50):
+        pairs = evaluate.folds(frames, seed)
+        num_seen = [len(np.unique(frames.y[train])) for train, _ in pairs]
+        assert sum(len(classes) - n for n in num_seen) == num_lost
+        again = evaluate.folds(frames, seed)
+        assert all(np.array_equal(a[1], b[1]) for a, b in zip(pairs, again, strict=True))
+
+
+def test_a_share_is_rounded_up_exactly():
+    """Not by floats: 7 / 100 * 100 is a little more than 7."""
+    frames = small(range(100), range(100, 200))
+    train = np.arange(len(frames))
+    for percent, num in (
+        (1, 1), (7, 7), (14, 14), (28, 28), (55, 55), (56, 56), (56.5, 57), (0.001, 1), (100, 100),
+    ):  # fmt: skip
+        kept = evaluate.share(frames, train, percent, seed=0)
+        assert len(np.unique(frames.video[kept])) == 2 * num
+
+
 def test_a_share_keeps_whole_videos_of_every_class():
     frames = big()
     train_part = evaluate.folds(frames, 0)[0][0]
+    of_class = [np.unique(frames.video[train_part[frames.y[train_part] == c]]) for c in range(4)]
+    assert [len(videos) for videos in of_class] == [29, 34, 30, 34]
     smaller = np.array([], int)
-    for percent in (1, 10, 35, 100):
+    for percent, nums in (
+        (1, [1, 1, 1, 1]), (10, [3, 4, 3, 4]), (35, [11, 12, 11, 12]), (100, [29, 34, 30, 34]),
+    ):  # fmt: skip
         kept = evaluate.share(frames, train_part, percent, seed=0)
-        for c in range(4):
-            of = {s: np.unique(frames.video[i[frames.y[i] == c]]) for s, i in
-                  (("all", train_part), ("kept", kept))}  # fmt: skip
-            assert len(of["kept"]) == int(np.ceil(percent / 100 * len(of["all"])))
+        of_kept = [np.unique(frames.video[kept[frames.y[kept] == c]]) for c in range(4)]
+        assert [len(videos) for videos in of_kept] == nums
         whole = train_part[np.isin(frames.video[train_part], frames.video[kept])]
         assert np.array_equal(kept, whole) and set(smaller) <= set(kept)
         smaller = kept
@@ -157,6 +202,15 @@ def test_probe_standardises_on_the_training_part_and_weighs_classes():
     assert np.array_equal(evaluate.probe(x, y, moved)[0], guess)
     scaled = np.float32([1e-3, 10, 1])
     assert (evaluate.probe(x * scaled, y, x * scaled)[0] == guess).mean() > 0.99
+
+
+def test_a_constant_feature_counts_for_nothing_whatever_its_value():
+    """Added up as float32, 0.1 has a mean that is not 0.1, so that it seems to vary."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 2500)
+    x = np.float32([y + 0.5 * rng.normal(size=5000), np.full(5000, 0.1)]).T.copy()
+    guess, _ = evaluate.probe(x, y, x)
+    assert np.array_equal(evaluate.probe(x, y, x + np.float32([0, 1]))[0], guess)
 
 
 def test_scores_by_hand():
@@ -192,6 +246,21 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
     assert not np.array_equal(features(index, tmp_path / "a"), together)  # other weights
+    features(index, tmp_path / "a")
+    monkeypatch.setattr(evaluate, "_frames", None)
+    features(index, tmp_path / "a")  # from the cache, until anything else is other
+    for part, key, value in (
+        ("shards", "mean", 0.9), ("shards", "std", 0.9), ("settings", "image_size", 16),
+        ("settings", "backbone", "resnet18"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
+            patch.setitem(config[part], key, value)
+            features(index, tmp_path / "a")
+    with pytest.raises(TypeError, match="not callable"):
+        features(index[::-1], tmp_path / "a")
+    store = dataclasses.replace(store, digest="other")
+    with pytest.raises(TypeError, match="not callable"):
+        features(index, tmp_path / "a")
 
 
 def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(
@@ -245,6 +314,87 @@ def test_the_whole_report(run, shards, videos, tmp_path, capsys):
     for name in ("report.md", "confusion.png"):
         assert (out / name).stat().st_size > 500
     assert "± " in (out / "report.md").read_text()
+    assert results["warnings"] == []
+    assert results["run"]["weights_sha256"] == (
+        hashlib.sha256((run / "backbone.safetensors").read_bytes()).hexdigest()
+    )
+
+
+def test_what_is_written_names_no_one(clip, pattern, run, tmp_path, monkeypatch):
+    """Folders, files and patients may be called after people; a report is passed on."""
+    home = tmp_path / "Schmidt"
+    videos, copy = home / "Schmidt-videos", home / "Schmidt-run"
+    rows = ["path,label,patient"]
+    for i in range(8):
+        videos.mkdir(parents=True, exist_ok=True)
+        clip(videos / f"Schmidt-{i}.avi", pattern(3, 64, 64, seed=i))
+        rows.append(f"Schmidt-{i}.avi,{'ab'[i % 2]},Schmidt-{i}")
+    (videos / "Schmidt-bad.avi").write_bytes(b"junk")
+    rows += ["Schmidt-bad.avi,a,Schmidt-8"]
+    (home / "Schmidt.csv").write_text("\n".join([rows[0], *(f"{videos}/{r}" for r in rows[1:])]))
+    shards = home / "Schmidt-shards"
+    shard([videos], shards, ShardSettings(size=32, stride=1), device="cpu", jobs=1)
+    copy.mkdir()
+    shutil.copy(run / "backbone.safetensors", copy)
+    config = json.loads((run / "config.json").read_text())
+    config["shards"] |= {"path": str(shards), "digest": "of others"}
+    (copy / "config.json").write_text(json.dumps(config))
+
+    drawn = []
+    save = Figure.savefig
+
+    def spied(figure, *args, **options):
+        drawn.extend(text.get_text() for text in figure.findobj(Text))
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spied)
+    out = evaluate.evaluate(copy, home / "Schmidt.csv", num_seeds=1, device="cpu").out
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"results.json", "report.md", "confusion.png"} < set(written)
+    for content in (*written.values(), " ".join(written).encode(), " ".join(drawn).encode()):
+        assert b"schmidt" not in content.lower() and str(tmp_path).encode() not in content
+    results = json.loads(written["results.json"])
+    assert "1 labelled videos gave no frame" in results["warnings"][0]  # which had a path in it
+    assert results["shards_digest"] == FrameStore.open(shards).digest  # of those that were used
+
+
+def test_two_processes_do_not_write_one_report(run, videos, tmp_path):
+    def judge(out, stage=None):
+        return evaluate.evaluate(
+            run, videos / "labels.csv", out=out, percents=(100,), num_seeds=1, device="cpu",
+            stage=stage,
+        )  # fmt: skip
+
+    met = []
+
+    def stage(label, unit):
+        with pytest.raises(InputError, match="another `sslus evaluate` is writing here; wait"):
+            judge(tmp_path / "one")
+        met.append(label)
+        return contextlib.nullcontext(lambda *a: None)
+
+    judge(tmp_path / "one", stage)
+    assert met == ["features", "probe"]
+    judge(tmp_path / "one")  # which is free again
+
+
+def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
+    """Whatever the shares, and whatever a class is called."""
+    odd = {"dark": "a|b", "bright": "$\\no{$", "striped": "50 $ or 60 $"}
+    labels = rewrite(videos, tmp_path, lambda rows: [r | {"label": odd[r["label"]]} for r in rows])
+    judged = evaluate.evaluate(
+        run, labels, out=tmp_path / "out", percents=(20, 10, 20), num_seeds=1, device="cpu"
+    )
+    assert [(r.backbone, r.percent) for r in judged.rows] == [
+        ("vicreg", 10), ("vicreg", 20), ("random init", 10), ("random init", 20),
+        ("majority class", 100),
+    ]  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text()
+    _, per_class = report.split("F1 of each class")
+    assert r"| a\|b |" in per_class
+    assert [line.split(" |")[:2] for line in per_class.splitlines() if " % |" in line] == [
+        ["| vicreg", " 20 %"], ["| random init", " 20 %"], ["| majority class", " 100 %"],
+    ]  # fmt: skip
 
 
 def test_what_the_probe_learns_from_are_the_labels_that_are_kept(
@@ -290,6 +440,26 @@ def test_a_class_with_one_patient_is_left_out_loudly(run, videos, tmp_path):
     assert any("'dark' is left out: it has 1 patient" in line for line in result.warnings)
 
 
+def test_a_class_that_some_fold_cannot_learn_is_named(run, videos, tmp_path):
+    patients = {"dark": "ab", "bright": "bc", "striped": "ca"}  # two of three are in one fold
+
+    def ring(rows):
+        seen = dict.fromkeys(CLASSES, 0)
+        for row in rows:
+            row["patient"] = patients[row["label"]][seen[row["label"]] % 2]
+            seen[row["label"]] += 1
+        return rows
+
+    result = evaluate.evaluate(
+        run, rewrite(videos, tmp_path, ring), out=tmp_path / "out", percents=(100,), num_seeds=1,
+        device="cpu",
+    )  # fmt: skip
+    assert result.split.startswith("2 folds")
+    (line,) = result.warnings
+    assert "some folds have no patient to learn it from" in line
+    assert sum(repr(name) in line for name in CLASSES) == 1
+
+
 def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
     def judge(labels, run=run, **options):
         return evaluate.evaluate(run, labels, out=tmp_path / "out", device="cpu", **options)
@@ -319,6 +489,11 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
         with pytest.raises(InputError, match=rf"{name}: .*damaged \(.*train it again") as e:
             judge(good, run=damaged)
         assert "\n" not in str(e.value)
+    config = json.loads((run / "config.json").read_text())
+    config["shards"]["path"] = "https://example.org/shards"
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="org/shards: is a URL.*name them with --shards"):
+        judge(good, run=damaged)
     shared = tmp_path / "shared"  # shards as they are passed on: without local/
     shared.mkdir()
     for path in shards.iterdir():
@@ -334,7 +509,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, videos, small_
     assert main([*command, "-o", str(small_disk / "report")]) == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("Error: no space left on the disk") and "run the same command" in last
-    assert list((small_disk / "report").iterdir()) == []
+    assert [path.name for path in (small_disk / "report").iterdir()] == [".lock"]
 
 
 def test_unlabelled_and_refused_videos_are_counted(shards, videos, tmp_path):
