@@ -8,7 +8,7 @@ KNOWN = {
     "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "dead_features",
     "uniformity", "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
 }  # fmt: skip
-ONLINE = ("knn_accuracy", "knn_macro_f1", "probe_accuracy", "probe_macro_f1")
+ONLINE = ("knn_accuracy", "knn_macro_f1", "probe_macro_f1")
 
 
 def draw(metrics: list[dict], path: Path) -> None:

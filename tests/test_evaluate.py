@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate, views
+from sslus.ssl import backbones, evaluate, online, views
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -520,3 +521,48 @@ def test_unlabelled_and_refused_videos_are_counted(shards, videos, tmp_path):
     fewer = dataclasses.replace(store, video_ids=["other", *store.video_ids[1:]])
     frames = evaluate.label_frames(fewer, shards, videos / "labels.csv")
     assert frames.num_without_frames == 1
+
+
+def test_the_online_probe_keeps_patients_apart(monkeypatch):
+    """It learns from Online.train and is scored on Online.test, and they share no patient."""
+    frames = big()
+    label, patient = frames.y.copy(), frames.patient.copy()
+    label[::7], patient[::5] = -1, -1  # unlabelled, and of nobody knows whom
+    store = SimpleNamespace(
+        label=label, patient=patient, video=frames.video, label_names=frames.names
+    )
+    for seed in range(5):
+        look = online.Online(store, 32, seed, torch.device("cpu"))
+        used = look.frames.index
+        assert (label[used] >= 0).all() and (patient[used] >= 0).all()
+        train_part, test = set(patient[used[look.train]]), set(patient[used[look.test]])
+        assert train_part and test and not train_part & test
+        assert len(look.train) + len(look.test) == len(used)
+
+        # The feature of a frame is its number: what knn and probe are given shows where it is from.
+        met = []
+
+        def spied(x, y, query, num=None, look=look, met=met):
+            at = look.frames.index
+            assert np.array_equal(x[:, 0], at[look.train]) and np.array_equal(y, label[x[:, 0]])
+            assert np.array_equal(query[:, 0], at[look.test])
+            met.append(num)
+            guess = label[query[:, 0]]
+            return guess if num else (guess, True)
+
+        monkeypatch.setattr(look, "features", lambda backbone, used=used: used[:, None])
+        monkeypatch.setattr(online, "knn", spied)
+        monkeypatch.setattr(online, "probe", spied)
+        assert look(None) == {"knn_accuracy": 1.0, "knn_macro_f1": 1.0, "probe_macro_f1": 1.0}
+        assert met == [4, None]
+
+
+def test_the_online_probe_tests_every_class_if_a_fold_has_them_all():
+    """A class without a test frame has an F1 of 0, which would pull the mean down for ever."""
+    frames = small((0, 4, 5), (0, 2, 3), (1, 3, 4))
+    store = SimpleNamespace(
+        label=frames.y, patient=frames.patient, video=frames.video, label_names=frames.names
+    )
+    for seed in range(20):
+        look = online.Online(store, 32, seed, torch.device("cpu"))
+        assert set(frames.y[look.test]) == {0, 1, 2}
