@@ -18,7 +18,7 @@ PACKAGES = {
     "nvidia.dali": "nvidia-dali-cuda130", "av": "av", "simplejpeg": "simplejpeg",
     "webdataset": "webdataset", "timm": "timm", "numpy": "numpy", "numba": "numba",
     "sklearn": "scikit-learn", "matplotlib": "matplotlib", "pydicom": "pydicom",
-    "safetensors": "safetensors", "rich": "rich",
+    "safetensors": "safetensors", "rich": "rich", "threadpoolctl": "threadpoolctl",
 }  # fmt: skip
 OPTIONAL = ("triton", "nvidia.dali")  # Linux only; without them the CPU does the work
 SHOWN = ("torch", "torchvision", "triton", "nvidia.dali", "av", "simplejpeg", "webdataset", "timm")
