@@ -3,11 +3,13 @@
 Crop .2-1, flip, brightness and contrast .6-1.4 with p .8, Gaussian blur sigma .1-2 with p .5,
 from decoded frames and from JPEG. Against torchvision v2, DALI on the CPU and AlbumentationsX, each
 with the fastest settings found that do the same; a library that is not installed is left out.
-Floor: the writing of as many bytes. With --device cuda the same of a batch that lies on the GPU,
-against kornia and torchvision there; floor: a copy that reads and writes as many bytes.
+Floor: the writing of as many bytes; for what two threads gain, arithmetic alone. With --device cuda
+the same of a batch that lies on the GPU, against kornia and torchvision there; floor: a copy that
+reads and writes as many bytes.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -45,6 +47,8 @@ def on_cpu(bench: Bench, folder: Path, num: int) -> None:
             "sslus": Work(often(ours, num, folder, jpeg, 1), fresh=False),
             "sslus|two": Work(often(ours, num, folder, jpeg, 2), threads=2, fresh=False),
             "floor: write the views": Work(often(write, num, num), fresh=False),
+            "floor: arithmetic": Work(often(hashes, num, num, 1), fresh=False),
+            "floor: arithmetic|two": Work(often(hashes, num, num, 2), threads=2, fresh=False),
         }
         if jpeg:
             works["floor: decode alone"] = Work(partial(decode_all, folder), fresh=False)
@@ -83,6 +87,9 @@ def judge(bench: Bench, rows: dict, source: str) -> None:
         bench.ratio(f"from {source}: sslus / {fastest.implementation}", mine, fastest,
                     at_least=least)  # fmt: skip
     bench.ratio(f"from {source}: two threads / one", rows["sslus|two"], mine, at_least=1.9)
+    # What the machine's two cores have to give at the time.
+    bench.ratio(f"from {source}: two threads / one, arithmetic alone",
+                rows["floor: arithmetic|two"], rows["floor: arithmetic"])  # fmt: skip
 
 
 def avx512() -> bool:
@@ -416,4 +423,12 @@ def decode_all(folder: Path) -> int:
 
 def write(num: int) -> int:
     views_of(num).fill_(0.5)
+    return num
+
+
+def hashes(num: int, threads: int) -> int:
+    """Work for the cores alone, shared among threads as JPEGs are."""
+    block = bytes(1 << 19)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: hashlib.sha256(block).digest(), range(num // 8)))
     return num
