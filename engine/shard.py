@@ -7,7 +7,6 @@ any order of work gives the same bytes, and one bad file costs only itself.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
 from sslus.engine.errors import InputError
 from sslus.engine.labels import read_labels
+from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
 from sslus.engine.video import (
@@ -300,11 +300,7 @@ def _locked(out: Path) -> Iterator[Path]:
     local = out / "local"
     local.mkdir(parents=True, exist_ok=True)
     local.chmod(0o700)
-    with (local / "lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise InputError(f"{out}: another `sslus shard` is writing here; wait for it") from e
+    with alone(local / "lock", f"{out}: another `sslus shard` is writing here; wait for it"):
         yield local
 
 

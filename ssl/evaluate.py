@@ -6,7 +6,6 @@ are judged on the same frames, folds and subsets of labels.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from torch import nn
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.labels import read_labels
+from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
 from sslus.ssl import backbones, views
@@ -192,14 +192,8 @@ def evaluate(
 def _alone_in(out: Path) -> Iterator[None]:
     """Make the folder and hold its lock: two processes would write the same files."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(
-                f"{out}: another `sslus evaluate` is writing here; wait for it, or give another"
-                " folder with -o"
-            ) from e
+    busy = "another `sslus evaluate` is writing here; wait for it, or give another folder with -o"
+    with alone(out / ".lock", f"{out}: {busy}"):
         yield
 
 

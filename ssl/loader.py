@@ -180,7 +180,7 @@ class Loader:
         self.ahead = ahead
         self.tier, self.why = tier(store, device, wanted_tier)
         self.memory = _Memory()
-        self._waits: list[tuple] = []
+        self._gpu_waits: list[tuple] = []
         self.reader = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
@@ -329,9 +329,9 @@ class Loader:
 
     # ------------------------------------------------------------ in the caller's thread
 
-    def waits(self) -> list[tuple]:
+    def gpu_waits(self) -> list[tuple]:
         """Pairs of CUDA events since the last call: between them the GPU had no views yet."""
-        waits, self._waits = self._waits, []
+        waits, self._gpu_waits = self._gpu_waits, []
         return waits
 
     def _hand_over(self, out: Tensor, rest: tuple, ready) -> Views:
@@ -341,7 +341,7 @@ class Loader:
             before.record(current)
             current.wait_event(ready)
             after.record(current)
-            self._waits.append((before, after))
+            self._gpu_waits.append((before, after))
             for x in (out, *rest):
                 if x is not None:
                     x.record_stream(current)  # its memory is kept until the step is done

@@ -92,14 +92,15 @@ class Loop:
             self.say(f"frames: {loader.tier} ({loader.why})")
             batches = iter(loader)
             update = step.choose(state, s, lambda: self.first_views(loader), self.say)
+            loader.gpu_waits()  # the trial's
             self.log.restart()
-            if self.online_is_due(False) and not self.has_looked():  # stopped before it could
-                self.look()
+            if self.online_is_due() and not self.has_looked():  # stopped before it could
+                self.look(saved=True)
             while state.step < s.max_steps:
                 before = time.monotonic()
                 views = [next(batches) for _ in range(s.accumulate)]
                 self.log.waited += time.monotonic() - before
-                self.log.waits += loader.waits()
+                self.log.gpu_waits += loader.gpu_waits()
                 features = update(views, self.learning_rate(state.step))
                 done = state.step == s.max_steps
                 if state.step % self.options.log_every == 0 or done:
@@ -107,7 +108,9 @@ class Loop:
                 if self.report and self.world.is_main:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
                 stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
-                look = self.online_is_due(done)
+                look = self.online_is_due() or (done and self.options.online_every > 0)
+                if done and look:  # before the run counts as finished
+                    self.look(saved=False)
                 if state.step % self.options.checkpoint_every == 0 or done or stop or look:
                     self.checkpoint()
                 if stop and not done:
@@ -115,18 +118,22 @@ class Loop:
                     if stop == _TIME_IS_UP:
                         break
                     self.stopped(stop)
-                if look:
-                    self.look()
+                if look and not done:
+                    self.look(saved=True)
             agreed.settle()
             self.signum = max(int(x) for x in self.world.gather(torch.tensor(signals.seen)))
 
-    def look(self) -> None:
-        """kNN and linear probe on the labels in the shards."""
-        if self.online:
-            self.log.flush()
-            self.check_finite()
-            self.log.add(self.online(self.state.backbone))
+    def look(self, saved: bool) -> None:
+        """kNN and linear probe on the shards' labels. saved: checkpoint.pt is of this step."""
+        if not self.online:
+            return
+        self.log.flush()
+        self.check_finite()
+        found = self.online(self.state.backbone)
+        self.log.best = found["knn_accuracy"]
+        if saved:  # before the line is there, with which a run would not look again
             self.keep()
+        self.log.add(found)
 
     def has_looked(self) -> bool:
         lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
@@ -139,9 +146,10 @@ class Loop:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.started > limit
 
-    def online_is_due(self, done: bool) -> bool:
-        if not self.options.online_every or done or self.state.step == 0:
-            return bool(self.options.online_every and self.state.step)
+    def online_is_due(self) -> bool:
+        """Whether the step that was made last is the first of an epoch with a look."""
+        if not self.options.online_every or self.state.step == 0:
+            return False
         every = self.options.online_every * self.per_epoch
         return int(self.state.step / every) > int((self.state.step - 1) / every)
 
@@ -259,7 +267,7 @@ class _Pending:
     steps: int
     features: Tensor | None
     arrived: object  # a CUDA event, or None
-    waits: list[tuple]  # pairs of CUDA events, between which the GPU waited for views
+    gpu_waits: list[tuple]  # pairs of CUDA events, between which the GPU waited for views
     seconds: float  # that the line is about
 
 
@@ -293,7 +301,7 @@ class _Log:
 
     def restart(self) -> None:
         self.tick, self.waited, self.began = time.monotonic(), 0.0, self.state.step
-        self.waits: list[tuple] = []
+        self.gpu_waits: list[tuple] = []
 
     def line(self, features: Tensor) -> None:
         """Begin a line with the means since the last one."""
@@ -324,7 +332,7 @@ class _Log:
         self.pending.append(
             _Pending(
                 line, state.window_names, sums, state.window_steps, features, arrived,
-                self.waits, seconds,
+                self.gpu_waits, seconds,
             )
         )  # fmt: skip
         state.window, state.window_steps = None, 0
@@ -345,7 +353,7 @@ class _Log:
     def _write(self, p: _Pending) -> None:
         values = p.sums.tolist()
         self.loop.finite(p.names, values)
-        idle = sum(before.elapsed_time(after) for before, after in p.waits) / 1000
+        idle = sum(before.elapsed_time(after) for before, after in p.gpu_waits) / 1000
         p.line["data_wait"] = min(1.0, p.line["data_wait"] + idle / p.seconds)
         means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
         line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
@@ -369,8 +377,6 @@ class _Log:
 
     def add(self, found: dict[str, float]) -> None:
         """A line of its own for what is measured between the others."""
-        self.best = found["knn_accuracy"]
-        self.flush()
         self._out({"step": self.state.step, **found})
         self.loop.say(
             f"step {self.state.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())

@@ -94,7 +94,7 @@ class Step:
             numbers = torch.stack([loss.detach().float(), *(t.float() for t in terms.values())])
             total = numbers if total is None else total + numbers
         trained = [p for p in self.state.method.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        norm = total_norm([p.grad for p in trained])
         if s.clip_norm:
             nn.utils.clip_grads_with_norm_(trained, s.clip_norm, norm)
         self.state.optimizer.step()
@@ -102,6 +102,19 @@ class Step:
         self.names = ("loss", *terms, "grad_norm")
         seen = torch.stack([h.detach() for h in features if h is not None])
         return torch.cat([total / len(batches), norm[None]]), seen
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The length of all gradients joined, shape (). On a CPU by BLAS, in half of torch's time."""
+    if grads[0].is_cuda or grads[0].dtype != torch.float32:
+        return nn.utils.get_total_norm(grads)
+    # In the order in which they lie in memory.
+    flat = [g.as_strided((g.numel(),), (1,)) if _is_dense(g) else g.reshape(-1) for g in grads]
+    return torch.stack([torch.dot(x, x) for x in flat]).sum().sqrt()
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Graph:

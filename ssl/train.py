@@ -10,7 +10,6 @@ runs/<name>/config.json             every setting, the shards' digest, versions
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
+from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
 from sslus.engine.stream import StreamStore, is_url
 from sslus.ssl import backbones, checkpoints, methods, optimizers
@@ -36,6 +36,7 @@ from sslus.ssl.versions import versions
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import World, enter
 
+FORMAT = 2  # of config.json
 PRECISIONS = ("auto", "fp32", "bf16")
 PAIRS = ("same", "nearby")
 BATCH_NORMS = ("sync", "per-rank")
@@ -199,17 +200,19 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
     try:
         recorded = json.loads((run / "config.json").read_text())
         recorded["settings"]["method"]
+        if recorded["format"] != FORMAT:
+            why = f"{run} was begun by another version of sslus, which would go on otherwise"
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as e:
-        why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e}); start another run"
+        why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e})"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     # Only what this torchrun, the parent in all its attempts, has begun itself: the first process
     # knows, since on other machines it has other numbers.
     again = restarted and why is None and recorded and recorded.get("launcher") == os.getppid()
     resume = resume or bool(world.gather(torch.tensor(bool(again)))[0])
-    if why:
-        raise InputError(why)
+    if why and (resume or recorded is None):
+        raise InputError(f"{why}; start another with --run DIR")
     if resume and recorded is None:
         raise InputError(f"--resume: {run} holds no run; leave --resume out to start one")
     if not resume and run.exists() and any(run.iterdir()):
@@ -270,24 +273,63 @@ def train(
     world = enter(device)
     if world.device.type == "cpu":
         keep_freed_memory()
-    else:  # all steps have the same shapes: the fastest convolutions are searched for once
-        torch.backends.cudnn.benchmark = True
     if not world.is_main or say is None:
         say = _nothing
+    how = {"device": device, "tier": tier, "threads": threads} | {
+        k: v for k, v in dataclasses.asdict(options).items() if k != "time_limit"
+    }
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            busy = f"{run}: another process is training there; wait for it, or give another --run"
+            held.enter_context(alone(run.with_name(f".{run.name}.lock"), busy))
+        if world.device.type == "cuda":
+            held.enter_context(_fastest_convolutions())
+        return _train(
+            shards, settings, method_config, run, resume, tier, options, report, say, world, how
+        )
+
+
+@contextlib.contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """cuDNN tries all it has for each shape, once: a run's shapes do not change."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _train(
+    shards: str | Path,
+    settings: Settings,
+    method_config,
+    run: Path,
+    resume: bool,
+    tier: str,
+    options: Options,
+    report: Callable[[int, int, str], None] | None,
+    say: Callable[[str], None],
+    world: World,
+    how: dict,
+) -> TrainResult:
     recorded = open_run(run, resume, world)
     _check_config(method_config)
     store = _open_store(shards, tier, settings.pairs, world)
     settings = settings.resolved(world.device, len(store))
+    # Machines may differ in what pays.
+    mixed = world.gather(torch.tensor(settings.precision == "bf16"))[0]
+    settings = dataclasses.replace(settings, precision="bf16" if mixed else "fp32")
     if why := settings.step != "auto" and possible(settings.step, settings, world):
         raise InputError(f"step {settings.step!r}: {why}")
     plan = _plan(settings, store, world)
     config = _config(settings, method_config, shards, store, world)
-    # Which a resumed run takes again, if it is not told otherwise.
-    config["how"] = {"device": device, "tier": tier, "threads": threads} | {
-        k: v for k, v in dataclasses.asdict(options).items() if k != "time_limit"
-    }
     if recorded is not None:
         _refuse_changes(run, recorded, config)
+        # Of a resumed run the beginning is told, but for what the next one takes from here.
+        config = recorded | {"shards": config["shards"]}
+    config["how"] = how
     grey = store.mean, store.std
     where = "GPU" if world.device.type == "cuda" else "CPU"
     say(
@@ -311,19 +353,17 @@ def train(
     loop = Loop(run, store, plan, settings, state, options, tier, report, say)
     world.barrier()  # all have looked at the folder before one changes it
     if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-    with _alone(run) if world.is_main else contextlib.nullcontext():
-        if world.is_main:
-            if recorded is None:
-                _write_json(run / "config.json", config)
-            checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
-        was_finished = state.step == settings.max_steps
-        started = time.monotonic()
-        if not was_finished:
-            loop.run_to_end()
-        if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
-            loop.export()
-        world.barrier()
+        run.mkdir(exist_ok=True)
+        if config != recorded:
+            _write_json(run / "config.json", config)
+        checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
+    was_finished = state.step == settings.max_steps
+    started = time.monotonic()
+    if not was_finished:
+        loop.run_to_end()
+    if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
+        loop.export()
+    world.barrier()
     return TrainResult(
         run=run,
         step=state.step,
@@ -335,20 +375,6 @@ def train(
         stopped=state.step < settings.max_steps,
         signum=loop.signum,
     )
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Two processes that train in one folder would mix their checkpoints: the second is refused."""
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f"{run}: another process is training there; give --run DIR") from e
-        yield
-    finally:
-        os.close(folder)
 
 
 def _check_config(method_config) -> None:
@@ -390,7 +416,7 @@ def _config(
     settings: Settings, method_config, shards: str | Path, store: Store, world: World
 ) -> dict:
     return {
-        "format": 1,
+        "format": FORMAT,
         "settings": dataclasses.asdict(settings),
         "method_config": dataclasses.asdict(method_config),
         "shards": {

@@ -224,16 +224,18 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
 
 # Options that change what is told and kept, not the result.
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
+WHERE = ("device", "tier", "threads")  # which do not either
 NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # each call's own
 
 
 def _resume(run, how: str = "") -> str:
-    """The command that goes on with a run: all but the number of processes is recorded in it."""
+    """The command that goes on with a run, which has recorded all but the number of processes."""
     import os
+    import shlex
 
     from sslus.tools.cli import EXIT_CODE_FILE
 
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    run, size = shlex.quote(str(run)), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and EXIT_CODE_FILE not in os.environ:
         return f"the same torchrun command with --resume --run {run}"
     return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
@@ -347,10 +349,14 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         try:
             before = json.loads(record.read_text())
             recorded_shards, options = before["shards"], dict(before["options"])
+            if before.get("format") != 2:
+                raise ValueError("of another version of sslus")
         except FileNotFoundError as e:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{record}: damaged ({e}); start another with --run DIR") from e
+            raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
+        # What does not change the methods' results may be told otherwise, from now on.
+        options |= {k: given[k] for k in named & {*OPTIONS, *WHERE} - {*NOT_FOR_ALL}}
         given = given | {k: v for k, v in options.items() if k not in named}
         shards = shards if "shards" in named else recorded_shards
         named = named | set(options) | {"shards"}
@@ -365,11 +371,11 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         for name in ("backbone", "image_size", "batch_size", "precision"):
             options[name] = getattr(chosen, name)
         given, named = given | options, named | set(options)
-        if _is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            where = shards if is_url(shards) else str(Path(shards).resolve())
-            with atomic_file(record, "w") as f:
-                json.dump({"shards": where, "options": options}, f, indent=2)
+    if _is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        where = shards if is_url(shards) else str(Path(shards).resolve())
+        with atomic_file(record, "w") as f:
+            json.dump({"format": 2, "shards": where, "options": options}, f, indent=2)
     rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
     for name in methods.names():
         run = folder / name
@@ -386,7 +392,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Go on with: {going}", e.signum) from None
         given["rebuild_store"] = False  # once for all
-        if result.signum:  # it came during the last step
+        if result.signum and not result.stopped and name != methods.names()[-1]:
             raise Interrupted(f"{name} is finished. Go on with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
         first, last = _lines(result)

@@ -257,7 +257,7 @@ def ours(
     if jpeg:
         frames = decoded(len(frames))
         with ThreadPoolExecutor(threads) as pool:  # small shares: the threads end together
-            shares = np.array_split(np.arange(len(frames)), len(frames) // 8)
+            shares = np.array_split(np.arange(len(frames)), max(1, len(frames) // 8))
             list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
     num = len(frames)
     views(
