@@ -45,7 +45,7 @@ def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterat
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under `path` only when the block ends without an exception.
 
-    Yields the temporary folder `<path>.tmp`; leftovers of an earlier crash are removed first.
+    Yields a temporary folder beside it; leftovers of an earlier crash are removed first.
     The caller syncs the files it writes in it. A folder already at `path` is replaced.
     """
     temporary, old = _beside(path)
@@ -68,10 +68,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """What a crash inside atomic_folder(path) left behind. Only for who may write there alone."""
-    for folder in _beside(path):
+    temporary, old = _beside(path)
+    if old.exists() and not path.exists():  # between its two renames: the only whole one
+        old.rename(path)
+    for folder in (temporary, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a folder is while it is made, and while another takes its place."""
-    return path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    """Where a folder is while it is made, and while another takes its place: names that nobody
+    gives to a copy."""
+    return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")

@@ -300,9 +300,12 @@ def _check_stamps(path: Path) -> None:
         with container:
             packets = [p for p in container.demux(stream) if p.size]
             guessed = is_untimed(container)
+            first = stream.index == container.streams.video[0].index
             reordered = stream.codec_context.has_b_frames
     except av.FFmpegError as e:
         raise VideoError(path, f"cannot be read ({e.strerror or e})") from e
+    if not first:  # a cover picture stands before it
+        raise VideoError(path, "another picture before the video, which DALI would take")
     stamps = [p.pts for p in packets]
     if None in stamps or (guessed and (reordered or stamps != sorted(stamps))):
         raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")

@@ -43,6 +43,7 @@ from sslus.engine.workers import worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
+DECODING = 2  # raised when a file would give other frames or times than by the version before
 KEY_BYTES = 32
 ID_BYTES = 8  # 2^32 videos before two of them are likely to share an id; checked all the same
 # Matroska, FLV and ASF round time stamps to a millisecond: two of them, a frame's and the first
@@ -150,19 +151,23 @@ def shard(
     with _locked(out) as local:
         secret = _key(local, key)
         ids = _ids(sources, secret)
-        request = {"settings": asdict(settings), "decoder": [b[0] for b in backends]}
+        request = {
+            "settings": asdict(settings), "decoder": [b[0] for b in backends], "decoding": DECODING,
+        }  # fmt: skip
         wanted = {s.name: [ids[s.name], *_stamp(s.path)] for s in sources}
         done = _finished(out, request, wanted, marks)
         if done or not (out / manifests.NAME).exists():
             _keep_key(local, secret)  # or the same command would make other ids
         if done and not force:
+            shutil.rmtree(local / "work", ignore_errors=True)  # of a --force that was given up
             return ShardReport(out, *done, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
             raise InputError(
                 f"{out}: holds shards of other videos, labels or settings, damaged or of another"
                 " version; --force makes them anew, -o writes elsewhere"
             )
-        work = _work_folder(local, request, fresh=bool(done))
+        work = _work_folder(local, request | {"anew": bool(done)})
+        _keep_key(work, secret)  # a new one that is not yet the folder's
         records = _resume(sources, ids, work)
         resumed = len(records)
 
@@ -209,26 +214,24 @@ def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
 
 def _key(local: Path, given: Path | None) -> bytes:
     """The secret from which ids are made: the one given, the one kept in local/, or a new one."""
-    path = local / "key"
+    kept = (local / "key", local / "work" / "key")  # work: of new shards that are not complete
+    path = given or next((p for p in kept if p.exists()), None)
     try:
-        if given is None and not path.exists():
-            text = secrets.token_hex(KEY_BYTES)
-        else:
-            text = Path(given or path).read_text().strip()
+        text = secrets.token_hex(KEY_BYTES) if path is None else Path(path).read_text().strip()
         key = bytes.fromhex(text)
     except OSError as e:
-        raise InputError(f"--key {given or path}: cannot be read ({e})") from e
+        raise InputError(f"--key {path}: cannot be read ({e})") from e
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:
         remedy = "" if given else "; put it back, or delete it to get a new key and new ids"
-        raise InputError(f"{given or path}: want {2 * KEY_BYTES} hex digits{remedy}")
+        raise InputError(f"{path}: want {2 * KEY_BYTES} hex digits{remedy}")
     return key
 
 
-def _keep_key(local: Path, key: bytes) -> None:
-    """In local/, so that a second run makes the same ids."""
-    path, text = local / "key", key.hex() + "\n"
+def _keep_key(folder: Path, key: bytes) -> None:
+    """So that a second run makes the same ids."""
+    path, text = folder / "key", key.hex() + "\n"
     if not path.exists() or path.read_bytes() != text.encode():
         with atomic_file(path, "w") as f:
             f.write(text)
@@ -344,10 +347,10 @@ def _write_ledger(folder: Path, ledger: list[dict]) -> None:
         f.writelines(json.dumps(line) + "\n" for line in ledger)
 
 
-def _work_folder(local: Path, request: dict, fresh: bool) -> Path:
-    """Where the spools lie; those of other settings, and all if `fresh`, are thrown away."""
+def _work_folder(local: Path, request: dict) -> Path:
+    """Where the spools lie; those made for another request are thrown away."""
     work, stamp = local / "work", local / "work" / "request.json"
-    if work.exists() and (fresh or _read_json(stamp) != request):
+    if work.exists() and _read_json(stamp) != request:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     _remove_halves(work)  # of a run that was killed

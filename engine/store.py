@@ -91,8 +91,8 @@ class FrameStore:
 
         It lies in `folder` (default: `shards`/store) and appears there only when it is complete;
         several processes may call this at once, one builds. One that is there may lie on a file
-        system that cannot be written to. `threads` decode (default: one a
-        core); `report(done, total, note)` counts frames. Raises InputError where the shards are
+        system that cannot be written to. `threads` decode (default: one a core);
+        `report(done, total, note)` counts frames. Raises InputError where the shards are
         unfinished, of another version or damaged, and where the store there belongs to other
         shards and `rebuild` is not given; OSError on a full disk.
         """
@@ -108,9 +108,9 @@ class FrameStore:
             return _load(folder, manifest)
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            remove_leftovers(folder)
             if rebuild or not folder.exists():
                 _build(shards, manifest, folder, threads, report)
-            remove_leftovers(folder)
         return _load(folder, manifest)
 
 

@@ -288,10 +288,11 @@ def _empty_chunks(path: Path, stream: int) -> int:
     Such a chunk repeats the picture before it. It is counted as a frame in the header, but FFmpeg
     makes no packet of it. A file that is cut off has no index: there every frame is missed.
     """
+    size = path.stat().st_size
     with path.open("rb") as f:
         f.seek(12)  # RIFF, length, "AVI "
-        while len(head := f.read(8)) == 8:
-            length = int.from_bytes(head[4:], "little")
+        while len(head := f.read(8)) == 8 and any(head[:4]):
+            length = min(int.from_bytes(head[4:], "little"), size)  # it may say anything
             if head[:4] == b"idx1":
                 data = f.read(length)
                 entries = np.frombuffer(data[: len(data) // 16 * 16], np.uint8).reshape(-1, 16)

@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def moments(za: Tensor, zb: Tensor, ranks: Ranks) -> Moments:
     """za, zb: (N, D) float, the rows of this rank."""
-    compiled = za.device.type == "cpu" and torch.float64 not in (za.dtype, zb.dtype)
+    compiled = za.device.type == "cpu" and {za.dtype, zb.dtype} <= {torch.float32, torch.bfloat16}
     own = _moments_cpu(za, zb) if compiled else _in_torch(za, zb)
     if ranks.world > 1:
         x = own.double()  # or squares of means, taken away again, would leave their rounding

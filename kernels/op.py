@@ -7,7 +7,8 @@ against itself. Each implementation is registered as `torch.ops.sslus.<op>_<impl
 so that torch.compile takes it as it is.
 
 Where torch.distributed runs, a loss is that of the batch joined over all ranks (or those of
-`group`), equal on every rank, and each rank gets the joint loss's gradient at its own rows.
+`group`), equal on every rank, and each rank gets the joint loss's gradient at its own rows. All
+hold as many rows; on a GPU as many as in the op's first call there, since to ask would wait.
 DistributedDataParallel divides gradients by the number of ranks: multiply the loss by it.
 
 `SSLUS_KERNELS` picks the implementation: `auto` (the default), `reference`, `cpu` or `gpu`.
@@ -105,8 +106,6 @@ class Op:
         x = tensors[0]
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
-        if 0 in x.shape:
-            raise ValueError(f"op {self.name!r}: the batch is empty: {tuple(x.shape)}")
         if which == "auto":
             which = self.choose(x)
         if why := self.why_not(which, x):
@@ -116,6 +115,7 @@ class Op:
         with torch.autocast(x.device.type, enabled=False):
             if which != "reference":
                 return self.fused[which](*tensors, group=name, **scalars)[0]
+            _refuse_empty(self, x)
             if name:
                 ranks = Ranks.named(name)
                 ranks.same_rows(self.name, x)
@@ -123,6 +123,11 @@ class Op:
                 joined = (ranks.join_with_gradient(t) for t in batched)
                 tensors = *joined, *tensors[len(batched) :]
             return self.reference(*tensors, **scalars)
+
+
+def _refuse_empty(op: Op, x: Tensor) -> None:
+    if 0 in x.shape:
+        raise ValueError(f"op {op.name!r}: the batch is empty: {tuple(x.shape)}")
 
 
 def _register(op: Op, which: str, implementation: Callable) -> Callable:
@@ -138,6 +143,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     )
 
     def run(*tensors, group="", **scalars):
+        _refuse_empty(op, tensors[0])
         ranks = Ranks.named(group)
         ranks.same_rows(op.name, tensors[0])
         # The compiled border refuses strided input; the copy is made here, once, in sight.

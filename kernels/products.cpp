@@ -163,6 +163,10 @@ struct Moments {
   float *mean_a, *mean_b, *a, *b, *difference;
 };
 
+SSLUS_INLINE float not_below_zero(double x) {  // std::max would make 0 of NaN
+  return x < 0 ? 0.0f : static_cast<float>(x);
+}
+
 SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int64_t j, int64_t n,
                                  const Moments& to) {
   constexpr int kSums = 6;
@@ -194,9 +198,9 @@ SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int
     const double u = sums[0][x] / count, v = sums[1][x] / count, w = sums[2][x] / count;
     to.mean_a[j + x] = static_cast<float>(first_a[x] + u);
     to.mean_b[j + x] = static_cast<float>(first_b[x] + v);
-    to.a[j + x] = static_cast<float>(std::max(0.0, sums[3][x] / count - u * u));
-    to.b[j + x] = static_cast<float>(std::max(0.0, sums[4][x] / count - v * v));
-    to.difference[j + x] = static_cast<float>(std::max(0.0, sums[5][x] / count - w * w));
+    to.a[j + x] = not_below_zero(sums[3][x] / count - u * u);
+    to.b[j + x] = not_below_zero(sums[4][x] / count - v * v);
+    to.difference[j + x] = not_below_zero(sums[5][x] / count - w * w);
   }
 }
 

@@ -58,7 +58,7 @@ class Ranks:
             if checked[key] != len(z):
                 raise ValueError(
                     f"{name}: want {checked[key]} rows on every rank, as in the first call, got"
-                    f" {len(z)}: drop the last, uneven batch"
+                    f" {len(z)}: drop the last, uneven batch (or use another group for other sizes)"
                 )
             return
         shapes = self._gathered(torch.tensor(z.shape[:2], device=z.device))

@@ -397,6 +397,18 @@ def test_parity_at_the_widest(name, n):
         assert (k - t).abs().max() <= 5e-6 * t.abs().max()
 
 
+def test_moments_of_what_is_not_finite_and_of_half_precision():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 9, 3, generator=g)
+    z[0, 4, 1] = float("nan")
+    found = moments(*z, Ranks())
+    assert found.variances[0].isnan().tolist() == [False, True, False]
+    assert found.of_difference.isnan().tolist() == [False, True, False]
+    half = moments(*z[:, :4].half(), Ranks())
+    want = moments(*z[:, :4].half().float(), Ranks())
+    torch.testing.assert_close(half.variances, want.variances)
+
+
 @pytest.mark.parametrize("kind", ["plain", "collapsed", "near", "dominant", "outlier"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 3), (2, 257), (300, 600)], ids=str)

@@ -478,6 +478,35 @@ def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
     assert make(clips, tmp_path / "out", None).manifest == first.manifest
 
 
+@pytest.mark.parametrize("lost_key", [False, True])
+def test_new_shards_that_were_stopped_go_on(lost_key, clips, tmp_path, key):
+    """--force on a finished folder: both passes are made again, but once."""
+    out = tmp_path / "out"
+    make(clips, out, key)
+    before = public_bytes(out)
+    if lost_key:
+        (out / "local" / "key").unlink()
+
+    def stop_after_two(done, total, note):
+        if done == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make(clips, out, None, force=True, jobs=1, report=stop_after_two)
+    assert public_bytes(out) == before
+    resumed = make(clips, out, None, force=True, jobs=1)
+    assert resumed.resumed >= 2 and not resumed.already
+    assert not (out / "local" / "work").exists()
+    assert (public_bytes(out) == before) != lost_key  # other ids, other names in the shards
+    again = make(clips, out, None)
+    assert again.already
+    with pytest.raises(ZeroDivisionError):
+        make(clips, out, None, force=True, jobs=1, report=stop_after_two)
+    assert (out / "local" / "work").exists()
+    assert make(clips, out, None).already
+    assert not (out / "local" / "work").exists()  # given up
+
+
 def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, key):
     out, garbage = tmp_path / "out", b"\xff\x00\x80" * 40
     make(clips, out, key, jobs=1)

@@ -114,7 +114,7 @@ def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp
         FrameStore.open(shards)
     assert "\n" not in str(e.value)
     if "store" not in file:
-        assert not (shards / "store").exists() and not (shards / "store.tmp").exists()
+        assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
 
 
 @pytest.mark.parametrize("side, words", [(64, "damaged"), (32, "size"), (128, "damaged")])
@@ -137,7 +137,7 @@ def test_a_jpeg_that_does_not_decode_is_named(side, words, shards):
     with pytest.raises(InputError, match=f"shard-000001.tar: {index[3][0]}.jpg is .*{words}") as e:
         FrameStore.open(shards)
     assert "\n" not in str(e.value)
-    assert not (shards / "store").exists() and not (shards / "store.tmp").exists()
+    assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
@@ -153,22 +153,24 @@ def test_a_stopped_build_leaves_no_store_and_the_next_gives_the_same_bytes(how, 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == -getattr(signal, how)
     assert not (shards / "store").exists()
-    assert (shards / "store.tmp").exists() == (how == "SIGKILL")
+    assert (shards / ".store.tmp").exists() == (how == "SIGKILL")
     FrameStore.open(shards)
     for path in (tmp_path / "straight").iterdir():
         assert (shards / "store" / path.name).read_bytes() == path.read_bytes()
-    assert not (shards / "store.tmp").exists()
+    assert not (shards / ".store.tmp").exists()
 
 
-def test_what_a_crash_in_a_rebuild_left_is_removed(shards):
-    """Between its two renames, and after them."""
-    for name in ("store.old", "store.tmp"):
+def test_what_a_crash_in_a_rebuild_left_is_removed_or_put_back(shards):
+    frames = FrameStore.open(shards).frames.sum()
+    for name in (".store.old", ".store.tmp"):
         (shards / name).mkdir()
         (shards / name / "frames.u8").write_bytes(b"1")
-    for _ in range(2):
         FrameStore.open(shards)
-        assert sorted(p.name for p in shards.glob("store*")) == ["store", "store.lock"]
-        (shards / "store.old").mkdir()
+        assert sorted(p.name for p in shards.glob("*store*")) == ["store", "store.lock"]
+    (shards / "store").rename(shards / ".store.old")  # between the two renames the only one
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    assert FrameStore.open(shards).frames.sum() == frames
 
 
 def test_a_store_opens_where_nothing_can_be_written(clips, small_disk):
