@@ -38,6 +38,10 @@ FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 FOLDER_LINKS = "links to folders"  # what find_videos counts them under
 
 
+# Quarter turns counterclockwise, and whether it is mirrored, left to right, before that.
+Turn = tuple[int, bool]
+
+
 class VideoError(InputError):
     """A file that cannot be decoded: `path` and `why`, one line."""
 
@@ -334,7 +338,7 @@ def _is_full_range(frame) -> bool:
     return int(frame.color_range) == FULL_RANGE
 
 
-def luma(frame) -> np.ndarray:
+def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     """The luma of a PyAV frame as (H, W) uint8 in full range, a new array, turned upright.
 
     Limited range is expanded exactly, deeper than 8 bits is rounded; RGB and palettes give
@@ -364,15 +368,18 @@ def luma(frame) -> np.ndarray:
             scale = 1 << (first.bits - 8)
             low, span = (0, (1 << first.bits) - 1) if full else (16 * scale, 219 * scale)
             out = np.floor(np.clip((y - low) / span, 0, 1) * 255 + 0.5).astype(np.uint8)
-    turns, mirrored = _turn(frame)
+    turns, mirrored = turn
     if mirrored:
         out = out[:, ::-1]
     return np.ascontiguousarray(np.rot90(out, turns) if turns else out)
 
 
-def _turn(frame) -> tuple[int, bool]:
-    """How a player shows it: quarter turns counterclockwise, and whether it is mirrored, left to
-    right, before that. FFmpeg's display matrix moves (x, y) to (a x + c y, b x + d y)."""
+def _turn(frame) -> Turn:
+    """How a player shows a video, by its first frame: its side data and the frame refer to each
+    other, so that one whose side data was looked at stays in memory for long.
+
+    FFmpeg's display matrix moves (x, y) to (a x + c y, b x + d y).
+    """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
@@ -392,20 +399,21 @@ def decode(path: Path) -> Iterator[Frame]:
     which the clock starts anew, where recordings were joined. Raises VideoError if the file
     cannot be opened.
     """
-    for index, time_seconds, frame in _decoded(Path(path)):
-        yield Frame(index, time_seconds, luma(frame), bool(frame.is_corrupt))
+    for index, time_seconds, frame, turn in _decoded(Path(path)):
+        yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))
 
 
-def _decoded(path: Path) -> Iterator[tuple[int, float, object]]:
+def _decoded(path: Path) -> Iterator[tuple[int, float, object, Turn]]:
     container, stream = open_video(path)
     with container:
         # The workers are the parallelism; a second thread here would only take their core.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
-        index = 0
+        index, turn = 0, None
         for frames in _batches(container, stream):
             for frame in frames:
-                yield index, clock(frame), frame
+                turn = _turn(frame) if turn is None else turn
+                yield index, clock(frame), frame, turn
                 index += 1
 
 
@@ -486,9 +494,9 @@ class PyavBackend:
         quality: int,
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
-        for index, time_seconds, frame in _decoded(path):
+        for index, time_seconds, frame, turn in _decoded(path):
             corrupt = bool(frame.is_corrupt)
             image = None
             if not corrupt and keep(index, time_seconds):
-                image = prepare(luma(frame), size, aspect)
+                image = prepare(luma(frame, turn), size, aspect)
             yield Prepared(index, time_seconds, corrupt, image)

@@ -4,6 +4,7 @@ import csv
 import gc
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -335,6 +336,21 @@ def test_decoding_does_not_gather_memory(clip, pattern, tmp_path):
     gc.collect()
     list(decode(path))
     np.testing.assert_array_equal(frames[0], first)
+
+
+def test_a_decoded_frame_is_let_go_at_once(clip, pattern, tmp_path):
+    """Without the garbage collector, which may come late: 60 frames are 60 MB."""
+    path = clip(tmp_path / "x.mkv", pattern(60, 1000, 1000), codec="mpeg4")
+
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    gc.disable()
+    try:
+        seen = [resident_mb() for _ in decode(path)]
+    finally:
+        gc.enable()
+    assert seen[-1] - seen[20] < 20
 
 
 # ---------------------------------------------------------------- prepare
