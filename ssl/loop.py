@@ -216,7 +216,8 @@ class Loop:
                     f" (it is {self.settings.lr:g}), a longer --warmup-steps, --clip-norm or"
                     " --precision fp32;"
                     + (
-                        f" the last good state: --init {self.run / 'checkpoint.pt'} --run DIR"
+                        " from the last good backbone:"
+                        f" --init {self.run / 'checkpoint.pt'} --run DIR"
                         if saved
                         else f" there was no checkpoint yet in {self.run}"
                     )

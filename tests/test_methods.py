@@ -402,15 +402,21 @@ def joint_batches(name):
     yield weighted
 
 
-def two_steps(name, views, synchronised):
-    """Loss and gradients of a step, then loss and buffers of the next, with another batch."""
-    method = build(name)
+def one_step(method, views, synchronised):
+    """Loss and gradients; synchronised: of this rank's part of the batch, the gradients joined."""
     if synchronised:
         batchnorm.synchronise(method, torch.device("cpu"))
     loss, grads = gradients(method, views)
-    for g in grads.values():
-        if synchronised:
+    if synchronised:
+        for g in grads.values():
             dist.all_reduce(g)
+    return loss, grads
+
+
+def two_steps(name, views, synchronised):
+    """Loss and gradients of a step, then loss and buffers of the next, with another batch."""
+    method = build(name)
+    loss, grads = one_step(method, views, synchronised)
     with torch.no_grad():
         for key, p in method.named_parameters():
             if key in grads:
@@ -423,14 +429,7 @@ def two_steps(name, views, synchronised):
 def dual_step(views, synchronised):
     """Loss and gradients with a cross-entropy beside VICReg's loss."""
     torch.manual_seed(1)
-    method = DualTask(build("vicreg"), 3, 0.7)
-    if synchronised:
-        batchnorm.synchronise(method, torch.device("cpu"))
-    loss, grads = gradients(method, views)
-    for g in grads.values():
-        if synchronised:
-            dist.all_reduce(g)
-    return loss, grads
+    return one_step(DualTask(build("vicreg"), 3, 0.7), views, synchronised)
 
 
 def some_labelled():
