@@ -195,7 +195,8 @@ def open_video(path: Path):
             str(path.absolute()),
             # Not `options`: PyAV before 17.1 frees those twice where a stream is found late.
             container_options={"protocol_whitelist": "file"},
-            metadata_errors="replace",  # a title in Latin-1 says nothing about the pictures
+            # A title in Latin-1 says nothing about the pictures. PyAV 19 has no such option.
+            **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}),
         )
     except av.FFmpegError as e:
         raise VideoError(path, f"not a readable video ({_reason(e)})") from e

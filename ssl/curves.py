@@ -77,5 +77,6 @@ def plot(metrics: list[dict]):
         axes.legend(frameon=False)
     for axes in panels[:num]:
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     return figure
