@@ -44,30 +44,40 @@ class Workers:
         self.pools[slot] = self._pool()
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
-        """Yield (task number, result) as they come; a crash's result is a BrokenProcessPool."""
+        """Yield (task number, result) as they come.
+
+        A task whose worker dies is tried once more on a fresh one, since it may have died before
+        the task reached it; if that one dies too, the result is its BrokenProcessPool.
+        """
         todo = iter(enumerate(tasks))
-        running: dict[Future, tuple[int, int]] = {}
+        running: dict[Future, tuple[int, int, tuple, bool]] = {}
+
+        def submit(slot: int, number: int, task: tuple, again: bool) -> None:
+            with uninterrupted():  # the first task of a new pool starts its process
+                try:
+                    future = self.pools[slot].submit(function, *task)
+                except BrokenProcessPool:  # killed while it had nothing to do
+                    self._replace(slot)
+                    future = self.pools[slot].submit(function, *task)
+                running[future] = slot, number, task, again
 
         def feed(slot: int) -> None:
             number, task = next(todo, (None, None))
             if number is not None:
-                with uninterrupted():  # the first task of a new pool starts its process
-                    try:
-                        future = self.pools[slot].submit(function, *task)
-                    except BrokenProcessPool:  # killed while it had nothing to do
-                        self._replace(slot)
-                        future = self.pools[slot].submit(function, *task)
-                    running[future] = number, slot
+                submit(slot, number, task, again=False)
 
         for slot in range(len(self.pools)):
             feed(slot)
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, slot = running.pop(future)
+                slot, number, task, again = running.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool as e:
                     self._replace(slot)
+                    if not again:
+                        submit(slot, number, task, again=True)
+                        continue
                     result = e
                 feed(slot)
                 yield number, result

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
 from sslus.engine.video import PyavBackend, decode, find_videos
-from sslus.engine.workers import uninterrupted
+from sslus.engine.workers import uninterrupted, worker_pool
 
 KEY = "00112233445566778899aabbccddeeff" * 2
 SMALL = Settings(size=64, stride=3, frames_per_shard=40)
@@ -708,26 +709,36 @@ def test_full_disk(clip, pattern, tmp_path, small_disk):
     assert read_manifest(out).num_frames == 120
 
 
-def test_a_crashing_decoder_costs_one_file(clips, tmp_path, monkeypatch):
-    """A worker that dies (here: killed from outside) is replaced and the rest goes on."""
-    killed = []
-
-    def kill_one(done, total, note):
-        if not killed:
-            workers = workers_of(os.getpid())
-            if done == 1 and workers:
-                killed.append(workers[0])
-                os.kill(workers[0], signal.SIGKILL)
-
-    report = shard([clips], tmp_path / "out", SMALL, jobs=1, device="cpu", report=kill_one)
-    assert killed
-    assert sorted(r["status"] for r in report.ledger) == ["ok"] * 5 + ["refused"]
-    (bad,) = report.problems
-    assert "crashed" in bad["why"]
+def test_a_crashing_decoder_costs_one_file(clips, tmp_path):
+    """It takes its worker along, and the one that tries again; the rest goes on."""
+    tries = tmp_path / "tries"
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from sslus.engine import shard as module\n"
+        "probe = module.probe\n"
+        "def crash(path):\n"
+        "    if path.name == 'u.mp4':\n"
+        f"        print(os.getpid(), file=open({str(tries)!r}, 'a'), flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return probe(path)\n"
+        "module.probe = crash  # in the workers too, which run this file but for what follows\n"
+        "if __name__ == '__main__':\n"
+        f"    clips, out = Path({str(clips)!r}), Path({str(tmp_path / 'out')!r})\n"
+        "    report = module.shard([clips], out, jobs=2, device='cpu')\n"
+        "    (bad,) = report.problems\n"
+        "    print(len(report.ledger), bad['source'], bad['status'], bad['why'])\n"
+    )
+    (tmp_path / "crashes.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "crashes.py"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout.startswith(f"6 {clips / 'u.mp4'} refused the decoder crashed"), done.stderr
+    assert len(set(tries.read_text().split())) == 2
 
 
 def test_workers_killed_while_idle_are_replaced(clips, tmp_path, key):
-    """Between the two passes, when no file is to blame."""
+    """Between the two passes, when no file is to blame; whether it has been noticed or not."""
     killed = []
 
     def kill_all(done, total, note):
@@ -735,11 +746,38 @@ def test_workers_killed_while_idle_are_replaced(clips, tmp_path, key):
             for worker in workers_of(os.getpid()):
                 killed.append(worker)
                 os.kill(worker, signal.SIGKILL)
-            time.sleep(0.5)  # until it has been noticed
 
     assert not make(clips, tmp_path / "out", key, jobs=1, report=kill_all).problems
     make(clips, tmp_path / "straight", key)
     assert killed and public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+
+
+class Killing:
+    """Kills a process when it is on its way to another one, where it arrives as 0."""
+
+    def __init__(self, pid):
+        self.pids = [pid]
+
+    def __reduce__(self):
+        if self.pids:
+            os.kill(self.pids.pop(), signal.SIGKILL)
+        return int, ()
+
+
+def test_a_task_is_tried_again_where_its_worker_died_before_it_came():
+    with worker_pool(1, int, (), str) as workers:
+        for noticed in (True, False):
+            (pid,) = workers.pools[0]._processes
+            task = (Killing(pid),)  # is sent when its future is there already
+            if noticed:
+                os.kill(pid, signal.SIGKILL)
+                while not workers.pools[0]._broken:
+                    time.sleep(0.01)
+                task = (0,)
+            assert dict(workers.map(str, [task, (7,)])) == {0: "0", 1: "7"}
+        crash = ("__import__('os')._exit(1)",)
+        results = dict(workers.map(eval, [("1 + 1",), crash, ("2 + 2",)]))
+    assert isinstance(results[1], BrokenProcessPool) and (results[0], results[2]) == (2, 4)
 
 
 def test_changed_sources_are_seen(clips, pattern, clip, tmp_path):
