@@ -166,7 +166,7 @@ def shard(
                 f"{out}: holds shards of other videos, labels or settings, damaged or of another"
                 " version; --force makes them anew, -o writes elsewhere"
             )
-        work = _work_folder(local, request | {"anew": bool(done)})
+        work = _work_folder(local, request, anew=bool(done))
         _keep_key(work, secret)  # a new one that is not yet the folder's
         records = _resume(sources, ids, work)
         resumed = len(records)
@@ -347,15 +347,17 @@ def _write_ledger(folder: Path, ledger: list[dict]) -> None:
         f.writelines(json.dumps(line) + "\n" for line in ledger)
 
 
-def _work_folder(local: Path, request: dict) -> Path:
-    """Where the spools lie; those made for another request are thrown away."""
+def _work_folder(local: Path, request: dict, anew: bool) -> Path:
+    """Where the spools lie; those made for another request are thrown away, as are, if a finished
+    folder is made `anew`, those that are not of an earlier attempt at that."""
     work, stamp = local / "work", local / "work" / "request.json"
-    if work.exists() and _read_json(stamp) != request:
+    usable = [request | {"anew": a} for a in {True, anew}]
+    if work.exists() and _read_json(stamp) not in usable:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     _remove_halves(work)  # of a run that was killed
     with atomic_file(stamp, "w") as f:
-        json.dump(request, f)
+        json.dump(request | {"anew": anew}, f)
     return work
 
 

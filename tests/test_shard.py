@@ -4,6 +4,7 @@ import ctypes
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import simplejpeg
 
 from sslus.engine import tar
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
@@ -674,6 +675,68 @@ def test_killed_in_the_second_pass_it_goes_on(place, clips, tmp_path, key):
     again = make(clips, out, key)
     assert again.already == (place == "shutil.rmtree") and (again.already or again.resumed == 6)
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
+
+
+def in_the_swap(monkeypatch, out: Path, visit: Callable[[], None]) -> None:
+    """Call `visit` before each change from the first to what is shared to the new manifest."""
+    inside = []
+
+    def watched(name, change):
+        def instead(*paths, **kwargs):
+            if inside or any(Path(p).parent == out for p in paths):
+                inside.append(name)
+                visit()
+            change(*paths, **kwargs)
+            if Path(paths[-1]) == out / "manifest.json" and name == "replace":
+                inside.clear()
+
+        return instead
+
+    for name in ("unlink", "rename", "replace"):  # what pathlib calls
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+
+
+def test_killed_at_any_moment_of_the_swap_it_goes_on(clips, tmp_path, key, monkeypatch):
+    """Whoever reads then finds the old set of shards, the new one, or none: never some of each."""
+    out, moments = tmp_path / "out", []
+    make(clips, out, key, Settings(size=32, frames_per_shard=1000))
+    with monkeypatch.context() as patch:
+
+        def copy():
+            moments.append(shutil.copytree(out, tmp_path / f"{len(moments)}"))
+
+        in_the_swap(patch, out, copy)
+        make(clips, out, key, force=True)
+    sets = [public_bytes(moments[0]), public_bytes(out)]
+    assert len(moments) == 10 and sets[0] != sets[1]
+    for moment in moments:
+        now = public_bytes(moment)
+        assert now in sets or "manifest.json" not in now
+        again = make(clips, moment, key, jobs=1, force=True)
+        assert again.resumed == 6 and public_bytes(moment) == sets[1]
+        assert make(clips, moment, None).already  # with ledger and key
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, OSError])
+def test_stopped_in_the_swap_it_decodes_nothing_again(how, clips, tmp_path, key, monkeypatch):
+    out, changes = tmp_path / "out", []
+    make(clips, out, key)
+    before = public_bytes(out)
+    with monkeypatch.context() as patch:
+
+        def stop():
+            changes.append(how)
+            if len(changes) == 8:  # the first shard is in place
+                if how is OSError:
+                    raise OSError("the disk is gone")
+                signal.raise_signal(how)
+
+        in_the_swap(patch, out, stop)
+        with pytest.raises(Interrupted if how == signal.SIGTERM else OSError):
+            make(clips, out, key, force=True)
+    assert "manifest.json" not in public_bytes(out) and len(list(out.glob("*.tar"))) == 1
+    again = make(clips, out, key, force=True)
+    assert again.resumed == 6 and public_bytes(out) == before
 
 
 def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key, monkeypatch):
