@@ -39,7 +39,7 @@ from sslus.engine.video import (
     find_videos,
     probe,
 )
-from sslus.engine.workers import worker_pool
+from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
@@ -168,22 +168,17 @@ def shard(
             )
         work = _work_folder(local, request, anew=bool(done))
         _keep_key(work, secret)  # a new one that is not yet the folder's
-        records = _resume(sources, ids, work)
-        resumed = len(records)
-
-        def kept() -> str:
-            return f"{len(records)} of {len(sources)} videos are decoded"
-
+        job = _Job(sources, ids, marks, secret, settings, work, _resume(sources, ids, work))
+        resumed = len(job.records)
         num_workers = min(jobs, len(sources))
         try:
-            with worker_pool(num_workers, _start_worker, (backends,), kept) as workers:
-                _decode_all(workers, records, sources, ids, settings, work, report)
-                ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
+            with worker_pool(num_workers, _start_worker, (backends,), job.told) as workers:
+                _decode_all(job, workers, report)
+                ledger = [_ledger_line(s, ids[s.name], job.records[s.name]) for s in sources]
                 _write_ledger(work, ledger)
                 _refuse_failure(ledger, strict, work / LEDGER)
-                manifest = _write_all(
-                    workers, out, work, sources, ids, records, marks, settings, secret
-                )
+                manifest = _write_all(job, workers)
+                _swap(out, work, secret)
         finally:
             _remove_halves(work)
         with atomic_file(local / "request.json", "w") as f:
@@ -279,6 +274,22 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
             f" the first is {missing[0]}; correct the path or drop the row"
         )
     return marks
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `shard`: what its two passes know of the videos."""
+
+    sources: list[Source]
+    ids: dict[str, str]  # by the sources' names, as marks and records
+    marks: dict[str, _Mark] | None
+    key: bytes
+    settings: Settings
+    work: Path  # where the spools are
+    records: dict[str, dict]  # of the videos that are decoded
+
+    def told(self) -> str:
+        return f"{len(self.records)} of {len(self.sources)} videos are decoded"
 
 
 def _unmarked(marks: dict[str, _Mark] | None) -> int:
@@ -573,22 +584,23 @@ def _without_frames(record: dict) -> dict:
     return {k: v for k, v in record.items() if k != "frames"}
 
 
-def _decode_all(workers, records, sources, ids, settings, work, report) -> None:
+def _decode_all(job: _Job, workers: Workers, report: Callable | None) -> None:
     """Add the records of the sources that have none yet."""
-    todo = [s for s in sources if s.name not in records]
+    records = job.records
+    todo = [s for s in job.sources if s.name not in records]
     # Long ones first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
-    tasks = [(s.path, ids[s.name], settings, work) for s in todo]
+    tasks = [(s.path, job.ids[s.name], job.settings, job.work) for s in todo]
     frames = sum(r["decoded_frames"] for r in records.values())
 
     def tell() -> None:
         if report:
-            report(len(records), len(sources), f"{frames:,} frames")
+            report(len(records), len(job.sources), f"{frames:,} frames")
 
     tell()
     for number, result in workers.map(_spool_video, tasks):
         if isinstance(result, BrokenProcessPool):
-            result = _crashed(todo[number].path, ids[todo[number].name], work)
+            result = _crashed(todo[number].path, job.ids[todo[number].name], job.work)
         records[todo[number].name] = result
         frames += result["decoded_frames"]
         tell()
@@ -608,29 +620,25 @@ def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
 # ---------------------------------------------------------------- writing
 
 
-def _write_all(workers, out, work, sources, ids, records, marks, settings, key) -> Manifest:
-    """Shuffle the frames of all spools into shards, replace old ones, return the manifest."""
-    kept = [s for s in sources if records[s.name]["kept_frames"]]
+def _write_all(job: _Job, workers: Workers) -> Manifest:
+    """Shuffle the frames of all spools into shards in work/new, return their manifest."""
+    kept = [s for s in job.sources if job.records[s.name]["kept_frames"]]
+    facts = [_facts(job, s) for s in kept]
     tables = []  # 40 bytes a frame: all that is held of it
-    for s in kept:
-        frames = json.loads(_spool_path(work, ids[s.name]).read_text())["frames"]
+    for video_id, _, _ in facts:
+        frames = json.loads(_spool_path(job.work, video_id).read_text())["frames"]
         tables.append(np.array(frames, np.float64))
     video = np.repeat(np.arange(len(kept), dtype=np.int32), [len(t) for t in tables])
     table = np.concatenate(tables)
     # Sorted by the hash of its key, a frame's place depends on nothing but itself and the others.
     hashes = (
-        _hash64(_frame_key(ids[kept[v].name], int(frame)))
+        _hash64(_frame_key(facts[v][0], int(frame)))
         for v, frame in zip(video, table[:, 0], strict=True)
     )
     rank = np.fromiter(hashes, np.uint64, len(table))
     order = np.lexsort((table[:, 0], video, rank))
-    facts = []
-    for s in kept:
-        mark = (marks or {}).get(s.name, _Mark())
-        patient = _keyed_hash(key, "patient", mark.patient) if mark.patient else None
-        facts.append((ids[s.name], mark.label, patient))
-    num_shards = -(-len(order) // settings.frames_per_shard)
-    new = work / "new"
+    num_shards = -(-len(order) // job.settings.frames_per_shard)
+    new = job.work / "new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     names = [f"shard-{i:06d}.tar" for i in range(num_shards)]
@@ -645,28 +653,38 @@ def _write_all(workers, out, work, sources, ids, records, marks, settings, key) 
                 )
             ]
             used = {v: facts[v] for v in {r[0] for r in rows}}
-            yield new / name, work, used, rows
+            yield new / name, job.work, used, rows
 
     entries = [None] * num_shards
     for number, result in workers.map(_write_shard, tasks()):
         if isinstance(result, BrokenProcessPool):
             raise InputError("a worker was killed while writing; run it again") from result
         entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
-    _swap(out, work, key)
-    pixels = len(order) * settings.size**2
-    total = sum(records[s.name]["sum"] for s in kept)
-    squares = sum(records[s.name]["squares"] for s in kept)
-    mean = total / pixels
+    return _manifest(job, [job.records[s.name] for s in kept], facts, entries)
+
+
+def _facts(job: _Job, source: Source) -> tuple[str, str | None, str | None]:
+    """Id, label and patient of a video, as they go into the shards."""
+    mark = (job.marks or {}).get(source.name, _Mark())
+    patient = _keyed_hash(job.key, "patient", mark.patient) if mark.patient else None
+    return job.ids[source.name], mark.label, patient
+
+
+def _manifest(job: _Job, records: list[dict], facts: list[tuple], shards: list[dict]) -> Manifest:
+    settings, num_frames = job.settings, sum(r["kept_frames"] for r in records)
+    pixels = num_frames * settings.size**2
+    mean = sum(r["sum"] for r in records) / pixels
+    variance = sum(r["squares"] for r in records) / pixels - mean**2
     return Manifest(
         settings={"size": settings.size, "select": _selection(settings),
                   "quality": settings.quality, "frames_per_shard": settings.frames_per_shard},
-        num_videos=len(kept),
-        num_frames=len(order),
+        num_videos=len(records),
+        num_frames=num_frames,
         mean=round(mean / 255, 9),
-        std=round(max(squares / pixels - mean**2, 0.0) ** 0.5 / 255, 9),
+        std=round(max(variance, 0.0) ** 0.5 / 255, 9),
         labels=sorted({label for _, label, _ in facts if label is not None}),
-        decoders=dict(sorted(Counter(records[s.name]["decoder"] for s in kept).items())),
-        shards=entries,
+        decoders=dict(sorted(Counter(r["decoder"] for r in records).items())),
+        shards=shards,
     ).with_digest()  # fmt: skip
 
 
