@@ -7,7 +7,6 @@ where such pixels are left out, and gamma below 0.6 at black, which is not asked
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -322,26 +321,29 @@ def test_threads_and_earlier_calls_change_nothing(batch, monkeypatch):
 
 
 def test_others_run_while_views_are_made():
-    """A loader's threads, and whoever waits for its batch, go on: the GIL is released."""
+    """A loader's threads, and whoever waits for its batch, go on: the GIL is released.
+
+    Or this thread would see none of the views or all of them, but never some.
+    """
     frames, index = frames_of(256, num=1), torch.zeros(64, dtype=torch.int64)
     params = table(256, [{"sigma": 16}] * len(index))
     out = torch.empty(len(index), 1, 512, 512)
-    ticks, stop = [], threading.Event()
+    last_pixels = out.numpy()[:, 0, -1, -1]
 
-    def tick():
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
+    def make():
+        MAPS["views"].cpu(frames, index, params, out, mean=0.0, std=1.0, threads=1)
 
-    other = threading.Thread(target=tick)
-    other.start()
-    start = time.perf_counter()
-    MAPS["views"].cpu(frames, index, params, out, mean=0.0, std=1.0, threads=1)
-    end = time.perf_counter()
-    stop.set()
-    other.join()
-    # Not at its edges, where this thread waits for its turn.
-    edge = (end - start) / 8
-    assert sum(start + edge < t < end - edge for t in ticks) >= 5, end - start
+    def stages() -> set[int]:
+        last_pixels[:] = np.nan
+        other = threading.Thread(target=make)
+        other.start()
+        seen = set()
+        while other.is_alive():
+            seen.add(int(np.isfinite(last_pixels).sum()))
+        return seen - {0, len(index)}
+
+    # On a busy machine one of the threads may have to wait for long: another try.
+    assert any(len(stages()) >= 5 for _ in range(50))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

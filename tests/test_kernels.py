@@ -19,7 +19,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sslus.kernels import _cpu
 from sslus.kernels.moments import moments
 from sslus.kernels.op import CHOICES, OPS, Op, load_all
 from sslus.kernels.ranks import Ranks
@@ -103,6 +102,35 @@ def masked_mse_oracle(prediction, target, ids, *, hole, rest, **mask):
     return loss / weights
 
 
+def philox(counter, key):
+    """Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section
+    3.3: in a round two of the four words are multiplied, their high halves mixed with the others
+    and with the key, whose two words then go on by the golden ratio and by the root of 3."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        (high, low), (high2, low2) = divmod(0xD2511F53 * a, 2**32), divmod(0xCD9E8D57 * c, 2**32)
+        a, b, c, d = high2 ^ b ^ k, low2, high ^ d ^ m, low
+        k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+@pytest.mark.parametrize(
+    "counter, key, want",
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000",
+         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)  # fmt: skip
+def test_the_oracles_random_words_are_the_papers(counter, key, want):
+    """kat_vectors of the authors' Random123."""
+    counter, key, want = ([int(x, 16) for x in words.split()] for words in (counter, key, want))
+    assert philox(counter, key) == tuple(want)
+
+
 def hidden_oracle(t, sample, *, kind, patch, ratio, num, min_side, max_side, background, share):
     h, w = t.shape
     cells = [(y, x) for y in range(0, h, patch) for x in range(0, w, patch)]
@@ -114,9 +142,7 @@ def hidden_oracle(t, sample, *, kind, patch, ratio, num, min_side, max_side, bac
         return row and column and min(row) <= x <= max(row) and min(column) <= y <= max(column)
 
     high, low = (sample >> 32) & 0xFFFFFFFF, sample & 0xFFFFFFFF
-    counters = np.array([[i, high, 0, 0] for i in range(len(cells))], np.uint32)
-    _cpu.philox(counters, low)
-    words = dict(zip(cells, counters.tolist(), strict=True))
+    words = {c: philox([i, high, 0, 0], [low, 0]) for i, c in enumerate(cells)}
     sector = [c for c in cells if not lit or inside(*c)]
     ranked = sorted(sector, key=lambda c: (words[c][0] >> 11, c))
     hidden, allowed = np.zeros((2, h, w), bool)
