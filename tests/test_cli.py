@@ -3,8 +3,10 @@
 import io
 import re
 
+import click
 import pytest
 
+from sslus.engine.errors import InputError, Interrupted
 from sslus.tools import cli, screen
 
 OPTIONS = {
@@ -25,6 +27,30 @@ def test_names_that_scripts_rely_on(name):
     names = {n for p in command.params for n in (*p.opts, *p.secondary_opts)}
     assert set(OPTIONS[name].split()) <= names
     assert set(OPTIONS) == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
+def test_of_torchruns_processes_the_first_tells_of_a_stop(rank, said, monkeypatch, capsys):
+    def stopped(**kwargs):
+        raise Interrupted("stopped at step 3", 15)
+
+    monkeypatch.setattr(cli.sslus, "main", stopped)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert cli.main([]) == 143
+    assert capsys.readouterr().err.count("Error: stopped at step 3\n") == said
+
+
+@pytest.mark.parametrize("error", [InputError("no GPU here"), click.UsageError("no GPU here")])
+def test_what_went_wrong_in_another_process_alone_is_told(error, monkeypatch, capsys):
+    def fail(**kwargs):
+        raise error
+
+    waited = []
+    monkeypatch.setattr(cli.sslus, "main", fail)
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main([]) in (1, 2) and waited
+    assert capsys.readouterr().err == "Error: no GPU here\n"
 
 
 class Terminal(io.StringIO):

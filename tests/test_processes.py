@@ -134,3 +134,17 @@ def test_an_error_of_all_is_one_line(shards, tmp_path):
     _, err = finish(start(shards, tmp_path / "run", "--gpus", "2", "--batch-size", "15"), 1)
     assert err.count("Error: --batch-size 15 is not a multiple of the 2 processes") == 1
     assert "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_torchrun_itself_takes_run_and_an_error_of_all_is_one_line(shards, tmp_path):
+    """As the help says it. torchrun's own report follows."""
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint"
+    process = subprocess.run(
+        [sys.executable, *torchrun.split(), "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        + ["-m", "--", "sslus.tools", "train", str(shards), "--run", str(tmp_path / "run")]
+        + [*OPTIONS, "--batch-size", "15"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode == 1
+    errors = [x for x in process.stderr.splitlines() if x.startswith("Error: ")]
+    assert len(errors) == 1 and "not a multiple of the 2 processes" in errors[0], process.stderr

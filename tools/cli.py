@@ -5,6 +5,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -13,6 +14,7 @@ import click
 COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
 # Names the file in which a process that `sslus train --gpus` has started leaves its exit code.
 EXIT_CODE_FILE = "SSLUS_EXIT_CODE_FILE"
+OTHERS_WAIT_SECONDS = 5  # torchrun looks ten times a second who has ended, which may take a second
 
 
 class Commands(click.Group):
@@ -42,6 +44,19 @@ def sslus():
     """
 
 
+def _speaks(code: int) -> bool:
+    """Whether this process tells what went wrong: of those of torchrun, one a machine does.
+
+    A stop is always one of all. An error nearly always is: the first process speaks at once, and
+    torchrun ends the others while they wait, or what went wrong here alone would never be told.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        if code > 128:
+            return False
+        time.sleep(OTHERS_WAIT_SECONDS)
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; every failure is one line on stderr and a non-zero exit.
 
@@ -61,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
                 click.echo(f"Error: {message}", err=True)
                 f.write(str(code))
             return 0
-        click.echo(f"Error: {message}", err=True)
+        if _speaks(code):
+            click.echo(f"Error: {message}", err=True)
         return code
 
     try:
@@ -69,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     except click.exceptions.Abort:
         return fail("interrupted", 130)
     except click.ClickException as e:
-        e.show()
+        if _speaks(e.exit_code):
+            e.show()
         return e.exit_code
     except KeyboardInterrupt:
         return fail("interrupted", 130)

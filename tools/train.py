@@ -189,7 +189,8 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
     sslus train --resume --run runs/quick               go on after an interruption
     sslus train --gpus 4 --batch-size 1024              four GPUs, one batch
     torchrun --nproc-per-node 4 -m -- sslus.tools train --batch-size 1024
-                                                        the same; more machines: see torchrun
+                                                        the same; more machines: see torchrun;
+                                                        without the `--` it takes --run for its own
     """
     from pathlib import Path
 
