@@ -7,14 +7,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
 from sslus.ssl import checkpoints
+from sslus.ssl.loop import Options
+from sslus.ssl.methods import vicreg
+from sslus.ssl.train import Settings, train
+from sslus.ssl.world import leave
 
 STEPS = 20
 # Adam turns the rounding of a gradient near zero into a whole step, and large steps make any
@@ -30,7 +40,8 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "shards"
-    shard([clips], out, ShardSettings(size=32, stride=2), device="cpu", jobs=1)
+    settings = ShardSettings(size=32, stride=2)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
     FrameStore.open(out)
     return out
 
@@ -148,3 +159,96 @@ def test_torchrun_itself_takes_run_and_an_error_of_all_is_one_line(shards, tmp_p
     assert process.returncode == 1
     errors = [x for x in process.stderr.splitlines() if x.startswith("Error: ")]
     assert len(errors) == 1 and "not a multiple of the 2 processes" in errors[0], process.stderr
+
+
+# The loop itself, in two processes that are not torchrun's.
+
+SHORT = 8  # steps; an epoch has 6
+
+
+def run_train(shards, run, batch_norm="sync", resume=False, **options):
+    settings = Settings(
+        backbone="test_resnet", image_size=32, batch_size=16, max_steps=SHORT, optimizer="sgd",
+        lr=3e-5, batch_norm=batch_norm,
+    )  # fmt: skip
+    with mock.patch("sslus.ssl.curves.draw"):  # takes as long as the rest
+        return train(
+            shards, settings, vicreg.Config(projector="32-32"), run, device="cpu", threads=1,
+            resume=resume, options=Options(log_every=1, **options),
+        )  # fmt: skip
+
+
+def one_of_two(rank, shards, folder):
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2", "RANK": str(rank)}
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    run_train(shards, folder / "looked", online_every=1)
+    run_train(shards, folder / "per-rank", batch_norm="per-rank")
+    assert run_train(shards, folder / "begun by two", time_limit=0.0).stopped
+    run_train(shards, folder / "begun by one", resume=True)
+    leave()
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    """The runs of one_of_two, and one process's."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_train(shards, folder / "alone", online_every=1)
+    assert run_train(shards, folder / "begun by one", time_limit=0.0).stopped
+    mp.spawn(one_of_two, (shards, folder), nprocs=2)
+    return folder
+
+
+def assert_same_course(a, b):
+    x, y = ([m for m in lines(run) if "loss" in m] for run in (a, b))
+    assert [m["step"] for m in x] == [m["step"] for m in y] == list(range(1, SHORT + 1))
+    for name, error in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        want = [m[name] for m in x]
+        assert [m[name] for m in y] == pytest.approx(want, rel=error), name
+    p, q = (load_file(run / "backbone.safetensors") for run in (a, b))
+    for key, value in p.items():
+        torch.testing.assert_close(q[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_two_processes_see_in_a_look_what_one_does(runs):
+    one, both = runs / "alone", runs / "looked"
+    assert_same_course(one, both)
+    looks = [[m for m in lines(run) if "knn_accuracy" in m] for run in (one, both)]
+    assert looks[0] == looks[1] and [m["step"] for m in looks[0]] == [6, SHORT]
+    best = [(run / "checkpoints" / "best.json").read_text() for run in (one, both)]
+    assert best[0] == best[1]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(shards, runs):
+    """The data's order is the same, and a loss is that of the whole batch, however it is shared."""
+    assert_same_course(runs / "alone", runs / "begun by one")
+    run = runs / "begun by two"
+    assert 1 <= checkpoints.load(run / "checkpoint.pt")["step"] < SHORT
+    run_train(shards, run, resume=True)
+    assert_same_course(runs / "alone", run)
+
+
+def of_each_half(plain):
+    """A BatchNorm that takes the halves of a batch for two; its statistics are the first's."""
+
+    def forward(self, x):
+        if not self.training:
+            return plain(self, x)
+        first, second = x.chunk(2)
+        first = plain(self, first)
+        kept = [b.clone() for b in self.buffers()]
+        second = plain(self, second)
+        for b, value in zip(self.buffers(), kept, strict=True):
+            b.data.copy_(value)
+        return torch.cat([first, second])
+
+    return forward
+
+
+def test_batch_norm_per_rank_is_that_of_each_processes_part(shards, runs, tmp_path, monkeypatch):
+    for kind in (_BatchNorm, BatchNormAct2d):
+        monkeypatch.setattr(kind, "forward", of_each_half(kind.forward))
+    run_train(shards, tmp_path / "halves")
+    assert_same_course(tmp_path / "halves", runs / "per-rank")
+    with pytest.raises(AssertionError):
+        assert_same_course(runs / "alone", runs / "per-rank")
