@@ -278,103 +278,73 @@ def train(
     how = {"device": device, "tier": tier, "threads": threads} | {
         k: v for k, v in dataclasses.asdict(options).items() if k != "time_limit"
     }
-    with contextlib.ExitStack() as held:
+    with _alone_in(run, world), _fastest_convolutions(world):
+        recorded = open_run(run, resume, world)
+        _check_config(method_config)
+        store = _open_store(shards, tier, settings.pairs, world)
+        settings = _resolved(settings, len(store), world)
+        plan = _plan(settings, store, world)
+        config = _config(settings, method_config, shards, store, world)
+        if recorded is not None:
+            _refuse_changes(run, recorded, config)
+            # Of a resumed run the beginning is told, but for what the next one takes from here.
+            config = recorded | {"shards": config["shards"]}
+        config["how"] = how
+        where = "GPU" if world.device.type == "cuda" else "CPU"
+        say(
+            f"{settings.method}: {settings.backbone} at {settings.image_size} px, batches of"
+            f" {settings.batch_size}, {settings.max_steps} steps, {settings.precision} on the"
+            f" {where}"
+        )
+        state = _state(run, settings, method_config, store, world, say)
+        loop = Loop(run, store, plan, settings, state, options, tier, report, say)
+        world.barrier()  # all have looked at the folder before one changes it
         if world.is_main:
-            run.parent.mkdir(parents=True, exist_ok=True)
-            busy = f"{run}: another process is training there; wait for it, or give another --run"
-            held.enter_context(alone(run.with_name(f".{run.name}.lock"), busy))
-        if world.device.type == "cuda":
-            held.enter_context(_fastest_convolutions())
-        return _train(
-            shards, settings, method_config, run, resume, tier, options, report, say, world, how
+            run.mkdir(exist_ok=True)
+            if config != recorded:
+                _write_json(run / "config.json", config)
+            checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
+        was_finished = state.step == settings.max_steps
+        started = time.monotonic()
+        if not was_finished:
+            loop.run_to_end()
+        if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
+            loop.export()
+        world.barrier()
+        return TrainResult(
+            run=run,
+            step=state.step,
+            epoch=state.step * settings.accumulate / plan.steps_per_epoch,
+            seconds=time.monotonic() - started,
+            metrics=checkpoints.read_metrics(run / "metrics.jsonl"),
+            warnings=loop.warnings,
+            was_finished=was_finished,
+            stopped=state.step < settings.max_steps,
+            signum=loop.signum,
         )
 
 
 @contextlib.contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """cuDNN tries all it has for each shape, once: a run's shapes do not change."""
+def _alone_in(run: Path, world: World) -> Iterator[None]:
+    """Hold the lock of a run, on rank 0 for all."""
+    if not world.is_main:
+        yield
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"{run}: another process is training there; wait for it, or give another --run"
+    with alone(run.with_name(f".{run.name}.lock"), busy):
+        yield
+
+
+@contextlib.contextmanager
+def _fastest_convolutions(world: World) -> Iterator[None]:
+    """On a GPU cuDNN tries all it has for each shape, once: a run's shapes do not change."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = before or world.device.type == "cuda"
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _train(
-    shards: str | Path,
-    settings: Settings,
-    method_config,
-    run: Path,
-    resume: bool,
-    tier: str,
-    options: Options,
-    report: Callable[[int, int, str], None] | None,
-    say: Callable[[str], None],
-    world: World,
-    how: dict,
-) -> TrainResult:
-    recorded = open_run(run, resume, world)
-    _check_config(method_config)
-    store = _open_store(shards, tier, settings.pairs, world)
-    settings = settings.resolved(world.device, len(store))
-    # Machines may differ in what pays.
-    mixed = world.gather(torch.tensor(settings.precision == "bf16"))[0]
-    settings = dataclasses.replace(settings, precision="bf16" if mixed else "fp32")
-    if why := settings.step != "auto" and possible(settings.step, settings, world):
-        raise InputError(f"step {settings.step!r}: {why}")
-    plan = _plan(settings, store, world)
-    config = _config(settings, method_config, shards, store, world)
-    if recorded is not None:
-        _refuse_changes(run, recorded, config)
-        # Of a resumed run the beginning is told, but for what the next one takes from here.
-        config = recorded | {"shards": config["shards"]}
-    config["how"] = how
-    grey = store.mean, store.std
-    where = "GPU" if world.device.type == "cuda" else "CPU"
-    say(
-        f"{settings.method}: {settings.backbone} at {settings.image_size} px, batches of"
-        f" {settings.batch_size}, {settings.max_steps} steps, {settings.precision} on the {where}"
-    )
-
-    def initialise(backbone) -> None:
-        backbones.initialise(
-            backbone, settings.init, settings.backbone, say,
-            image_size=settings.image_size, grey=grey,
-        )  # fmt: skip
-
-    saved = (run / "checkpoint.pt").exists()  # not so for a run stopped before its first one
-    state = State.build(
-        settings, method_config, world, len(store.label_names), grey, None if saved else initialise
-    )
-    if saved:
-        state.load(run / "checkpoint.pt")
-        say(f"resumed at step {state.step} of {settings.max_steps}")
-    loop = Loop(run, store, plan, settings, state, options, tier, report, say)
-    world.barrier()  # all have looked at the folder before one changes it
-    if world.is_main:
-        run.mkdir(exist_ok=True)
-        if config != recorded:
-            _write_json(run / "config.json", config)
-        checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
-    was_finished = state.step == settings.max_steps
-    started = time.monotonic()
-    if not was_finished:
-        loop.run_to_end()
-    if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
-        loop.export()
-    world.barrier()
-    return TrainResult(
-        run=run,
-        step=state.step,
-        epoch=state.step * settings.accumulate / plan.steps_per_epoch,
-        seconds=time.monotonic() - started,
-        metrics=checkpoints.read_metrics(run / "metrics.jsonl"),
-        warnings=loop.warnings,
-        was_finished=was_finished,
-        stopped=state.step < settings.max_steps,
-        signum=loop.signum,
-    )
 
 
 def _check_config(method_config) -> None:
@@ -397,6 +367,39 @@ def _open_store(shards: str | Path, tier: str, pairs: str, world: World) -> Stor
     if world.gather(streams)[0]:
         tier = "stream"
     return store if world.is_main else open_store(shards, tier, pairs)
+
+
+def _resolved(settings: Settings, num_frames: int, world: World) -> Settings:
+    """The same on all ranks; raises InputError for what cannot run here."""
+    settings = settings.resolved(world.device, num_frames)
+    # Machines may differ in what pays.
+    mixed = world.gather(torch.tensor(settings.precision == "bf16"))[0]
+    settings = dataclasses.replace(settings, precision="bf16" if mixed else "fp32")
+    if why := settings.step != "auto" and possible(settings.step, settings, world):
+        raise InputError(f"step {settings.step!r}: {why}")
+    return settings
+
+
+def _state(
+    run: Path, settings: Settings, method_config, store: Store, world: World, say: Callable
+) -> State:
+    """That of the run's last checkpoint, or the first."""
+    grey = store.mean, store.std
+
+    def initialise(backbone) -> None:
+        backbones.initialise(
+            backbone, settings.init, settings.backbone, say,
+            image_size=settings.image_size, grey=grey,
+        )  # fmt: skip
+
+    saved = (run / "checkpoint.pt").exists()  # not so for a run stopped before its first one
+    state = State.build(
+        settings, method_config, world, len(store.label_names), grey, None if saved else initialise
+    )
+    if saved:
+        state.load(run / "checkpoint.pt")
+        say(f"resumed at step {state.step} of {settings.max_steps}")
+    return state
 
 
 def _plan(settings: Settings, store: Store, world: World) -> Plan:
