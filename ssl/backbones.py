@@ -209,6 +209,13 @@ def fold(
     }
 
 
+def add_to_digest(digest, backbone: nn.Module) -> None:
+    """Add the weights, which are on the CPU, and their names to a hash of hashlib."""
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+
+
 def step_of(path: Path) -> int | None:
     """The step of the run at which `save` has written `path`; None where it is not there."""
     if not path.exists():

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from sslus.engine.stream import StreamStore
 from sslus.ssl import backbones, board, checkpoints, curves, health, optimizers, step
 from sslus.ssl.loader import Batch, Loader, Store, Views
 from sslus.ssl.online import Online
+from sslus.ssl.signals import Signals
 from sslus.ssl.state import State
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import Agreement
@@ -76,7 +75,7 @@ class Loop:
         self.drawn = self.started = time.monotonic()
         agreed = Agreement(self.world)
         with (
-            _Signals() as signals,
+            Signals() as signals,
             Loader(
                 self.store,
                 self.batches(state.step),
@@ -414,29 +413,3 @@ def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
 
 
 _TIME_IS_UP = 1000  # beside the numbers of signals
-
-
-class _Signals:
-    """Remembers SIGINT or SIGTERM; a second one acts as usual."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def __enter__(self) -> "_Signals":
-        self.old = {}
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.old[s] = signal.signal(s, self._note)
-        return self
-
-    def _note(self, signum, frame) -> None:
-        self.seen = signum
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a terminal has sent
-            self._restore()
-
-    def _restore(self) -> None:
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-    def __exit__(self, *exc) -> None:
-        self._restore()

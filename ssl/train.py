@@ -34,7 +34,7 @@ from sslus.ssl.state import State
 from sslus.ssl.step import WAYS, possible
 from sslus.ssl.versions import versions
 from sslus.ssl.views import parse as parse_views
-from sslus.ssl.world import World, enter
+from sslus.ssl.world import World, enter, pays_bf16
 
 FORMAT = 2  # of config.json
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -43,21 +43,6 @@ BATCH_NORMS = ("sync", "per-rank")
 ABOVE_0 = (
     "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
 )  # fmt: skip
-
-
-def pays_bf16(device: torch.device, backbone: str) -> bool:
-    """Whether mixed precision is faster: on a GPU, and on a CPU with AMX for convolutions.
-
-    Measured at 96 px: ResNets 1.3 to 2 times faster with AMX, ViT and ConvNeXt 1.1 times slower;
-    without AMX a ResNet-18 is 15 times slower.
-    """
-    return device.type == "cuda" or (has_amx() and backbone.startswith("resnet"))
-
-
-def has_amx() -> bool:
-    """Whether the CPU multiplies matrices of bf16. False where an older PyTorch does not tell."""
-    tells = getattr(torch.cpu, "get_capabilities", None)
-    return tells is not None and bool(tells().get("amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pays_bf16(device: torch.device, backbone: str) -> bool:
+    """Whether mixed precision is faster: on a GPU, and on a CPU with AMX for convolutions.
+
+    Measured at 96 px: ResNets 1.3 to 2 times faster with AMX, ViT and ConvNeXt 1.1 times slower;
+    without AMX a ResNet-18 is 15 times slower.
+    """
+    return device.type == "cuda" or (has_amx() and backbone.startswith("resnet"))
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies matrices of bf16. False where an older PyTorch does not tell."""
+    tells = getattr(torch.cpu, "get_capabilities", None)
+    return tells is not None and bool(tells().get("amx_bf16"))
+
+
 @functools.cache
 def enter(device: str) -> World:
     """Join the processes that torchrun started; one process alone needs none of it.

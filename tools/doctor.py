@@ -310,8 +310,8 @@ def views() -> str:
 
 
 def train() -> str:
-    from sslus.ssl.train import Settings, has_amx
-    from sslus.ssl.world import pick_device
+    from sslus.ssl.train import Settings
+    from sslus.ssl.world import has_amx, pick_device
 
     device = pick_device("auto")
     s = Settings().resolved(device, num_frames=1_000_000)
