@@ -11,11 +11,10 @@ from torch import nn
 from sslus.engine.errors import InputError
 from sslus.engine.store import FrameStore
 from sslus.ssl.evaluate import LabelledFrames, folds, probe, scores, testable
+from sslus.ssl.neighbours import knn
 from sslus.ssl.views import whole
 
 NUM_FRAMES = 2000  # a ResNet-18 at 96 px sees them in some seconds on two cores
-NEIGHBOURS = 20
-TEMPERATURE = 0.07
 BATCH = 256
 
 
@@ -79,17 +78,3 @@ class Online:
             parts.append(backbone(x.clone().to(self.device)).float().cpu().numpy())
         backbone.train(training)
         return np.concatenate(parts)
-
-
-def knn(x: np.ndarray, y: np.ndarray, query: np.ndarray, num_classes: int) -> np.ndarray:
-    """Weighted kNN by cosine: (Q,) classes of the queries (Q, F) from x (N, F) with labels y (N,).
-
-    A neighbour's vote is exp(cosine / 0.07). Wu et al. 2018, arXiv:1805.01978, section 3.4.
-    """
-    x, query = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (x, query))
-    cosine = query @ x.T
-    near = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
-    votes = np.exp(np.take_along_axis(cosine, near, 1) / TEMPERATURE)
-    total = np.zeros((len(query), num_classes))
-    np.add.at(total, (np.arange(len(query))[:, None], y[near]), votes)
-    return total.argmax(1)
