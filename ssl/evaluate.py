@@ -1,4 +1,4 @@
-"""What are the features worth? Frozen backbone, linear probe, patients kept apart.
+"""What is a backbone worth? Linear probe, nearest neighbours, fine-tuning; patients kept apart.
 
 The trained backbone, the same backbone at its random initialisation and the majority class
 are judged on the same frames, folds and subsets of labels.
@@ -28,11 +28,15 @@ from sslus.engine.labels import read_labels
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
-from sslus.ssl import backbones, views
+from sslus.ssl import backbones, finetune, views
+from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, knn
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
-PROTOCOLS = ("linear",)
+PROTOCOLS = {  # -> what a report calls it
+    "linear": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning",
+}  # fmt: skip
+RANDOM = "random init"  # the same backbone, never trained
 NUM_FOLDS = 5  # fewer where a class has fewer patients
 NUM_DEALS = 100  # of patients, at most: twenty classes of two patients each can take that many
 FEATURE_BATCH = 64
@@ -64,6 +68,17 @@ class LabelledFrames:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What one fit learns from and what it is asked: positions in LabelledFrames."""
+
+    backbone: str
+    percent: float
+    seed: int
+    train: np.ndarray  # (n,) int64, the share of the training part
+    test: np.ndarray  # (T,) int64
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table: a backbone at one share of the labels."""
 
@@ -86,6 +101,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
+    protocol: str
+    settings: dict  # of the protocol
     rows: list[Row]
     out: Path
     shards: Path
@@ -106,30 +123,35 @@ def evaluate(
     protocol: str = "linear",
     percents: tuple[float, ...] = (1, 10, 100),
     num_seeds: int = 3,
+    steps: int | None = None,
     device: str = "auto",
     stage: Stage | None = None,
 ) -> Evaluation:
-    """Judge the backbone of `run` by a linear probe and write the report into `out`.
+    """Judge the backbone of `run` by one of PROTOCOLS and write the report.
 
     Features: the whole frame at the run's image size, backbone in eval mode, computed once. The
     random backbone's BatchNorm has the statistics of these frames.
-    Probe: logistic regression on features standardised over the training frames, classes
-    weighted by their frequency there. Split: the column `split` of `labels`; without it, for
-    each seed, stratified folds by patient, whose predictions are pooled. No patient is ever
-    on both sides. A share of p percent keeps ceil(p/100 x videos), so at least one, of each
-    class's training videos, patient by patient in random order; smaller shares are subsets of
-    larger ones, and the seeds draw both the folds and the order.
+    linear: logistic regression on features standardised over the training frames, classes
+    weighted by their frequency there. knn: see sslus.ssl.neighbours. finetune: the backbone learns
+    too, see sslus.ssl.finetune; `steps` of every training are 100 on a CPU and 1000 on a GPU,
+    if not given.
+    Split: the column `split` of `labels`; without it, for each seed, stratified folds by patient,
+    whose predictions are pooled. No patient is ever on both sides. A share of p percent keeps
+    ceil(p/100 x videos), so at least one, of each class's training videos, patient by patient in
+    random order; smaller shares are subsets of larger ones, and the seeds draw both the folds
+    and the order.
 
-    Writes results.json, report.md, confusion.png and the features (reused by the next call).
+    Writes results.json, report.md and confusion.png: of the linear probe into `out`, of another
+    protocol into the folder of its name in there. Beside them stays what the next call uses again:
+    features in `out`, what each fine-tuning has found in finetune/.
     Reports are passed on, so no path, file name or patient stands in them; classes do.
     `shards` defaults to those the run was trained on; their local/ folder must be there.
     Raises InputError for a run, labels or shards that cannot be used, and while another process
-    writes into `out`.
+    writes into `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
     """
     run = Path(run)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
+    check_protocol(protocol)
     if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
         raise InputError(
             "evaluate: want at least one seed, and fractions above 0 up to 100 percent"
@@ -146,11 +168,28 @@ def evaluate(
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
     out = Path(out or run / "evaluation")
+    folder = out if protocol == "linear" else out / protocol
+    where, names, slow = pick_device(device), [config["settings"]["method"], RANDOM], 0
     with _alone_in(out):
-        features = _features_of_both(run, config, store, frames, pick_device(device), out, stage)
+        folder.mkdir(exist_ok=True)
         deals = [folds(frames, seed) for seed in range(num_seeds)]
-        with stage("probe", "fits") as report:
-            rows, slow = _probe_all(frames, features, sorted({*percents}), deals, report)
+        tasks = list(_tasks(frames, names, sorted({*percents}), deals))
+        if protocol == "finetune":
+            how = finetune.Settings.of(steps, where, config["settings"]["backbone"])
+            guesses, num = _finetune(run, config, store, frames, tasks, how, where, folder, stage)
+            about = dataclasses.asdict(how) | {"num_trainings": num}
+        else:
+            features = _features_of_both(run, config, store, frames, where, out, stage)
+            with stage("probe" if protocol == "linear" else protocol, "fits") as report:
+                guesses, slow = _fit_all(protocol, tasks, frames, features, report)
+            about = {
+                "linear": {
+                    "inverse_regularisation": INVERSE_REGULARISATION,
+                    "max_iterations": MAX_ITERATIONS,
+                },
+                "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
+            }[protocol]
+        rows = _rows(frames, tasks, guesses, deals)
 
         unseen = [
             repr(name)
@@ -172,8 +211,10 @@ def evaluate(
                 f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged"
             )
         result = Evaluation(
+            protocol=protocol,
+            settings=about,
             rows=rows,
-            out=out,
+            out=folder,
             shards=shards,
             names=frames.names,
             num_frames=len(frames),
@@ -186,6 +227,11 @@ def evaluate(
         )
         _write(result, frames, store, config["settings"], run)
     return result
+
+
+def check_protocol(name: str) -> None:
+    if name not in PROTOCOLS:
+        raise InputError(f"--protocol {name!r}: want one of {', '.join(PROTOCOLS)}")
 
 
 @contextlib.contextmanager
@@ -225,15 +271,11 @@ def _features_of_both(
     stage: Stage,
 ) -> dict[str, np.ndarray]:
     """The features of the trained and of the random backbone, under the names in the table."""
-    settings, num, features = config["settings"], len(frames), {}
+    num, features = len(frames), {}
     with stage("features", "frames") as report:
-        for i, (name, trained) in enumerate([(settings["method"], True), ("random init", False)]):
-            backbone = backbones.build(
-                settings["backbone"], settings["image_size"], settings["seed"]
-            )
-            if trained:
-                _load(backbone, run / "backbone.safetensors")
-            else:
+        for i, name in enumerate([config["settings"]["method"], RANDOM]):
+            backbone = _build(run, config, name)
+            if name == RANDOM:
                 seen = frames.index[:: -(-num // SETTLED_BY)]
                 parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
                 backbone.to(device)
@@ -246,7 +288,12 @@ def _features_of_both(
     return features
 
 
-def _load(backbone: nn.Module, path: Path) -> None:
+def _build(run: Path, config: dict, name: str) -> nn.Module:
+    """The backbone of the run, or RANDOM: the same with random weights of the run's seed."""
+    settings, path = config["settings"], run / "backbone.safetensors"
+    backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
+    if name == RANDOM:
+        return backbone
     try:
         backbone.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as e:
@@ -255,6 +302,7 @@ def _load(backbone: nn.Module, path: Path) -> None:
             f"{path}: not this run's weights, or damaged ({why}); copy the run again, or"
             " train it again"
         ) from e
+    return backbone
 
 
 def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
@@ -485,9 +533,7 @@ def _features(
     mean, std = config["shards"]["mean"], config["shards"]["std"]
     key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
     key.update(index.astype(np.int64).tobytes())
-    for name, tensor in backbone.state_dict().items():
-        key.update(name.encode())
-        key.update(tensor.numpy().tobytes())
+    backbones.add_to_digest(key, backbone)
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
     if path.exists():
         report(len(index))
@@ -510,39 +556,84 @@ def _features(
     return features
 
 
-def _probe_all(frames, features, percents, deals, report) -> tuple[list[Row], int]:
-    """Every backbone at every share with every seed, and how many fits did not converge.
-
-    deals: the `folds` of each seed.
-    """
-    num_classes, num_seeds, slow, done = len(frames.names), len(deals), 0, 0
-    majority = "majority class"
-    cells = [(name, p) for name in features for p in percents] + [(majority, 100.0)]
-    confusions = {cell: np.zeros((num_seeds, num_classes, num_classes), np.int64) for cell in cells}
-    used: dict[float, list] = {p: [] for p in {*percents, 100.0}}
-    total = num_seeds * len(deals[0]) * len(features) * len(percents)
+def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterator[Task]:
+    """deals: the `folds` of each seed."""
     for seed, pairs in enumerate(deals):
         for train, test in pairs:
-            truth = frames.y[test]
-            for p in used:
-                kept = share(frames, train, p, seed)
-                used[p].append([len(np.unique(a[kept])) for a in (frames.video, frames.patient)])
-                for name in features if p in percents else ():
-                    x = features[name]
-                    guess, converged = probe(x[kept], frames.y[kept], x[test])
-                    slow += not converged
-                    np.add.at(confusions[name, p][seed], (truth, guess), 1)
-                    done += 1
-                    report(done, total, f"seed {seed + 1} of {num_seeds}")
+            kept = {p: share(frames, train, p, seed) for p in percents}
+            for name in names:
+                for p in percents:
+                    yield Task(name, p, seed, kept[p], test)
+
+
+def _fit_all(
+    protocol: str, tasks: list[Task], frames: LabelledFrames, features, report
+) -> tuple[list[np.ndarray], int]:
+    """Each task's classes of its test part, (T,), and how many fits did not converge."""
+    guesses, slow, num_seeds = [], 0, tasks[-1].seed + 1
+    for done, t in enumerate(tasks, start=1):
+        x, y = features[t.backbone], frames.y[t.train]
+        if protocol == "knn":
+            guess, converged = knn(x[t.train], y, x[t.test], len(frames.names)), True
+        else:
+            guess, converged = probe(x[t.train], y, x[t.test])
+        guesses.append(guess)
+        slow += not converged
+        report(done, len(tasks), f"seed {t.seed + 1} of {num_seeds}")
+    return guesses, slow
+
+
+def _finetune(
+    run: Path,
+    config: dict,
+    store: FrameStore,
+    frames: LabelledFrames,
+    tasks: list[Task],
+    settings: finetune.Settings,
+    device: torch.device,
+    cache: Path,
+    stage: Stage,
+) -> tuple[list[np.ndarray], int]:
+    """Each task's classes of its test part, (T,), and how many trainings that took."""
+    starts = {name: _build(run, config, name) for name in dict.fromkeys(t.backbone for t in tasks)}
+    size, shards = config["settings"]["image_size"], config["shards"]
+    pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
+    index, num_classes = frames.index, len(frames.names)
+    jobs = [
+        finetune.Job(
+            t.backbone, t.seed, num_classes, index[t.train], frames.y[t.train], index[t.test]
+        )
+        for t in tasks
+    ]
+    with stage("fine-tuning", "steps") as report:
+        return finetune.finetune(jobs, starts, pictures, settings, cache, report)
+
+
+def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], deals) -> list[Row]:
+    """The table: the folds of a seed pooled, a backbone's shares together, the majority last."""
+    num_classes, num_seeds = len(frames.names), len(deals)
+    cells: dict[tuple[str, float], list] = {}
+    for t, guess in zip(tasks, guesses, strict=True):
+        cells.setdefault((t.backbone, t.percent), []).append((t, guess))
+    name = "majority class"
+    cells[name, 100.0] = []
+    for seed, pairs in enumerate(deals):
+        for train, test in pairs:
             # One guess for all folds: each fold's own training majority is rare in its test part.
             seen = train if frames.test is not None else slice(None)
             guess = np.bincount(frames.y[seen]).argmax()
-            np.add.at(confusions[majority, 100.0][seed], (truth, guess), 1)
+            cells[name, 100.0].append((Task(name, 100.0, seed, train, test), guess))
     tested = np.concatenate([test for _, test in deals[0]])
     rows = []
-    for (name, p), confusion in confusions.items():
+    for (name, p), found in cells.items():
+        confusion = np.zeros((num_seeds, num_classes, num_classes), np.int64)
+        for t, guess in found:
+            np.add.at(confusion[t.seed], (frames.y[t.test], guess), 1)
+        used = [
+            [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
+        ]
         f1, accuracy, per_class = zip(*(scores(c) for c in confusion), strict=True)
-        videos, patients = np.mean(used[p], axis=0).tolist()
+        videos, patients = np.mean(used, axis=0).tolist()
         rows.append(
             Row(
                 backbone=name,
@@ -564,20 +655,19 @@ def _probe_all(frames, features, percents, deals, report) -> tuple[list[Row], in
                 macro_f1_of_seeds=list(f1),
             )
         )
-    return rows, slow
+    return rows
 
 
 def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: Path) -> None:
     weights = (run / "backbone.safetensors").read_bytes()
     facts = {
         "format": 2,
-        "protocol": "linear",
+        "protocol": result.protocol,
         "run": {k: settings[k] for k in ("method", "backbone", "image_size", "seed")}
         | {"weights_sha256": hashlib.sha256(weights).hexdigest()},
         "settings": {
             "num_seeds": result.rows[0].num_seeds,
-            "inverse_regularisation": INVERSE_REGULARISATION,
-            "max_iterations": MAX_ITERATIONS,
+            **result.settings,
             "split": result.split,
         },
         "shards_digest": store.digest,
@@ -590,6 +680,7 @@ def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: P
         "warnings": result.warnings,
         "versions": versions(),
     }
+    result.out.mkdir(exist_ok=True)
     with atomic_file(result.out / "results.json", "w") as f:
         json.dump(facts, f, indent=2)
         f.write("\n")
@@ -628,12 +719,13 @@ def markdown(result: Evaluation, settings: dict) -> str:
     names = [name.replace("|", "\\|") for name in result.names]
     return "\n".join(
         [
-            f"# Linear probe of {settings['method']}: {settings['backbone']} at"
+            f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
             f" {settings['image_size']} px",
             "",
             f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
             f" patients; {result.split}; mean ± standard deviation over"
             f" {result.rows[0].num_seeds} seeds. Numbers are per frame.",
+            *_in_words(result),
             "",
             *lines,
             "",
@@ -652,6 +744,25 @@ def markdown(result: Evaluation, settings: dict) -> str:
             *(f"Warning: {line}" for line in result.warnings),
         ]
     )
+
+
+def _in_words(result: Evaluation) -> list[str]:
+    """What the protocol does, where its name does not say it."""
+    s = result.settings
+    if result.protocol == "knn":
+        return [
+            "",
+            f"A frame gets the class of the {s['neighbours']} training frames whose features are"
+            f" nearest by cosine, each with the weight exp(cosine / {s['temperature']}).",
+        ]
+    if result.protocol == "finetune":
+        return [
+            "",
+            f"Backbone and linear head learn for {s['steps']} steps of {s['batch_size']} frames at"
+            " every share of the labels, from the run's weights or from random ones:"
+            f" {s['num_trainings']} trainings.",
+        ]
+    return []
 
 
 def _draw(result: Evaluation, path: Path) -> None:

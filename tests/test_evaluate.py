@@ -19,7 +19,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate, online, views
+from sslus.ssl import backbones, evaluate, finetune, online, views
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -349,14 +349,117 @@ def test_what_is_written_names_no_one(clip, pattern, run, tmp_path, monkeypatch)
         save(figure, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", spied)
-    out = evaluate.evaluate(copy, home / "Schmidt.csv", num_seeds=1, device="cpu").out
-    written = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert {"results.json", "report.md", "confusion.png"} < set(written)
+    for protocol in evaluate.PROTOCOLS:
+        evaluate.evaluate(
+            copy, home / "Schmidt.csv", protocol=protocol, percents=(100,), num_seeds=1, steps=1,
+            device="cpu",
+        )  # fmt: skip
+    out = copy / "evaluation"
+    files = [path for path in out.rglob("*") if path.is_file()]
+    written = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    names = {"results.json", "report.md", "confusion.png"}
+    assert {f"{p}{n}" for p in ("", "knn/", "finetune/") for n in names} < set(written)
     for content in (*written.values(), " ".join(written).encode(), " ".join(drawn).encode()):
         assert b"schmidt" not in content.lower() and str(tmp_path).encode() not in content
     results = json.loads(written["results.json"])
     assert "1 labelled videos gave no frame" in results["warnings"][0]  # which had a path in it
     assert results["shards_digest"] == FrameStore.open(shards).digest  # of those that were used
+
+
+def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "report"
+    command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
+    command += "--fractions 10,100 --seeds 1 --device cpu".split()
+    assert main(command) == 0
+    linear = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert main([*command, "--protocol", "knn,finetune", "--steps", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("majority class") == 2 and shown.out.count("\nNext: ") == 1
+    assert "fine-tuning: 32/32 steps" in shown.err
+    # Those of the linear probe are as they were, and its features served both.
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == linear
+    for protocol, title, settings in (
+        ("knn", "Nearest neighbours", {"neighbours": 20, "temperature": 0.07}),
+        ("finetune", "Fine-tuning", {"steps": 2, "batch_size": 32, "num_trainings": 16}),
+    ):
+        results = json.loads((out / protocol / "results.json").read_text())
+        report = (out / protocol / "report.md").read_text()
+        assert results["protocol"] == protocol and settings.items() <= results["settings"].items()
+        assert report.startswith(f"# {title} of vicreg: test_resnet at 32 px\n")
+        theirs = json.loads(linear["results.json"])["rows"]
+        for row, other in zip(results["rows"], theirs, strict=True):
+            same = [key for key in row if key.startswith("num_")] + ["backbone", "percent"]
+            assert [row[key] for key in same] == [other[key] for key in same]
+            assert np.sum(row["confusion"]) == np.sum(other["confusion"]) == 108
+        assert results["rows"][-1] == theirs[-1]
+    assert "for 2 steps of 32 frames" in report and "16 trainings." in report
+    # Again, from what is kept; with other settings nothing is.
+    monkeypatch.setattr(finetune, "tune", None)
+    files = {path.name: path.read_bytes() for path in (out / "finetune").iterdir()}
+    assert main([*command, "--protocol", "finetune", "--steps", "2"]) == 0
+    assert {path.name: path.read_bytes() for path in (out / "finetune").iterdir()} == files
+    assert main([*command, "--protocol", "finetune", "--steps", "3"]) == 70
+    for wrong, line in (
+        (["--protocol", "linear,kn"], "--protocol 'kn': want one of linear, knn, finetune"),
+        (["--steps", "3"], "--steps: are those of --protocol finetune, which is not given"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *wrong]) == 1
+        assert capsys.readouterr().err == f"Error: {line}\n"
+
+
+def test_fine_tuning_keeps_patients_apart(run, videos, frames, tmp_path, monkeypatch):
+    met = []
+
+    def spied(job, start, pictures, settings, tick):
+        place = {frame: i for i, frame in enumerate(frames.index)}
+        train, test = ([place[i] for i in part] for part in (job.train, job.test))
+        assert not set(frames.patient[train]) & set(frames.patient[test])
+        assert np.array_equal(job.y, frames.y[train]) and set(job.y) == {0, 1, 2}
+        met.append((job.backbone, job.seed, len(train), tuple(test)))
+        return frames.y[test]
+
+    monkeypatch.setattr(finetune, "tune", spied)
+    judged = evaluate.evaluate(
+        run, videos / "labels.csv", out=tmp_path, protocol="finetune", num_seeds=2,
+        percents=(1, 5, 10, 25, 50, 100), device="cpu",
+    )  # fmt: skip
+    assert [row.macro_f1 for row in judged.rows[:-1]] == [1.0] * 12
+    # 1, 5 and 10 % are the same video of each class, and are learned once.
+    assert len(met) == len(set(met)) == judged.settings["num_trainings"] <= 2 * 2 * 4 * 4
+    for name in ("vicreg", "random init"):
+        for seed in (0, 1):
+            tests = {test for backbone, s, _, test in met if (backbone, s) == (name, seed)}
+            assert sorted(i for test in tests for i in test) == list(range(108))
+
+
+@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+def test_the_labels_of_the_test_part_reach_no_training(protocol, run, videos, tmp_path):
+    """Whatever they are, the same is predicted."""
+    found = []
+    for wrong in (False, True):
+
+        def split(rows, wrong=wrong):
+            for row in rows:
+                patient = int(row["patient"][1:])
+                row["split"] = "test" if patient < 6 else "train"
+                if wrong and patient < 6:
+                    row["label"] = CLASSES[min(patient, 2)]
+            return rows
+
+        out = tmp_path / str(wrong)
+        out.mkdir()
+        judged = evaluate.evaluate(
+            run, rewrite(videos, out, split), out=out, protocol=protocol, percents=(100,),
+            num_seeds=1, steps=2, device="cpu",
+        )  # fmt: skip
+        kept = {path.name: path.read_bytes() for path in judged.out.glob("predictions-*")}
+        found.append((kept, np.array(judged.rows[0].confusion)))
+    (first, confusion), (second, other) = found
+    assert first == second and len(first) == (2 if protocol == "finetune" else 0)
+    assert np.array_equal(confusion.sum(0), other.sum(0))
+    assert not np.array_equal(confusion, other)
 
 
 def test_two_processes_do_not_write_one_report(run, videos, tmp_path):
@@ -478,8 +581,8 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
         judge(rewrite(videos, tmp_path, lambda rows: rows[:4]))
     with pytest.raises(InputError, match="has no config.json; give the folder of a run"):
         judge(good, run=tmp_path)
-    with pytest.raises(InputError, match="protocol 'knn': want one of linear"):
-        judge(good, protocol="knn")
+    with pytest.raises(InputError, match="protocol 'svm': want one of linear, knn, finetune"):
+        judge(good, protocol="svm")
     for percents in ((), (0.0,), (101.0,)):
         with pytest.raises(InputError, match="fractions above 0 up to 100"):
             judge(good, percents=percents)
