@@ -85,7 +85,7 @@ class Op:
             return f"the tensors are on {x.device}"
         if x.dtype not in DTYPES[which]:
             return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {x.dtype}"
-        if which == "gpu" and max(x.shape, default=0) > LONGEST:
+        if which == "gpu" and any(n > LONGEST for n in x.shape):
             return f"it takes at most {LONGEST} rows and columns, not {tuple(x.shape)}"
         return None
 
@@ -169,7 +169,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     def scale(ctx, grad_loss, *_):
         grads = ctx.saved_tensors
         if which == "gpu":
-            grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes)
+            grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes[0], ctx.dtypes[-1])
         else:
             # One, unless somebody scales the loss. On a GPU, looking would wait for it.
             one = _is_one(grad_loss)
@@ -194,21 +194,22 @@ def _is_one(factor: Tensor) -> bool:
     return factor.item() == 1
 
 
+# Not a list of types: torch 2.11 hands on the numbers that stand for them.
 @torch.library.custom_op(
     "sslus::scaled_gpu",
     mutates_args=(),
-    schema="(Tensor[] grads, Tensor factor, ScalarType[] dtypes) -> Tensor[]",
+    schema="(Tensor[] grads, Tensor factor, ScalarType first, ScalarType last) -> Tensor[]",
 )
-def _scaled_on_gpu(grads, factor, dtypes):
+def _scaled_on_gpu(grads, factor, first, last):
     from sslus.kernels import scale_gpu  # triton is imported when it is needed
 
     with torch.cuda.device_of(factor):
-        return scale_gpu.scaled(grads, factor, dtypes)
+        return scale_gpu.scaled(grads, factor, (first, last))
 
 
 @_scaled_on_gpu.register_fake
-def _(grads, factor, dtypes):
-    return [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+def _(grads, factor, first, last):
+    return [torch.empty_like(g, dtype=d) for g, d in zip(grads, (first, last), strict=False)]
 
 
 MAPS: dict[str, "Map"] = {}

@@ -31,9 +31,11 @@ def scale_kernel(ga, gb, factor, out_a, out_b, num, BLOCK: tl.constexpr):
         tl.store(out_b + i, (g * by).to(out_b.dtype.element_ty), mask=i < num)
 
 
-def scaled(grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """One or two gradients of one shape, contiguous, times factor ()."""
-    out = [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+def scaled(
+    grads: list[Tensor], factor: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+) -> list[Tensor]:
+    """One or two gradients of one shape, contiguous, times factor (), each in its type."""
+    out = [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=False)]
     num = grads[0].numel()
     scale_kernel[(triton.cdiv(num, BLOCK), len(grads))](
         grads[0], grads[-1], factor, out[0], out[-1], num, BLOCK=BLOCK, num_warps=NUM_WARPS

@@ -49,7 +49,7 @@ def launched() -> dict[str, list[str]]:
         for case in op.cases:
             op.gpu(*(torch.zeros(s) for s in case["tensors"]), ranks=Ranks(), **case["scalars"])
     found[name := "scale"] = []
-    scale_gpu.scaled([torch.zeros(2, 8)] * 2, torch.ones(()), [torch.float32] * 2)
+    scale_gpu.scaled([torch.zeros(2, 8)] * 2, torch.ones(()), (torch.float32, torch.float32))
     frames, ids = torch.zeros(2, 32, 32, dtype=torch.uint8), torch.arange(2)
     found[name := "views"] = []
     out = torch.empty(2, 1, 24, 24)
