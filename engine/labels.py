@@ -1,6 +1,8 @@
 """labels.csv: which video shows what, in which patient."""
 
 import csv
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,69 @@ def read_labels(path: Path) -> list[Label]:
     if len({x.split is None for x in labels}) == 2:
         raise InputError(f"labels {path}: split is given for some rows only; fill or drop it")
     return labels
+
+
+def labelled_videos(labels: Path, shards: Path) -> dict[str, Label]:
+    """The rows of labels.csv by the ids that their videos have in the shards, through local/.
+
+    Videos that were moved all together are found by where they lie below labels.csv. Raises
+    InputError for rows without a video in the shards, and for a video that was replaced since.
+    """
+    local, rows = shards / "local", read_labels(labels)
+    ids = {Path(line["source"]).resolve(): line["id"] for line in _ledger(local / "ledger.jsonl")}
+    places = [row.path for row in rows]
+    if not any(place in ids for place in places):
+        places = _moved(places, Path(labels).parent.resolve(), ids) or places
+    unknown = [place for place in places if place not in ids]
+    if unknown:
+        raise InputError(
+            f"labels {labels}: {len(unknown)} of {len(rows)} videos are not in {shards}, the"
+            f" first: {unknown[0]}; shard them too, or take out their rows. If they were moved,"
+            " `sslus shard` on their new folder takes down where they are"
+        )
+    # Names may be given to other files; training has seen what the shards hold.
+    sizes = _sizes(local / "request.json")
+    for row, place in zip(rows, places, strict=True):
+        size = sizes.get(ids[place])
+        if size is not None and row.path.is_file() and row.path.stat().st_size != size:
+            raise InputError(
+                f"labels {labels}: {row.path} is another file than the one in {shards}; put it"
+                " back, or make the shards again: sslus shard --force"
+            )
+    return {ids[place]: row for row, place in zip(rows, places, strict=True)}
+
+
+def _ledger(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError as e:
+        raise InputError(
+            f"{path}: is missing, and only it says which video a frame is from; copy the"
+            " local/ folder beside the shards, or make the shards again here"
+        ) from e
+    except ValueError as e:
+        raise InputError(
+            f"{path}: damaged ({e}); make the shards again: sslus shard --force"
+        ) from e
+
+
+def _moved(places: list[Path], folder: Path, ids: dict[Path, str]) -> list[Path]:
+    """Where the videos were, if one folder had all of them as `folder` has now; else []."""
+    below = [Path(os.path.relpath(place, folder)) for place in places]
+    num = len(below[0].parts)
+    before = {Path(*source.parts[:-num]) for source in ids if source.parts[-num:] == below[0].parts}
+    found = [[root / path for path in below] for root in before]
+    found = [were for were in found if all(place in ids for place in were)]
+    return found[0] if len(found) == 1 else []
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of each video by its id, when it was sharded; {} where that is not known."""
+    try:
+        sources = json.loads(path.read_text())["sources"]
+        return {video_id: size for video_id, size, _ in sources.values()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:

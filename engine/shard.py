@@ -160,7 +160,9 @@ def shard(
             _keep_key(local, secret)  # or the same command would make other ids
         if done and not force:
             shutil.rmtree(local / "work", ignore_errors=True)  # of a --force that was given up
-            return ShardReport(out, *done, ignored, _unmarked(marks), already=True)
+            manifest, ledger = done
+            ledger = _moved(local, ledger, {ids[s.name]: str(s.path) for s in sources})
+            return ShardReport(out, manifest, ledger, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
             raise InputError(
                 f"{out}: holds shards of other videos, labels or settings, damaged or of another"
@@ -185,6 +187,7 @@ def shard(
             json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
         manifest.write(out)
         shutil.rmtree(work)
+        shutil.rmtree(out / "store", ignore_errors=True)  # of the shards before
     return ShardReport(
         out, manifest, ledger, ignored, _unmarked(marks), resumed, False, time.monotonic() - start
     )
@@ -343,6 +346,14 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             return None
     return manifest, ledger
+
+
+def _moved(local: Path, ledger: list[dict], places: dict[str, str]) -> list[dict]:
+    """The ledger with the places, by id, where the videos lie now: evaluation finds them by it."""
+    now = [line | {"source": places[line["id"]]} for line in ledger]
+    if now != ledger:
+        _write_ledger(local, now)
+    return now
 
 
 def _read_json(path: Path):

@@ -24,7 +24,7 @@ from torch import nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
-from sslus.engine.labels import read_labels
+from sslus.engine.labels import labelled_videos
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
@@ -206,6 +206,14 @@ def evaluate(
                 f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
                 " (why: local/ledger.jsonl of the shards)"
             )
+        done, all_steps = (
+            backbones.step_of(run / "backbone.safetensors"),
+            config["settings"].get("max_steps"),
+        )
+        if done and all_steps and done < all_steps:
+            notes.append(
+                f"the run is not finished: its backbone is that of step {done} of {all_steps}"
+            )
         if slow:
             notes.append(
                 f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged"
@@ -307,30 +315,12 @@ def _build(run: Path, config: dict, name: str) -> nn.Module:
 
 def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
     """Join labels.csv to the store's frames by source file, through the shards' ledger."""
-    ledger = shards / "local" / "ledger.jsonl"
-    try:
-        lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    except FileNotFoundError as e:
-        raise InputError(
-            f"{ledger}: is missing, and only it says which video a frame is from; copy the"
-            " local/ folder beside the shards, or make the shards again here"
-        ) from e
-    except ValueError as e:
-        raise InputError(
-            f"{ledger}: damaged ({e}); make the shards again: sslus shard --force"
-        ) from e
-    ids = {Path(line["source"]).resolve(): line["id"] for line in lines}
-    rows = read_labels(labels)
-    unknown = [row.path for row in rows if row.path not in ids]
-    if unknown:
-        raise InputError(
-            f"labels {labels}: {len(unknown)} of {len(rows)} videos are not in {shards}, the"
-            f" first: {unknown[0]}; shard them too, or take out their rows"
-        )
-    names = sorted({row.label for row in rows})
-    patients = sorted({row.patient for row in rows})
+    rows = labelled_videos(labels, shards)
+    fixed = any(row.split for row in rows.values())
+    names = sorted({row.label for row in rows.values()})
+    patients = sorted({row.patient for row in rows.values()})
     place = {video_id: i for i, video_id in enumerate(store.video_ids)}
-    of_video = {place[ids[row.path]]: row for row in rows if ids[row.path] in place}
+    of_video = {place[video]: row for video, row in rows.items() if video in place}
     index = np.flatnonzero(np.isin(store.video, list(of_video)))
     video = store.video[index]
 
@@ -345,7 +335,7 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
         y=column(lambda row: names.index(row.label)),
         video=video,
         patient=column(lambda row: patients.index(row.patient)),
-        test=column(lambda row: row.split == "test").astype(bool) if rows[0].split else None,
+        test=column(lambda row: row.split == "test").astype(bool) if fixed else None,
         names=names,
         num_unlabelled=len(store.video_ids) - len(of_video),
         num_without_frames=len(rows) - len(of_video),

@@ -76,12 +76,13 @@ def look(features: Tensor) -> tuple[dict[str, float], str | None]:
     }  # fmt: skip
     if len(features) > 1:
         found["alignment"] = alignment(ha, features[1])
-    return found, collapse(found["rankme"], spread)
+    return found, collapse(found["rankme"], spread, len(ha))
 
 
-def collapse(rank: float, spread: float) -> str | None:
-    """A line of warning for a RankMe and a relative std, or None."""
-    if rank >= LEAST_RANKME and spread >= LEAST_SPREAD:
+def collapse(rank: float, spread: float, num: int) -> str | None:
+    """A line of warning for a RankMe and a relative std of `num` frames, or None."""
+    # Two frames have no more than two directions.
+    if rank >= min(LEAST_RANKME, (1 + num) / 2) and spread >= LEAST_SPREAD:
         return None
     return (
         f"the features have collapsed (RankMe {rank:.1f}, relative std {spread:.2g}): every frame"

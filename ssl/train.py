@@ -28,6 +28,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.stream import StreamStore, is_url
 from sslus.ssl import backbones, checkpoints, methods, optimizers
 from sslus.ssl.loader import Store, open_store, plan_of
+from sslus.ssl.loader import tier as tier_of
 from sslus.ssl.loop import Loop, Options
 from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.state import State
@@ -267,6 +268,7 @@ def train(
         recorded = open_run(run, resume, world)
         _check_config(method_config)
         store = _open_store(shards, tier, settings.pairs, world)
+        tier_of(store, world.device, tier)  # what cannot be leaves no run behind
         settings = _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)

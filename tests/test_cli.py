@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -53,6 +55,17 @@ def test_what_went_wrong_in_another_process_alone_is_told(error, monkeypatch, ca
     assert capsys.readouterr().err == "Error: no GPU here\n"
 
 
+@pytest.mark.parametrize("stdout", ["io.TextIOWrapper(io.BytesIO(), 'ascii')", "None"])
+def test_a_stdout_that_cannot_take_a_name_is_no_failure(stdout, tmp_path):
+    synth = ["synth", str(tmp_path / "vidéos"), *"--videos 1 --patients 1 --size 64".split()]
+    code = (
+        f"import io, sys\nsys.stdout = {stdout}\nfrom sslus.tools import cli\n"
+        f"sys.exit(cli.main({synth + ['--seconds', '0.2', '0.2']}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -65,6 +78,7 @@ def test_a_long_command_shows_rate_and_time_left(stream, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setenv("COLUMNS", "120")
     with screen.progress("decode", "frames") as report:
+        now[0] += 100  # setting up is no decoding
         for done in (0, 300, 600, 1000):
             report(done, 1000, "3 of 4 videos")
             now[0] += 20

@@ -121,6 +121,53 @@ def test_labels_join_by_source_file(frames, shards, videos):
     assert all(len(np.unique(frames.patient[frames.video == v])) == 1 for v in range(18))
 
 
+@pytest.fixture
+def movable(videos, shards, tmp_path):
+    """Folders of one's own: the videos and, as if sharded from there, their shards."""
+    here, out = tmp_path / "here", tmp_path / "shards"
+    shutil.copytree(videos, here)
+    shutil.copytree(shards, out)
+    ledger = out / "local" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace(str(videos), str(here)))
+    return here, out
+
+
+def labelled(out, labels):
+    return evaluate.label_frames(FrameStore.open(out), out, labels)
+
+
+def test_videos_that_were_moved_keep_their_labels(movable, frames, tmp_path):
+    here, out = movable
+    found = labelled(out, here.rename(tmp_path / "there") / "labels.csv")
+    np.testing.assert_array_equal(found.index, frames.index)
+    np.testing.assert_array_equal(found.y, frames.y)
+    np.testing.assert_array_equal(found.patient, frames.patient)
+
+
+def test_no_video_is_taken_for_another(movable, tmp_path):
+    here, out = movable
+    # One that is missing is not looked for elsewhere.
+    (here / "labels.csv").write_text("path,label,patient\n0-0.avi,a,1\nsub/1-0.avi,b,2\n")
+    with pytest.raises(InputError, match="1 of 2 videos are not in .*sub/1-0.avi.*If they were mo"):
+        labelled(out, here / "labels.csv")
+    # Nor is one of two folders chosen that both hold such names.
+    ledger = out / "local" / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for line in lines:
+        if line["source"].endswith("/1-0.avi"):
+            line["source"] = str(tmp_path / "elsewhere" / "0-0.avi")
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (here / "labels.csv").write_text("path,label,patient\n0-0.avi,a,1\n")
+    there = here.rename(tmp_path / "there")
+    with pytest.raises(InputError, match="1 of 1 videos are not in"):
+        labelled(out, there / "labels.csv")
+    # And another file under an old name is not what was sharded.
+    there.rename(here)
+    (here / "0-0.avi").write_bytes((here / "1-1.avi").read_bytes() + b"longer")
+    with pytest.raises(InputError, match="0-0.avi is another file than the one in .*--force"):
+        labelled(out, here / "labels.csv")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_patients_never_leak_and_every_frame_is_tested_once(seed):
     frames = big(seed=seed)

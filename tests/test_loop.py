@@ -375,6 +375,22 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     assert "frames were streamed or were not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--lr 1e-3 --base-lr 0.1", "--lr and --base-lr say the same in two ways"),
+        ("--warmup-steps 1 --warmup-epochs 2", "--warmup-steps and --warmup-epochs say the same"),
+        ("--time-limit nan", "--time-limit nan: want seconds above 0"),
+        ("--time-limit -1", "--time-limit -1: want seconds above 0"),
+        ("--method vicreg --method moco --variance 7", "No such option '--variance'"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, said, shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(shards), "--run", str(run), *options.split()]) != 0
+    assert said in capsys.readouterr().err and not run.exists()
+
+
 def test_the_pairs_distance_is_not_taken_for_a_time_limit(shards, tmp_path, capsys):
     run = str(tmp_path / "run")
     assert main(["train", str(shards), "--max-seconds", "60", "--run", run]) == 1

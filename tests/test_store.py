@@ -80,12 +80,15 @@ def test_store_without_labels(clips, tmp_path):
 
 
 def test_store_of_other_shards_is_refused_then_rebuilt(clips, shards):
-    old = FrameStore.open(shards)
+    there = shards.parent / "store"
+    old = FrameStore.open(shards, folder=there)
+    FrameStore.open(shards)
     shard([clips], shards, Settings(size=48, stride=2), device="cpu", jobs=1, force=True)
     with pytest.raises(InputError, match="built from other shards.*--rebuild-store"):
-        FrameStore.open(shards)
-    new = FrameStore.open(shards, rebuild=True)
+        FrameStore.open(shards, folder=there)
+    new = FrameStore.open(shards, folder=there, rebuild=True)
     assert (old.size, new.size) == (64, 48)
+    assert FrameStore.open(shards).size == 48  # the one in the shards has gone with them
 
 
 def damage(path, what):

@@ -362,8 +362,10 @@ def test_collapse_is_named(shards, tmp_path, monkeypatch):
     assert health.rankme(one) == pytest.approx(1, abs=0.01)
     assert health.rankme(torch.eye(8)) == pytest.approx(8)
     assert health.rankme(torch.zeros(8, 8)) < 2
-    assert health.collapse(health.rankme(x), health.feature_std(x)[1]) is None
-    assert "lower --lr" in health.collapse(health.rankme(one), health.feature_std(one)[1])
+    assert health.collapse(health.rankme(x), health.feature_std(x)[1], 64) is None
+    assert "lower --lr" in health.collapse(health.rankme(one), health.feature_std(one)[1], 64)
+    assert health.look(x[None, :2])[1] is None  # two frames fill two directions at most
+    assert "collapsed" in health.look(one[None, :2])[1]
     # A dead last layer, as the loop meets it.
     real = torch.nn.Module.__call__
     monkeypatch.setattr(
@@ -482,6 +484,8 @@ def test_bad_settings_are_one_line(shards, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device cuda: there is none here"):
             run_train(shards, tmp_path / "run", device="cuda")
+        with pytest.raises(InputError, match="--tier gpu"):
+            run_train(shards, tmp_path / "run", device="cpu", tier="gpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
 import time
@@ -80,6 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             click.echo(f"Error: {message}", err=True)
         return code
 
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: what is done cannot fail by a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
     except click.exceptions.Abort:

@@ -51,6 +51,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol linear,knn
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol finetune --seeds 1
     """
+    import shlex
     from pathlib import Path
 
     from sslus.engine.errors import InputError
@@ -73,9 +74,8 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
             stage=progress,
         )  # fmt: skip
         show(result, seeds)
-    summary(
-        {}, next_command=f"sslus train {result.shards} --method all   (the same for every method)"
-    )
+    again = f"sslus train {shlex.quote(str(result.shards))} --method all"
+    summary({}, next_command=f"{again}   (the same for every method)")
 
 
 def show(result, seeds: int) -> None:
@@ -97,7 +97,8 @@ def show(result, seeds: int) -> None:
         {
             "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"
             f" {result.num_patients} patients, {len(result.names)} classes",
-            "split": f"{result.split}; ± is the standard deviation over {seeds} seeds",
+            "split": result.split
+            + (f"; ± is the standard deviation over {seeds} seeds" if seeds > 1 else ""),
             "report": str(result.out / "report.md"),
             "numbers": str(result.out / "results.json"),
             "picture": str(result.out / "confusion.png"),

@@ -39,44 +39,49 @@ def progress(label: str, unit: str) -> Iterator[Report]:
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
     )
-    start, first = time.monotonic(), None
+    rate_of = _Rate()
     with bar:
         task = bar.add_task(label, total=None, rate="", note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            nonlocal first
-            if first is None:  # a resumed job does not count what an earlier run did
-                first = done
-            rate = (done - first) / max(time.monotonic() - start, 1e-9)
-            bar.update(
-                task, completed=done, total=total, rate=f"{_short(rate)} {unit}/s", note=note
-            )
+            rate = rate_of(done)
+            shown = f"{_short(rate)} {unit}/s" if rate else ""
+            bar.update(task, completed=done, total=total, rate=shown, note=note)
 
         yield report
 
 
+class _Rate:
+    """Since the first call: neither what was set up before it counts, nor an earlier run's work."""
+
+    def __init__(self):
+        self.start, self.first = 0.0, None
+
+    def __call__(self, done: int) -> float:
+        """A second; 0 while nothing is known."""
+        now = time.monotonic()
+        if self.first is None:
+            self.start, self.first = now, done
+        return (done - self.first) / max(now - self.start, 1e-9)
+
+
 def _lines(label: str, unit: str) -> Report:
-    start = last = time.monotonic()
-    first = None
+    last, rate_of = time.monotonic(), _Rate()
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last, first
-        if first is None:
-            first = done
-        now = time.monotonic()
+        nonlocal last
+        now, rate = time.monotonic(), rate_of(done)
         if now - last < LINE_EVERY_SECONDS and done < total:
             return
         if done == total and last == float("inf"):
             return
         last = now if done < total else float("inf")
-        rate = (done - first) / max(now - start, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
-        note = f", {note}" if note else ""
-        print(
-            f"{label}: {done:,}/{total:,} {unit}, {_short(rate)}/s{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        parts = [f"{label}: {done:,}/{total:,} {unit}"]
+        if rate:
+            parts.append(f"{_short(rate)}/s")
+            if done < total:
+                parts.append(f"{(total - done) / rate:,.0f} s left")
+        print(", ".join(parts + [note] * bool(note)), file=sys.stderr, flush=True)
 
     return report
 

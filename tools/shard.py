@@ -1,5 +1,6 @@
 """`sslus shard`: videos to shards."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -140,5 +141,5 @@ def show(result) -> None:
         )
     if any(r["status"] == "refused" for r in problems):
         warnings.append(TRY_AGAIN)
-    where = "" if result.out == Path("shards") else f" {result.out}"
+    where = "" if result.out == Path("shards") else f" {shlex.quote(str(result.out))}"
     summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")

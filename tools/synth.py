@@ -1,6 +1,7 @@
 """`sslus synth`: synthetic fetal heart clips to try everything out with."""
 
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -48,5 +49,5 @@ def command(out, videos, patients, seed, size, seconds, jobs):
             "clips": f"{videos} of {patients} patients, {len(PLANES)} planes{kept}",
             "labels": str(out / "labels.csv"),
         },
-        next_command=f"sslus shard {out}",
+        next_command=f"sslus shard {shlex.quote(str(out))}",
     )

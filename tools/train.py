@@ -32,12 +32,13 @@ class TrainCommand(click.Command):
 
 
 def _named(args: list[str]) -> str:
-    for i, arg in enumerate(args):
+    name = METHOD
+    for i, arg in enumerate(args):  # as click does: the last one counts
         if arg == "--method" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith("--method="):
-            return arg.removeprefix("--method=")
-    return METHOD
+            name = args[i + 1]
+        elif arg.startswith("--method="):
+            name = arg.removeprefix("--method=")
+    return name
 
 
 def _option(f, default) -> click.Option:
@@ -213,11 +214,17 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
             "--max-seconds: how far apart --pairs nearby may lie; to end a run after some time"
             " there is --time-limit SECONDS"
         )
+    for one, other in (("lr", "base_lr"), ("warmup_steps", "warmup_epochs")):
+        if {one, other} <= named:
+            one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
+            raise InputError(f"{one} and {other} say the same in two ways; give one of them")
+    if given["time_limit"] is not None and not given["time_limit"] > 0:  # NaN too
+        raise InputError(f"--time-limit {given['time_limit']:g}: want seconds above 0")
     if given["method"] == ALL:
         _train_all(shards, run, given, named)
     else:
         try:
-            _show(_train(shards, run, given, named))
+            _show(_train(shards, run, given, named), shards)
         except Interrupted as e:
             raise Interrupted(f"{e}. Go on with: {_resume(run)}", e.signum) from None
     leave()
@@ -396,11 +403,8 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         if result.signum and not result.stopped and name != methods.names()[-1]:
             raise Interrupted(f"{name} is finished. Go on with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
-        first, last = _lines(result)
-        rows[name] = (
-            f"{result.step:,} steps, {_speed(result):,.1f} samples/s, loss {first['loss']:.3f} ->"
-            f" {last['loss']:.3f}, RankMe {last['rankme']:.1f}"
-        )
+        facts = _facts(result)
+        rows[name] = "; ".join([f"{result.step:,} steps", *facts.values()])
         if result.stopped:
             break
     if _is_main():
@@ -408,7 +412,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             rows,
             warnings=warnings,
             next_command=going if result.stopped
-            else f"sslus evaluate {folder / 'vicreg'} --labels labels.csv",
+            else _evaluate(folder / "vicreg", shards),
         )  # fmt: skip
 
 
@@ -458,40 +462,49 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _show(result) -> None:
+def _show(result, shards: str) -> None:
     from sslus.tools.screen import summary
 
+    going = _resume(result.run) if result.stopped else _evaluate(result.run, shards)
     if _is_main():
-        summary(_rows(result), warnings=result.warnings, next_command=_next(result))
+        summary(_rows(result), warnings=result.warnings, next_command=going)
 
 
-def _next(result) -> str:
-    if result.stopped:
-        return _resume(result.run)
-    return f"sslus evaluate {result.run} --labels labels.csv"
+def _evaluate(run, shards: str) -> str:
+    import shlex
+
+    from sslus.engine.stream import is_url
+
+    there = " --shards shards/" if is_url(shards) else ""  # it wants them on a disk
+    return f"sslus evaluate {shlex.quote(str(run))}{there} --labels labels.csv"
 
 
-def _logged(result) -> list[dict]:
-    """The lines with a loss; a run whose time was up before the first has an empty one."""
-    nothing = {"step": 0, "loss": float("nan"), "samples_per_second": 0.0, "data_wait": 0.0}
-    return [m for m in result.metrics if "loss" in m] or [nothing]
-
-
-def _lines(result) -> tuple[dict, dict]:
-    """The first and the last line of metrics, with what was last known of the features."""
-    lines = _logged(result)
-    healthy = [m for m in lines if "rankme" in m] or [{"rankme": 0.0, "feature_std": 0.0}]
-    return lines[0], healthy[-1] | lines[-1]
-
-
-def _speed(result) -> float:
-    speeds = sorted(m["samples_per_second"] for m in _logged(result))
-    return speeds[len(speeds) // 2]
+def _facts(result) -> dict[str, str]:
+    """Speed, loss and features, as far as they are known: a short run may not have come so far."""
+    lines = [m for m in result.metrics if "loss" in m]
+    looks = [m for m in result.metrics if "rankme" in m]
+    facts = {}
+    if lines:
+        first, last = lines[0], lines[-1]
+        speed, wait = (
+            sorted(m[key] for m in lines)[len(lines) // 2]
+            for key in ("samples_per_second", "data_wait")
+        )
+        facts["speed"] = (
+            f"{speed:,.1f} samples/s (two views each), {100 * wait:.0f} % of the time waiting for"
+            " data"
+        )
+        facts["loss"] = (
+            f"{first['loss']:.3f} (steps 1-{first['step']}) -> {last['loss']:.3f}"
+            f" (to step {last['step']})"
+        )
+    if looks:
+        look = looks[-1]
+        facts["features"] = f"RankMe {look['rankme']:.1f}, mean std {look['feature_std']:.3g}"
+    return facts
 
 
 def _rows(result) -> dict[str, str]:
-    first, last = _lines(result)
-    waits = sorted(m["data_wait"] for m in _logged(result))
     rows = {"run": str(result.run)}
     if result.was_finished:
         rows["state"] = f"was finished already ({result.step} steps); nothing was done"
@@ -500,11 +513,7 @@ def _rows(result) -> dict[str, str]:
     rows |= {
         "trained": f"{result.step:,} steps, {result.epoch:.1f} epochs",
         "time": f"{result.seconds:,.0f} s",
-        "speed": f"{_speed(result):,.1f} samples/s (two views each),"
-        f" {100 * waits[len(waits) // 2]:.0f} % of the time waiting for data",
-        "loss": f"{first['loss']:.3f} (steps 1-{first['step']}) -> {last['loss']:.3f}"
-        f" (to step {last['step']})",
-        "features": f"RankMe {last['rankme']:.1f}, mean std {last['feature_std']:.3g}",
+        **_facts(result),
         "curves": str(result.run / "curves.png"),
         "backbone": str(result.run / "backbone.safetensors"),
     }

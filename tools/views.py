@@ -31,8 +31,11 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     sslus views
     sslus views shards --preset simclr,min_area=0.2 -o simclr.png
     """
+    import shlex
+
     from sslus.engine.errors import InputError
     from sslus.engine.store import FrameStore
+    from sslus.ssl import methods
     from sslus.ssl.views import PRESETS, picture
     from sslus.tools.screen import progress, summary
 
@@ -42,8 +45,15 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
         store = FrameStore.open(shards, report=report)
     within = max_seconds if pairs == "nearby" else None
     picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
-    others = ", ".join(name for name in PRESETS if name != preset.partition(",")[0])
+    base = preset.partition(",")[0]
+    method = base if base in methods.names() else "vicreg"
+    going = ["sslus", "train", str(shards), "--method", method, "--views", preset]
+    if pairs == "nearby":
+        going += ["--pairs", pairs, "--max-seconds", f"{max_seconds:g}"]
     summary(
-        {"picture": str(out), "preset": preset, "others": others},
-        next_command=f"sslus train {shards} --method vicreg --views {preset}",
-    )
+        {
+            "picture": str(out), "preset": preset,
+            "others": ", ".join(name for name in PRESETS if name != base),
+        },
+        next_command=shlex.join(going),
+    )  # fmt: skip
