@@ -38,7 +38,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
     knn       the 20 nearest training frames vote, by the same features
     finetune  backbone and linear head learn together. Seeds x folds (5, fewer where
               a class has fewer patients, one with a `split`) x fractions x 2
-              trainings: 90 by default, some 50 minutes of one core for a ResNet-18
+              trainings: 90 by default, about an hour of one core for a ResNet-18
               at 96 px. Stopped, the same command goes on.
 
     The same backbone at random initialisation and the majority class stand beside it, on the
