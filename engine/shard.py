@@ -43,7 +43,7 @@ from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
-DECODING = 2  # raised when a file would give other frames or times than by the version before
+DECODING = 3  # raised when a file would give other frames or times than by the version before
 KEY_BYTES = 32
 ID_BYTES = 8  # 2^32 videos before two of them are likely to share an id; checked all the same
 # Matroska, FLV and ASF round time stamps to a millisecond: two of them, a frame's and the first

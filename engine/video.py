@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,7 @@ UNTIMED_FORMATS = frozenset({"avi", "asf", "mxf", "mxf_opatom"})
 # measures it, so that a part that is cut off is in neither count.
 ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
 
+REORDERED = 16  # frames that a decoder may hold back at most: a guess is not further off
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 FOLDER_LINKS = "links to folders"  # what find_videos counts them under
 
@@ -242,7 +244,7 @@ def probe(path: Path) -> VideoInfo:
     container, stream = open_video(path)
     with container:
         stream.codec_context.thread_count = 1
-        shown = hidden = end = 0
+        shown = hidden = end = duration = 0
         frame = None
         try:
             for packet in container.demux(stream):
@@ -250,6 +252,7 @@ def probe(path: Path) -> VideoInfo:
                     hidden += packet.is_discard
                     shown += not packet.is_discard
                     if packet.pts is not None:
+                        duration = packet.duration or duration
                         end = max(end, packet.pts + (packet.duration or 0))
                 if frame is None:
                     try:
@@ -278,7 +281,7 @@ def probe(path: Path) -> VideoInfo:
             width=frame.width,
             rate_hz=float(rate or 0),
             num_frames=max(shown, num_frames)
-            + (0 if stream.frames else _missing(container, stream, end)),
+            + (0 if stream.frames else _missing(container, stream, end, duration)),
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
             rotation_degrees=90 * turns,
@@ -288,34 +291,38 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _empty_chunks(path: Path, stream: int) -> int:
-    """How many chunks of a stream are empty, by the index of an AVI.
+    """How many chunks of a stream are empty in an AVI.
 
     Such a chunk repeats the picture before it. It is counted as a frame in the header, but FFmpeg
-    makes no packet of it. A file that is cut off has no index: there every frame is missed.
+    makes no packet of it. From one chunk's head to the next, since the index at the end of an AVI
+    knows its first GB alone, and that of a file that is cut off is missing.
     """
-    size = path.stat().st_size
+    name, num_empty = b"%02dd" % stream, 0  # d, then b or c: a picture, and no change of palette
     with path.open("rb") as f:
-        f.seek(12)  # RIFF, length, "AVI "
         while len(head := f.read(8)) == 8 and any(head[:4]):
-            length = min(int.from_bytes(head[4:], "little"), size)  # it may say anything
-            if head[:4] == b"idx1":
-                data = f.read(length)
-                entries = np.frombuffer(data[: len(data) // 16 * 16], np.uint8).reshape(-1, 16)
-                ours = (entries[:, :2] == np.frombuffer(b"%02d" % stream, np.uint8)).all(1)
-                return int((ours & ~entries[:, 12:].any(1)).sum())  # name, flags, offset, size
-            f.seek(length + length % 2, os.SEEK_CUR)
-    return 0
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] in (b"RIFF", b"LIST"):
+                f.seek(4, os.SEEK_CUR)  # its type; what it is a list of follows
+            else:
+                num_empty += head[:3] == name and not length
+                f.seek(length + length % 2, os.SEEK_CUR)
+    return num_empty
 
 
-def _missing(container, stream, end: int) -> int:
+def _missing(container, stream, end: int, duration: int) -> int:
     """How many frames a file without a frame count is short of the duration it announces.
 
     Matroska and WebM say how long they are but not how many frames they hold: when such a file
-    is cut off, only its duration tells. `end` is the end of the last packet in time base units.
+    is cut off, only its duration tells. In time base units, `end` is the end of the last packet
+    and `duration` a packet's, or 0 where they have none, in which case `end` is its beginning.
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    period = float(duration * stream.time_base)
+    if stream.average_rate:
+        period = 1 / float(stream.average_rate)
+    if not period:
+        return 0
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
     try:
@@ -324,9 +331,9 @@ def _missing(container, stream, end: int) -> int:
         if len(container.streams) > 1 or container.duration is None:
             return 0
         announced = container.duration / 1e6
-    short = announced - float(end * stream.time_base)
-    # Half a frame of grace: a last frame without a duration of its own is no loss.
-    return round(short * rate) if rate and short * rate > 1.5 else 0
+    short = (announced - float(end * stream.time_base)) / period - (not duration)
+    # ASF announces one frame more than there is where frames are reordered. And half of one.
+    return round(short) if short > 1.5 else 0
 
 
 def _is_full_range(frame) -> bool:
@@ -397,8 +404,9 @@ def decode(path: Path) -> Iterator[Frame]:
     A damaged packet costs its own frames only: the count of what comes is to be compared with
     VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame, and never
     fall back: a frame without one comes a period after the one before it, as does a frame at
-    which the clock starts anew, where recordings were joined. Raises VideoError if the file
-    cannot be opened.
+    which the clock starts anew, where recordings were joined. A single absurd one counts as
+    halfway between its neighbours, unless it is the last. Raises VideoError if the file cannot be
+    opened.
     """
     for index, time_seconds, frame, turn in _decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))
@@ -410,16 +418,15 @@ def _decoded(path: Path) -> Iterator[tuple[int, float, object, Turn]]:
         # The workers are the parallelism; a second thread here would only take their core.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
-        index, turn = 0, None
-        for frames in _batches(container, stream):
-            for frame in frames:
-                turn = _turn(frame) if turn is None else turn
-                yield index, clock(frame), frame, turn
-                index += 1
+        frames, turn = chain.from_iterable(_batches(container, stream)), None
+        for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
+            turn = _turn(frame) if turn is None else turn
+            yield index, clock(frame, following), frame, turn
 
 
 class _Clock:
-    """clock(frame): its time in seconds after the first, for frames in the order they are shown.
+    """clock(frame, following): the frame's time in seconds after the first, for frames in the
+    order they are shown, of which the next one is known, or None.
 
     That is its time of presentation (pts), or, `in_order`, the time in the file of the packet
     that brought it out of the decoder (dts). That is taken too from where the former falls back
@@ -434,8 +441,9 @@ class _Clock:
         self.last_seconds = None
         self.last_stamps = None, None
 
-    def __call__(self, frame) -> float:
-        stamps = frame.pts, frame.dts
+    def __call__(self, frame, following) -> float:
+        after = (None, None) if following is None else (following.pts, following.dts)
+        stamps = tuple(map(self.settled, self.last_stamps, (frame.pts, frame.dts), after))
         shown_falls, sent_falls = map(_falls, self.last_stamps, stamps)
         if shown_falls and sent_falls is False and not self.in_order:
             self.in_order, self.zero_seconds = True, None
@@ -451,6 +459,13 @@ class _Clock:
             self.zero_seconds = at - due
         self.last_seconds = at - self.zero_seconds
         return self.last_seconds
+
+    def settled(self, last: int | None, stamp: int | None, after: int | None) -> int | None:
+        """A stamp; where it is absurd, what lies halfway between those before and after it."""
+        far = REORDERED * self.period_seconds / self.tick_seconds
+        if None in (last, stamp, after) or last > after:
+            return stamp
+        return stamp if last - far <= stamp <= after + far else (last + after) // 2
 
 
 def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:

@@ -107,6 +107,7 @@ def test_grey_gif_is_exact(tmp_path):
         # without times of presentation, with those of the first frame only, not starting at 0
         ("libx264", "avi", {"bf": "3"}),
         ("libx264", "wmv", {"bf": "3"}),
+        ("mpeg2video", "wmv", {"bf": "2"}),  # nor durations
         ("libx264", "mpg", {"bf": "3"}),
         ("libx264", "flv", {"bf": "3"}),
         ("libx265", "mp4", {"x265-params": "log-level=none"}),
@@ -135,6 +136,34 @@ def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
     np.testing.assert_allclose(got, np.array(times) / 1000, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "codec, container, later",
+    [
+        ("mpeg4", "mp4", True),  # an MP4 would leave out what is earlier
+        ("libx264", "mp4", True),
+        ("ffv1", "mkv", True),
+        ("ffv1", "mkv", False),
+        ("mpeg2video", "ts", True),
+        ("mpeg2video", "ts", False),
+    ],
+)
+def test_an_absurd_time_stamp_moves_no_other(codec, container, later, clip, pattern, tmp_path):
+    """One far later than the others, or all the others far later than one."""
+    import av
+
+    path = clip(tmp_path / f"x.{container}", pattern(60, 48, 64), codec=codec, options={"bf": "0"})
+    changed = tmp_path / f"changed.{container}"
+    with av.open(str(path)) as a, av.open(str(changed), "w") as b:
+        stream = b.add_stream_from_template(a.streams.video[0])
+        for i, packet in enumerate(p for p in a.demux(video=0) if p.size):
+            if (i == 40) == later:
+                packet.pts += round(1000 / packet.time_base)
+            packet.stream = stream
+            b.mux(packet)
+    times = [f.time_seconds for f in decode(changed)]
+    assert times == pytest.approx([i / 25 for i in range(60)], abs=2e-3)
+
+
 def test_times_that_were_guessed_are_noticed_in_any_format(clip, pattern, tmp_path, monkeypatch):
     """As if nobody knew that an AVI has none: a few frames at the start may come out wrong."""
     monkeypatch.setattr("sslus.engine.video.UNTIMED_FORMATS", frozenset())
@@ -154,6 +183,33 @@ def test_an_avi_that_repeats_frames_is_whole(clip, pattern, tmp_path):
     np.testing.assert_allclose([f.time_seconds for f in decode(path)], np.array(times) / 1000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert probe(path).num_frames > sum(1 for _ in decode(path)) > 0
+
+
+def test_an_avi_of_several_parts_that_repeats_frames_is_whole(clip, pattern, tmp_path):
+    """OpenDML: what does not fit in a first RIFF goes on in another, of which its index is silent.
+    The index of other writers is in the RIFFs; FFmpeg reads on without."""
+    luma, times = pattern(6, 48, 64), [0, 40, 200, 240, 280, 800]
+    path = clip(tmp_path / "x.avi", luma, codec="mjpeg", pixel_format="yuvj420p", times=times)
+    data = path.read_bytes()
+    start = data.index(b"movi") + 4
+    end = start - 4 + struct.unpack("<I", data[start - 8 : start - 4])[0]
+    place, heads = start, []
+    while place < end:
+        heads.append(place)
+        length = struct.unpack("<I", data[place + 4 : place + 8])[0]
+        place += 8 + length + length % 2
+    num = len(heads) // 2  # empty ones before and behind it
+
+    def part(kind: bytes, name: bytes, content: bytes) -> bytes:
+        return kind + struct.pack("<I", 4 + len(content)) + name + content
+
+    index = b"idx1" + struct.pack("<I", 16 * num) + data[end + 8 : end + 8 + 16 * num]
+    first = part(b"LIST", b"movi", data[start : heads[num]]) + index
+    second = part(b"LIST", b"movi", data[heads[num] : end])
+    head = data[12 : start - 12]
+    path.write_bytes(part(b"RIFF", b"AVI ", head + first) + part(b"RIFF", b"AVIX", second))
+    assert probe(path).num_frames == 6
+    np.testing.assert_allclose([f.time_seconds for f in decode(path)], np.array(times) / 1000)
 
 
 @pytest.mark.parametrize("container", ["ts", "mpg"])
@@ -298,13 +354,34 @@ def test_a_damaged_packet_costs_only_itself(clip, pattern, tmp_path):
     np.testing.assert_array_equal(got[-1], whole[-1])
 
 
-@pytest.mark.parametrize("audio", [False, True])
-def test_a_truncated_webm_shows_though_it_holds_no_count(audio, clip, pattern, tmp_path):
-    path = clip(tmp_path / "x.mkv", pattern(90, 64, 64), codec="libvpx-vp9", audio=audio)
-    assert probe(path).num_frames == 90
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+@pytest.mark.parametrize("codec", ["mpeg2video", "wmv2", "mpeg4"])
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_duration_says_nothing_where_no_rate_can_be_told(codec, num, clip, pattern, tmp_path):
+    path = clip(tmp_path / "x.wmv", pattern(num, 48, 64), codec=codec)
+    assert probe(path).num_frames == len(list(decode(path))) == num
+
+
+@pytest.mark.parametrize(
+    "codec, container, audio, kept",
+    [
+        ("libvpx-vp9", "mkv", False, 0.5),
+        ("libvpx-vp9", "mkv", True, 0.5),
+        # With more gone FFmpeg believes the header no longer.
+        ("mpeg2video", "wmv", False, 0.96),
+        ("mpeg4", "wmv", False, 0.96),
+    ],
+)
+def test_a_truncated_file_shows_though_it_holds_no_count(
+    codec, container, audio, kept, clip, pattern, tmp_path
+):
+    path = clip(
+        tmp_path / f"x.{container}", pattern(200, 128, 128), codec=codec, audio=audio,
+        options={"b": "4000000"},
+    )  # fmt: skip
+    assert probe(path).num_frames == 200
+    path.write_bytes(path.read_bytes()[: round(kept * path.stat().st_size)])
     decoded = sum(1 for _ in decode(path))
-    assert 5 < decoded < 85 and abs(probe(path).num_frames - 90) <= 1
+    assert 5 < decoded < 198 and abs(probe(path).num_frames - 200) <= 1
 
 
 def test_a_truncated_video_shows_in_the_count(clip, pattern, tmp_path):
