@@ -327,7 +327,8 @@ def test_autocast_changes_nothing(name, shapes, which):
 @pytest.mark.parametrize("which", ["auto", "reference", *KERNELS])
 def test_an_empty_batch_is_refused(which):
     for op in LOSSES:
-        tensors = [torch.zeros(0, *shape[1:]) for shape in op.cases[0]["tensors"]]
+        shapes = [(0, *shape[1:]) for shape in op.cases[0]["tensors"]]
+        tensors = [torch.zeros(shape, device=device_of(which)) for shape in shapes]
         with pytest.raises(ValueError, match=f"op '{op.name}': the batch is empty") as error:
             op.run(which, *tensors, **op.cases[0]["scalars"])
         assert "\n" not in str(error.value)

@@ -1,7 +1,9 @@
-"""Every Triton kernel's launch up to the compiler: arguments and options, as a GPU would get them.
+"""Every Triton kernel's launch, and its intermediate code for what the launcher found in it.
 
 The interpreter and the compilation ahead of time both go round Triton's launcher. Here it runs,
 on tensors of the CPU, as for an H100, in a process without the interpreter (this file as a script).
+A kernel becomes another one where a number is 1, or a type differs, and the interpreter takes
+what the compiler refuses: a value that has two types, say.
 """
 
 import json
@@ -15,7 +17,9 @@ import torch
 
 def launched() -> dict[str, list[str]]:
     """Runs every op's GPU code; the kernels that each one launched."""
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     from triton.runtime import JITFunction
     from triton.runtime.driver import driver
 
@@ -38,16 +42,38 @@ def launched() -> dict[str, list[str]]:
             return 0
 
     found: dict[str, list[str]] = {}
+    done = set()
+
+    def to_ir(kernel, key, signature, device, constants, options, attributes, warmup):
+        """The front end alone: the rest takes minutes, and is that of test_losses_gpu.py."""
+        found[name].append(kernel.fn.__name__)
+        if (kernel, str(key)) in done:
+            return
+        done.add((kernel, str(key)))
+        _, _, target, backend, _ = kernel.device_caches[device]
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        ASTSource(kernel, signature, constants, attributes).make_ir(
+            target, options, backend.get_codegen_implementation(options),
+            backend.get_module_map(), context,
+        )  # fmt: skip
+
     driver.set_active(Driver())
-    JITFunction._do_compile = lambda self, *_: found[name].append(self.fn.__name__)
+    JITFunction._do_compile = to_ir
     run = JITFunction.run
     JITFunction.run = lambda self, *args, warmup, **options: run(
         self, *args, warmup=True, **options
     )
     for name, op in load_all().items():
         found[name] = []
-        for case in op.cases:
-            op.gpu(*(torch.zeros(s) for s in case["tensors"]), ranks=Ranks(), **case["scalars"])
+        fp32, bf16 = torch.float32, torch.bfloat16
+        for dtypes in ((fp32, fp32), (bf16, bf16), (fp32, bf16), (bf16, fp32)):
+            for case in op.cases:
+                tensors = [
+                    torch.zeros(s, dtype=dtypes[i % 2]) for i, s in enumerate(case["tensors"])
+                ]
+                op.gpu(*tensors, ranks=Ranks(), **case["scalars"])
     found[name := "scale"] = []
     scale_gpu.scaled([torch.zeros(2, 8)] * 2, torch.ones(()), (torch.float32, torch.float32))
     frames, ids = torch.zeros(2, 32, 32, dtype=torch.uint8), torch.arange(2)

@@ -59,8 +59,8 @@ def stack_kernel(za, zb, z, scale, n, d, width, root, ROWS: tl.constexpr, BD: tl
     squares = tl.zeros((ROWS,), tl.float32)
     for c0 in range(0, width, BD):
         c = c0 + tl.arange(0, BD)
-        x = load(za, i, c, d) if second == 0 else load(zb, i, c, d)
-        x = x.to(tl.float32)
+        # Each is converted by itself: what is chosen from has one type, the views may have two.
+        x = load(za, i, c, d).to(tl.float32) if second == 0 else load(zb, i, c, d).to(tl.float32)
         squares += tl.sum(x * x, 1)
         place = z + (second * n + i)[:, None].to(tl.int64) * width + c[None, :]
         inside = (row < n)[:, None] & (c < width)[None, :]
