@@ -290,8 +290,12 @@ class Frames:
 
 
 def measure(bench: Bench) -> None:
+    import torch
+
     from sslus.ssl import methods
 
+    # As `train` has it: the ceiling would be slower than the loop without.
+    torch.backends.cudnn.benchmark = bench.device == "cuda"
     names = sorted(methods.names(), key=lambda name: name not in USUAL)
     for name in names:
         measure_method(bench, name)
