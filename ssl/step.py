@@ -139,11 +139,14 @@ class _Graph:
             with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
                 self.out = step.update([self.views])
         except Exception:
-            # An invalid capture is left half open by torch: on its own stream, and with memory
-            # that another stream has used never free again.
+            # An invalid capture is left half open by torch: on its own stream, with memory that
+            # another stream has used never free again, and with a generator that refuses to draw
+            # ("offset increment outside graph capture"). A copy of its state draws.
             torch.cuda.set_stream(current)
             with contextlib.suppress(RuntimeError):  # it was not invalid
                 torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            generator = torch.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
         before.restore()
 

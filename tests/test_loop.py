@@ -1,5 +1,6 @@
 """What the loop offers beside the plain run: micro-batches, a dual task, a look on the way."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -482,6 +483,43 @@ def test_the_fastest_way_that_works_is_taken(monkeypatch):
     assert step.way == "compile" and torch.equal(weights_of(state), before)
     assert told[0] == "step: graph does not work here (RuntimeError: no graph today)"
     assert told[1].startswith("step: compile (eager 3.0 ms, compile 2.0 ms")
+
+
+def test_an_invalid_capture_is_closed(monkeypatch):
+    """What torch leaves open, with torch.cuda played by stand-ins."""
+    done = []
+
+    class Stream:
+        device_index = 0
+
+        def wait_stream(self, other):
+            pass
+
+    class Generator:
+        def clone_state(self):
+            return "a copy"
+
+        def graphsafe_set_state(self, state):
+            done.append(state)
+
+    @contextlib.contextmanager
+    def graph(*args, **options):
+        yield
+        raise RuntimeError("invalid capture")
+
+    current = Stream()
+    for name, value in {
+        "Stream": Stream, "stream": contextlib.nullcontext, "current_stream": lambda: current,
+        "CUDAGraph": object, "graph_pool_handle": lambda: (0, 1), "graph": graph,
+        "set_stream": done.append, "default_generators": (Generator(),),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    end = lambda device, pool: done.append((device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    step = Step(state_of(SMALL), SMALL.resolved(CPU, 100), "graph")
+    with pytest.raises(RuntimeError, match="invalid capture"):
+        step([views_of(16)], 0.1)
+    assert done == [current, (0, (0, 1)), "a copy"] and step.graph is None
 
 
 def on_the_cpu(state):
