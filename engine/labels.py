@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_labels(path: Path) -> list[Label]:
             # Quotes that do not match make one row of two, and one patient of two.
             if any(c in cells[column] for c in "\n\r\0"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
-        video = (path.parent / cells["path"]).resolve()
+        video = _in_either_form((path.parent / cells["path"]).resolve())
         if video in seen:
             raise InputError(f"{where}: {cells['path']} stands already in line {seen[video]}")
         seen[video] = line
@@ -67,6 +68,12 @@ def read_labels(path: Path) -> list[Label]:
     if len({x.split is None for x in labels}) == 2:
         raise InputError(f"labels {path}: split is given for some rows only; fill or drop it")
     return labels
+
+
+def _in_either_form(path: Path) -> Path:
+    """Unicode writes é in two ways: a file's name may have the one and labels.csv the other."""
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return path if path.exists() else next((p for p in forms if p.exists()), path)
 
 
 def labelled_videos(labels: Path, shards: Path) -> dict[str, Label]:

@@ -29,6 +29,9 @@ class Online:
         self.store, self.image_size, self.device = store, image_size, device
         self.why_not: str | None = None
         labelled = np.flatnonzero((store.label >= 0) & (store.patient >= 0))
+        if not len(labelled):
+            self.why_not = "the shards hold no labels: sslus shard --labels puts them in"
+            return
         step = max(1, -(-len(labelled) // NUM_FRAMES))
         index = labelled[::step]
         frames = LabelledFrames(

@@ -1,6 +1,7 @@
 """The processes of one run: one a GPU, started by torchrun, or this one alone."""
 
 import functools
+import importlib.metadata
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,7 +85,20 @@ def pick_device(name: str) -> torch.device:
         raise InputError("device cuda: there is none here (`sslus doctor` says why); or use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        _refuse_wrong_code()
     return torch.device(name)
+
+
+def _refuse_wrong_code() -> None:
+    """Triton 3.6 leaves a product of the losses out where it compiles for sm_100; 3.8 does not."""
+    triton = importlib.metadata.version("triton")
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 10 and tuple(map(int, triton.split(".")[:2])) < (3, 8):
+        raise InputError(
+            f"device cuda: Triton {triton} compiles wrong code for this GPU (sm_{major}{minor});"
+            " pip install --upgrade torch torchvision triton"
+        )
 
 
 def pays_bf16(device: torch.device, backbone: str) -> bool:

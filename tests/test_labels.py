@@ -1,5 +1,7 @@
 """labels.csv: what is not clear is refused with its line; nobody gets another's patient."""
 
+import unicodedata
+
 import pytest
 
 from sslus.engine.errors import InputError
@@ -32,6 +34,13 @@ def test_a_row_is_what_its_cells_say(read, tmp_path):
         Label(tmp_path.resolve() / "y.mp4", "right", "p 2", "test"),
     ]
     assert read("patient,path,label\rp1,x.mp4,left\r")[0].patient == "p1"
+
+
+@pytest.mark.parametrize("there, named", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_an_accent_is_found_in_either_form(there, named, read, tmp_path):
+    video = tmp_path / unicodedata.normalize(there, "é.mp4")
+    video.touch()
+    assert read(HEADER + unicodedata.normalize(named, "é.mp4,a,1\n"))[0].path == video
 
 
 @pytest.mark.parametrize(

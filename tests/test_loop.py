@@ -381,8 +381,8 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     [
         ("--lr 1e-3 --base-lr 0.1", "--lr and --base-lr say the same in two ways"),
         ("--warmup-steps 1 --warmup-epochs 2", "--warmup-steps and --warmup-epochs say the same"),
-        ("--time-limit nan", "--time-limit nan: want seconds above 0"),
-        ("--time-limit -1", "--time-limit -1: want seconds above 0"),
+        ("--time-limit nan", "--time-limit nan: want seconds from 0"),
+        ("--time-limit -1", "--time-limit -1: want seconds from 0"),
         ("--method vicreg --method moco --variance 7", "No such option '--variance'"),
     ],
 )

@@ -472,6 +472,19 @@ def test_what_is_finished_outlives_a_run_that_is_not(how, clips, mixed, tmp_path
     assert make(clips, out, None).already
 
 
+def test_where_videos_were_moved_to_is_taken_down(clips, tmp_path, key):
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "out"
+    shutil.copytree(clips, here)  # with their times
+    before = make(here, out, key, jobs=1)
+    here.rename(there)
+    after = make(there, out, None)
+    assert after.already and after.manifest == before.manifest
+    for was, now in zip(before.ledger, after.ledger, strict=True):
+        assert now == was | {"source": was["source"].replace(str(here), str(there))}
+    lines = (out / "local" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == after.ledger
+
+
 def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
     (tmp_path / "other").write_text("ff" * 32)
     make(clips, tmp_path / "out", key)

@@ -1,5 +1,6 @@
 """The plan, the schedule, and a run that survives whatever stops it."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
 from sslus.ssl.train import Settings, settings_from, train
+from sslus.ssl.world import pick_device
 from sslus.tools.cli import main, sslus
 
 STEPS = 10
@@ -487,6 +489,19 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         with pytest.raises(InputError, match="--tier gpu"):
             run_train(shards, tmp_path / "run", device="cpu", tier="gpu")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("capability, triton, right", [
+    ((9, 0), "3.6.0", True), ((10, 0), "3.6.0", False), ((10, 0), "3.8.1", True),
+])  # fmt: skip
+def test_a_gpu_that_triton_compiles_wrong_code_for_is_refused(
+    capability, triton, right, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: triton)
+    with contextlib.nullcontext() if right else pytest.raises(InputError, match="3.6.0.*sm_100"):
+        assert pick_device("auto").type == "cuda"
 
 
 def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):

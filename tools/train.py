@@ -218,8 +218,8 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
         if {one, other} <= named:
             one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
             raise InputError(f"{one} and {other} say the same in two ways; give one of them")
-    if given["time_limit"] is not None and not given["time_limit"] > 0:  # NaN too
-        raise InputError(f"--time-limit {given['time_limit']:g}: want seconds above 0")
+    if given["time_limit"] is not None and not given["time_limit"] >= 0:  # NaN too
+        raise InputError(f"--time-limit {given['time_limit']:g}: want seconds from 0")
     if given["method"] == ALL:
         _train_all(shards, run, given, named)
     else:
