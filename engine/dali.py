@@ -9,6 +9,7 @@ MJPEG, VP8 and VP9 only, and PyAV (engine/video.py) is faster there.
 """
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -49,12 +50,32 @@ def why_not(device: str) -> str | None:
             _nvdec()
         for module in ("nvidia.dali", "nvidia.nvimgcodec"):
             import_module(module)
+        _encoder(device)
     except InputError as e:
         return str(e)
     except ImportError as e:
         instead = "--device cpu" if device == "cuda" else "--decoder pyav"
         return f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use {instead}"
     return None
+
+
+def _encoder(device: str, threads: int = 1):
+    """JPEG by nvImageCodec. Raises InputError where CUDA does not start: a driver that is there
+    may be too old for the CUDA that DALI and nvImageCodec are built with."""
+    import nvidia.nvimgcodec as codec
+
+    kind, gpu = codec.BackendKind, device == "cuda"
+    kinds = (kind.GPU_ONLY, kind.HYBRID_CPU_GPU) if gpu else (kind.CPU_ONLY,)
+    try:
+        return codec.Encoder(
+            device_id=0 if gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=threads,
+            backends=[codec.Backend(k) for k in kinds],
+        )
+    except RuntimeError as e:
+        why = str(e).splitlines()[0]
+        instead = "is the driver too old? use --device cpu" if gpu else "use --decoder pyav"
+        raise InputError(f"nvImageCodec does not start ({why}); {instead}") from e
 
 
 class DaliBackend:
@@ -75,18 +96,11 @@ class DaliBackend:
         if reason:
             raise InputError(f"dali: {reason}")
         import nvidia.dali
-        import nvidia.nvimgcodec as codec
 
         self._dali = nvidia.dali
         self._gpu = device == "cuda"
         self._threads = threads
-        kind = codec.BackendKind
-        gpu_kinds = (kind.GPU_ONLY, kind.HYBRID_CPU_GPU)
-        self._encoder = codec.Encoder(
-            device_id=0 if self._gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=threads,
-            backends=[codec.Backend(k) for k in (gpu_kinds if self._gpu else (kind.CPU_ONLY,))],
-        )
+        self._encoder = _encoder(device, threads)
 
     def refuses(self, info: VideoInfo) -> str | None:
         """Why this device cannot decode such a file, or None if it can."""
@@ -105,6 +119,8 @@ class DaliBackend:
             return f"DALI decodes 8-bit 4:2:0 of {names} on a GPU, not {kind}"
         if info.width % 2 or info.height % 2:
             return f"NVDEC gives even sizes only, not {info.width} x {info.height}"
+        if info.interlaced:
+            return "DALI takes each field of an interlaced video for a frame"
         number, name = NVDEC_CODECS[info.codec]
         caps = _nvdec_limits(number)
         if not caps.supported:
@@ -130,7 +146,7 @@ class DaliBackend:
     ) -> Iterator[Prepared]:
         """Every decoded frame in order; the kept ones as (size, size) image and as JPEG."""
         path = Path(path).absolute()
-        _check_stamps(path)
+        _check_packets(path)
         with _blame(path):
             pipe = self._pipeline(path, info, size)
             pipe.build()
@@ -286,19 +302,33 @@ def _blame(path: Path):
         raise VideoError(path, f"DALI: {why}") from e
 
 
-def _check_stamps(path: Path) -> None:
-    """DALI sorts frames by the packets' time stamps, in 32 bits, and skips negative ones.
+def _check_packets(path: Path) -> None:
+    """DALI takes for granted that a packet is a frame, shown at its time stamp.
 
-    Where the file has none, or none that count, frames would come in the wrong order, or more
-    or fewer than are shown. An AVI has none: FFmpeg works them out, DALI's demuxer does not, and
-    where frames are reordered FFmpeg's may be wrong.
+    It sorts frames by the stamps, in 32 bits, and skips negative ones. Where the file has none,
+    or none that count, frames would come in the wrong order, or more or fewer than are shown. An
+    AVI has none: FFmpeg works them out, DALI's demuxer does not, and where frames are reordered
+    FFmpeg's may be wrong. On a GPU the stamps wait in a queue, and each picture decoded takes the
+    next: where a packet gives none, all later frames get another's.
     """
     import av
 
+    stamps, order, edited, whole = [], [], False, True
     try:
         container, stream = open_video(path)
         with container:
-            packets = [p for p in container.demux(stream) if p.size]
+            codec = stream.codec_context.name
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                if not stamps and not _begins(packet, stream):
+                    raise VideoError(path, "pictures that lean on others before it, cut off")
+                if not _shows_its_own(codec, packet):
+                    raise VideoError(path, "packets that show no new picture, which DALI counts")
+                stamps.append(packet.pts)
+                order.append(packet.dts)
+                edited |= packet.pts is not None and (packet.pts < 0) != packet.is_discard
+                whole &= not packet.is_corrupt
             guessed = is_untimed(container)
             first = stream.index == container.streams.video[0].index
             reordered = stream.codec_context.has_b_frames
@@ -306,16 +336,43 @@ def _check_stamps(path: Path) -> None:
         raise VideoError(path, f"cannot be read ({e.strerror or e})") from e
     if not first:  # a cover picture stands before it
         raise VideoError(path, "another picture before the video, which DALI would take")
-    stamps = [p.pts for p in packets]
     if None in stamps or (guessed and (reordered or stamps != sorted(stamps))):
         raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")
-    order = [p.dts for p in packets if p.dts is not None]
+    order = [dts for dts in order if dts is not None]
     if order != sorted(order):
         raise VideoError(path, "time stamps that start anew, by which DALI would mix the frames")
     if len(set(stamps)) < len(stamps) or max(stamps, default=0) >= 1 << 31:
         raise VideoError(path, "repeated time stamps, or more than 32 bits, which mislead DALI")
-    if any((p.pts < 0) != p.is_discard for p in packets):
+    if edited:
         raise VideoError(path, "an edit list or negative times, which DALI does not follow")
+    if not whole:
+        raise VideoError(path, "damaged packets, of which DALI would say nothing")
+
+
+def _begins(packet, stream) -> bool:
+    """Whether NVDEC gives a picture from this packet on, the first of a file.
+
+    Of H.264 it gives none before an IDR picture, of HEVC none that lean on what was before.
+    """
+    codec = stream.codec_context.name
+    if codec not in ("h264", "hevc"):
+        return packet.is_keyframe
+    from av.bitstream import BitStreamFilterContext
+
+    own = type(packet)(bytes(packet))  # a filter empties what it is given
+    units = b"".join(map(bytes, BitStreamFilterContext(f"{codec}_mp4toannexb", stream).filter(own)))
+    heads = [head[0] for head in re.findall(rb"\x00\x00\x01(.)", units, re.DOTALL)]
+    if codec == "h264":
+        return any(head & 31 == 5 for head in heads)  # ITU-T H.264, table 7-1
+    return any(17 <= head >> 1 & 63 <= 20 for head in heads)  # H.265, table 7-1: IDR, BLA
+
+
+def _shows_its_own(codec: str, packet) -> bool:
+    """Whether a packet of VP8 or VP9 shows a picture that it holds."""
+    if codec == "vp8":
+        return bool(memoryview(packet)[0] & 0x10)  # show_frame, RFC 6386, section 9.1
+    # show_existing_frame, VP9 bitstream, section 6.2: NVDEC has nothing to decode then.
+    return codec != "vp9" or not memoryview(packet)[0] & 0x08
 
 
 # --- what the driver can do, asked without a CUDA toolkit ---------------------------------------

@@ -71,6 +71,7 @@ class VideoInfo:
     rotation_degrees: int = 0  # how far a player turns the picture, counterclockwise
     mirrored: bool = False  # left to right, before it is turned
     other_streams: int = 0  # further videos in the file, which nobody decodes
+    interlaced: bool = False  # its first frame holds two fields
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,7 @@ def probe(path: Path) -> VideoInfo:
             rotation_degrees=90 * turns,
             mirrored=mirrored,
             other_streams=len(others),
+            interlaced=bool(frame.interlaced_frame),
         )
 
 

@@ -92,6 +92,8 @@ VFR_MS = [0, 40, 50, 51, 300, 1000, 1001, 1700] + [2000 + 33 * i for i in range(
 FAST = {"deadline": "realtime", "cpu-used": "8", "b:v": "2M"}
 EXACT = FAST | {"lossless": "1"}  # grey stays exactly grey, so that RGB rounds nothing
 BEST = {"q:v": "2", "strict": "unofficial"}
+# Even, but no multiple of 16: the decoder must crop.
+LARGE = (370, 242)
 CPU_CLIPS = {
     "mjpeg-full-odd": ("a.avi", "mjpeg", 2 * CHUNK + 5,
                        dict(pixels="yuvj420p", range_=FULL, size=(65, 47), options=BEST)),
@@ -104,9 +106,7 @@ CPU_CLIPS = {
     "vp9-full-odd": ("a.webm", "libvpx-vp9", CHUNK + 1,
                      dict(range_=FULL, size=(131, 75), options=EXACT)),
     "vp9-one-frame": ("a.webm", "libvpx-vp9", 1, dict(options=EXACT)),
-    "vp9-hidden-frames": ("a.mkv", "libvpx-vp9", 40,
-                          dict(options=FAST | {"auto-alt-ref": "1", "lag-in-frames": "16",
-                                               "deadline": "good"})),
+    "vp9-hidden-frames": ("a.mkv", "libvpx-vp9", 40, dict(options=EXACT)),
     "vp9-variable-rate": ("a.webm", "libvpx-vp9", len(VFR_MS),
                           dict(times_ms=VFR_MS, options=EXACT)),
 }  # fmt: skip
@@ -186,6 +186,83 @@ def test_frames_that_dali_would_not_put_in_order_are_refused(file, codec, cpu, t
         list(cpu.prepared(path, probe(path), lambda i, t: True, 32, 95))
 
 
+OPEN = {
+    "libx264": {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=2"},
+    "libx265": {"x265-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=2"},
+}
+
+
+def remux(path, into, change):
+    """The packets of a file in another; change(number, data) -> the data to write, or None."""
+    with av.open(str(path)) as source, av.open(str(into), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            data = change(number, packet)
+            if data is not None:
+                copy = av.Packet(data)
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                out.mux(copy)
+    return into
+
+
+@pytest.mark.parametrize("codec", OPEN)
+def test_a_file_that_leans_on_what_was_cut_off_is_refused(codec, cpu, tmp_path):
+    whole = make_clip(tmp_path / "a.mkv", codec, 40, options=OPEN[codec])
+    dali._check_packets(whole)
+    keys = []
+
+    def from_second_key(number, packet):
+        keys.extend([number] * packet.is_keyframe)
+        return bytes(packet) if len(keys) > 1 else None
+
+    cut = remux(whole, tmp_path / "cut.mkv", from_second_key)
+    assert 0 < keys[1] < 40
+    with pytest.raises(VideoError, match="lean on others"):
+        list(cpu.prepared(cut, probe(cut), lambda i, t: True, 32, 95))
+
+
+@pytest.mark.parametrize(
+    "codec, change",
+    [
+        ("libvpx", lambda data: bytes([data[0] & 0xEF]) + data[1:]),  # hidden
+        ("libvpx-vp9", lambda data: b"\x88"),  # shows again what was shown before
+    ],
+)
+def test_packets_that_show_nothing_new_are_refused(codec, change, cpu, tmp_path):
+    whole = make_clip(tmp_path / "a.webm", codec, 12, options=FAST)
+    dali._check_packets(whole)
+    hit = remux(whole, tmp_path / "b.webm", lambda n, p: change(bytes(p)) if n == 5 else bytes(p))
+    with pytest.raises(VideoError, match="no new picture"):
+        list(cpu.prepared(hit, probe(whole), lambda i, t: True, 32, 95))
+
+
+def test_the_clips_with_hidden_frames_hold_some(tmp_path):
+    for file, codec, size in (("a.mkv", "libvpx-vp9", (66, 48)), ("a.webm", "libvpx-vp9", LARGE)):
+        with av.open(str(make_clip(tmp_path / file, codec, 37, size=size, options=EXACT))) as clip:
+            assert any(not bytes(p)[0] & 2 for p in clip.demux(video=0) if p.size)
+
+
+def test_damage_that_the_file_tells_of_is_refused(cpu, tmp_path):
+    whole = make_clip(tmp_path / "a.ts", "libx264", 40)
+    data = whole.read_bytes()
+    blocks = [data[i : i + 188] for i in range(0, len(data), 188)]
+    # Those of a stream are numbered. One in the midst of the video (0x100) is taken away.
+    middle = range(len(blocks) // 2, len(blocks))
+    del blocks[next(i for i in middle if blocks[i][1:3] == b"\x01\x00")]
+    hit = tmp_path / "b.ts"
+    hit.write_bytes(b"".join(blocks))
+    dali._check_packets(whole)
+    with pytest.raises(VideoError, match="damaged packets"):
+        list(cpu.prepared(hit, probe(whole), lambda i, t: True, 32, 95))
+
+
+def test_fields_are_seen(tmp_path):
+    options = {"x264-params": "interlaced=1"}
+    assert probe(make_clip(tmp_path / "a.mp4", "libx264", 4, options=options)).interlaced
+    assert not probe(make_clip(tmp_path / "b.mp4", "libx264", 4)).interlaced
+
+
 def info_of(codec, pixels="yuv420p", width=640, height=480, **more):
     return VideoInfo(codec, pixels, height, width, 25.0, 10, **more)
 
@@ -217,6 +294,7 @@ def test_gpu_refuses_what_nvdec_cannot_decode(monkeypatch, cpu):
         (info_of("h264", width=32), "48 x 16"),
         (info_of("vp8"), "does not decode VP8"),
         (info_of("h264", rotation_degrees=270), "270 degrees"),
+        (info_of("h264", interlaced=True), "interlaced"),
     ]:
         assert why in cpu.refuses(info)
 
@@ -230,6 +308,13 @@ def test_a_device_that_cannot_work_is_an_error(monkeypatch):
         DaliBackend("cuda")
     assert "\n" not in str(e.value)
     assert "no NVIDIA driver" in dali.why_not("cuda") and dali.why_not("cpu") is None
+    monkeypatch.undo()
+    monkeypatch.setattr(dali, "_nvdec", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if dali.why_not("cuda"):  # a driver is there, but CUDA does not start
+        assert "\n" not in dali.why_not("cuda") and "driver" in dali.why_not("cuda")
+        with pytest.raises(InputError, match="nvImageCodec does not start"):
+            DaliBackend("cuda")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(InputError, match="pip install"):
         DaliBackend("cpu")
@@ -265,8 +350,8 @@ GPU_CLIPS = {
     "mpeg4": ("a.mp4", "mpeg4", {}, {"q:v": "2"}),
     "mpeg4-b-frames": ("a.mp4", "mpeg4", {}, {"q:v": "2", "bf": "2"}),
     "vp8": ("a.webm", "libvpx", {}, FAST),
-    "vp9-hidden-frames": ("a.webm", "libvpx-vp9", {},
-                          {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
+    "vp9": ("a.webm", "libvpx-vp9", {}, FAST),
+    "vp9-hidden-frames": ("a.webm", "libvpx-vp9", {}, EXACT),
     "vp9-full-range": ("a.webm", "libvpx-vp9", dict(range_=FULL), FAST),
 }  # fmt: skip
 GPU_COUNTS = {"h264-one-frame": 1, "h264-chunks": 3 * CHUNK, "h264-variable-rate": len(VFR_MS)}
@@ -277,16 +362,15 @@ GPU_COUNTS = {"h264-one-frame": 1, "h264-chunks": 3 * CHUNK, "h264-variable-rate
 def test_gpu_agrees_with_pyav(name, cuda, tmp_path):
     file, codec, extra, options = GPU_CLIPS[name]
     path = tmp_path / file
-    # 370 x 242 is even, but no multiple of 16: the decoder must crop.
     count = GPU_COUNTS.get(name, 2 * CHUNK + 5)
-    make_clip(path, codec, count, size=(370, 242), options=options, **extra)
+    make_clip(path, codec, count, size=LARGE, options=options, **extra)
     assert not differences(path, cuda, 128)
     assert not differences(path, cuda, 500, keep=lambda index, time: index % 3 == 0)
 
 
 @pytest.mark.gpu
 def test_gpu_damage_is_never_silent(cuda, tmp_path):
-    whole = make_clip(tmp_path / "a.ts", "libx264", 100, size=(370, 242), options=B_FRAMES)
+    whole = make_clip(tmp_path / "a.ts", "libx264", 100, size=LARGE, options=B_FRAMES)
     info = probe(whole)
     cut = tmp_path / "cut.ts"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
