@@ -175,7 +175,7 @@ def shard(
         num_workers = min(jobs, len(sources))
         try:
             with worker_pool(num_workers, _start_worker, (backends,), job.told) as workers:
-                _decode_all(job, workers, report)
+                _decode_all(job, workers, report, several=len(backends) > 1)
                 ledger = [_ledger_line(s, ids[s.name], job.records[s.name]) for s in sources]
                 _write_ledger(work, ledger)
                 _refuse_failure(ledger, strict, work / LEDGER)
@@ -446,21 +446,24 @@ def _jpegs_path(work: Path, video_id: str) -> Path:
     return work / f"{video_id}.jpegs"
 
 
-def _spool_video(path: Path, video_id: str, settings: Settings, work: Path) -> dict:
+def _spool_video(
+    path: Path, video_id: str, settings: Settings, work: Path, by_last: bool = False
+) -> dict:
     """Decode one video into <id>.jpegs and <id>.json in `work`. Returns what the latter holds.
 
     Neither is synced to the disk, which took some 20 ms a video: a later run that
     goes on from them looks whether they are whole.
 
     A file that cannot be decoded is a record with status "refused"; only errors in writing are
-    raised.
+    raised. `by_last`: the last of the worker's decoders alone is tried.
     """
     start = time.monotonic()
     record = {**_refusal(path), "frames": []}
+    backends = _worker_backends[-1:] if by_last else _worker_backends
     try:
         with _blamed(path):
             info = probe(path)
-            reasons = [(b, b.refuses(info)) for b in _worker_backends]
+            reasons = [(b, b.refuses(info)) for b in backends]
         record |= {
             "codec": info.codec, "width": info.width, "height": info.height,
             "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
@@ -595,13 +598,16 @@ def _without_frames(record: dict) -> dict:
     return {k: v for k, v in record.items() if k != "frames"}
 
 
-def _decode_all(job: _Job, workers: Workers, report: Callable | None) -> None:
-    """Add the records of the sources that have none yet."""
+def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: bool) -> None:
+    """Add the records of the sources that have none yet.
+
+    A decoder on a GPU may end its process over a file. Where there are `several` decoders, such
+    a file is given to the last of them, as one of which frames were lost is.
+    """
     records = job.records
     todo = [s for s in job.sources if s.name not in records]
     # Long ones first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
-    tasks = [(s.path, job.ids[s.name], job.settings, job.work) for s in todo]
     frames = sum(r["decoded_frames"] for r in records.values())
 
     def tell() -> None:
@@ -609,12 +615,20 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None) -> None:
             report(len(records), len(job.sources), f"{frames:,} frames")
 
     tell()
-    for number, result in workers.map(_spool_video, tasks):
-        if isinstance(result, BrokenProcessPool):
-            result = _crashed(todo[number].path, job.ids[todo[number].name], job.work)
-        records[todo[number].name] = result
-        frames += result["decoded_frames"]
-        tell()
+    for by_last in (False, True) if several else (False,):
+        tasks = [(s.path, job.ids[s.name], job.settings, job.work, by_last) for s in todo]
+        crashed = []
+        for number, result in workers.map(_spool_video, tasks):
+            source = todo[number]
+            if isinstance(result, BrokenProcessPool):
+                result = _crashed(source.path, job.ids[source.name], job.work)
+                if several and not by_last:
+                    crashed.append(source)
+                    continue
+            records[source.name] = result
+            frames += result["decoded_frames"]
+            tell()
+        todo = crashed
 
 
 def _crashed(path: Path, video_id: str, work: Path) -> dict:
