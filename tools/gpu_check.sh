@@ -170,8 +170,8 @@ all() {
   # It compiles the step, which takes a minute.
   step train-auto 60 "${sslus[@]}" train "$work/shards" --method vicreg "${few[@]}" \
     --device "$device" --run "$work/auto"
-  # The last three have nothing on the GPU.
-  for stage in losses:90 decode:20 shard:20 train:40 augment:8 loader:8 store:8; do
+  # The last two have nothing on the GPU.
+  for stage in losses:90 augment:25 train:40 decode:30 shard:30 loader:8 store:8; do
     # With the clips just made; without them (synth failed) bench/run.py makes its own.
     data=()
     { [ -z "$dry" ] && [ ! -f "$work/videos/labels.csv" ]; } || data=(--data "$work/videos")

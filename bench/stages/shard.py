@@ -72,6 +72,8 @@ def measure(bench: Bench) -> None:
     from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
 
+    if bench.device == "cuda":  # first, in case the time runs out
+        on_gpu(bench)
     out = bench.scratch / "shard-out"
     copies = 1 if bench.quick else COPIES
     videos = copied(bench.videos, copies, bench.scratch / "copied")
@@ -108,8 +110,6 @@ def measure(bench: Bench) -> None:
         {"sslus": Work(partial(start_workers, 2), 2, fresh=False)}, repeats=3,
     )  # fmt: skip
     memory(bench, bench.videos, out)
-    if bench.device == "cuda":
-        on_gpu(bench)
 
 
 def copied(videos: list[Path], copies: int, folder: Path) -> list[Path]:
