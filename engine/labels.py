@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def read_labels(path: Path) -> list[Label]:
             # Quotes that do not match make one row of two, and one patient of two.
             if any(c in cells[column] for c in "\n\r\0"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
-        video = _in_either_form((path.parent / cells["path"]).resolve())
+        video = (path.parent / cells["path"]).resolve()
         if video in seen:
             raise InputError(f"{where}: {cells['path']} stands already in line {seen[video]}")
         seen[video] = line
@@ -70,40 +71,45 @@ def read_labels(path: Path) -> list[Label]:
     return labels
 
 
-def _in_either_form(path: Path) -> Path:
-    """Unicode writes é in two ways: a file's name may have the one and labels.csv the other."""
-    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    return path if path.exists() else next((p for p in forms if p.exists()), path)
-
-
-def labelled_videos(labels: Path, shards: Path) -> dict[str, Label]:
+def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]:
     """The rows of labels.csv by the ids that their videos have in the shards, through local/.
 
-    Videos that were moved all together are found by where they lie below labels.csv. Raises
-    InputError for rows without a video in the shards, and for a video that was replaced since.
+    Videos that were moved all together are found by where they lie below labels.csv; the second
+    value says that they were. Raises InputError for rows without a video in the shards, and for a
+    video of another size than it had.
     """
     local, rows = shards / "local", read_labels(labels)
     ids = {Path(line["source"]).resolve(): line["id"] for line in _ledger(local / "ledger.jsonl")}
-    places = [row.path for row in rows]
-    if not any(place in ids for place in places):
-        places = _moved(places, Path(labels).parent.resolve(), ids) or places
-    unknown = [place for place in places if place not in ids]
+    places = as_known([row.path for row in rows], ids)
+    before = [] if any(place in ids for place in places) else _moved(places, labels, ids)
+    found = before or places
+    unknown = [place for place in found if place not in ids]
     if unknown:
         raise InputError(
             f"labels {labels}: {len(unknown)} of {len(rows)} videos are not in {shards}, the"
             f" first: {unknown[0]}; shard them too, or take out their rows. If they were moved,"
-            " `sslus shard` on their new folder takes down where they are"
+            " the command that made the shards, on their new folder, takes down where they are"
         )
     # Names may be given to other files; training has seen what the shards hold.
     sizes = _sizes(local / "request.json")
-    for row, place in zip(rows, places, strict=True):
+    for now, place in zip(places, found, strict=True):
         size = sizes.get(ids[place])
-        if size is not None and row.path.is_file() and row.path.stat().st_size != size:
+        if size is not None and now.is_file() and now.stat().st_size != size:
             raise InputError(
-                f"labels {labels}: {row.path} is another file than the one in {shards}; put it"
-                " back, or make the shards again: sslus shard --force"
+                f"labels {labels}: {now} is another file than the one in {shards}, by its size;"
+                " are these the labels of those shards?"
             )
-    return {ids[place]: row for row, place in zip(rows, places, strict=True)}
+    return {ids[place]: row for row, place in zip(rows, found, strict=True)}, bool(before)
+
+
+def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:
+    """Each path as it is in `known`, if only accents differ: Unicode writes é in two ways."""
+
+    def form(path: Path) -> str:
+        return unicodedata.normalize("NFC", str(path))
+
+    forms = {form(path): path for path in known}
+    return [path if path in known else forms.get(form(path), path) for path in paths]
 
 
 def _ledger(path: Path) -> list[dict]:
@@ -120,9 +126,9 @@ def _ledger(path: Path) -> list[dict]:
         ) from e
 
 
-def _moved(places: list[Path], folder: Path, ids: dict[Path, str]) -> list[Path]:
-    """Where the videos were, if one folder had all of them as `folder` has now; else []."""
-    below = [Path(os.path.relpath(place, folder)) for place in places]
+def _moved(places: list[Path], labels: Path, ids: dict[Path, str]) -> list[Path]:
+    """Where the videos were, if one folder had all of them as that of `labels` has now; else []."""
+    below = [Path(os.path.relpath(place, Path(labels).parent.resolve())) for place in places]
     num = len(below[0].parts)
     before = {Path(*source.parts[:-num]) for source in ids if source.parts[-num:] == below[0].parts}
     found = [[root / path for path in below] for root in before]

@@ -26,7 +26,7 @@ from sslus.engine import manifest as manifests
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
 from sslus.engine.errors import InputError
-from sslus.engine.labels import read_labels
+from sslus.engine.labels import as_known, read_labels
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
@@ -187,7 +187,6 @@ def shard(
             json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
         manifest.write(out)
         shutil.rmtree(work)
-        shutil.rmtree(out / "store", ignore_errors=True)  # of the shards before
     return ShardReport(
         out, manifest, ledger, ignored, _unmarked(marks), resumed, False, time.monotonic() - start
     )
@@ -264,9 +263,9 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
         return None
     by_path = {s.path.resolve(): s.name for s in sources}
     marks = {s.name: _Mark() for s in sources}
-    missing = []
-    for row in read_labels(labels):
-        name = by_path.get(row.path)
+    missing, rows = [], read_labels(labels)
+    for row, path in zip(rows, as_known([row.path for row in rows], by_path), strict=True):
+        name = by_path.get(path)
         if name is None:
             missing.append(row.path)
         else:
@@ -760,6 +759,7 @@ def _swap(out: Path, work: Path, key: bytes) -> None:
     folder counts as unfinished, and the spools are still there: a crash in here costs nothing but
     this second pass."""
     (out / manifests.NAME).unlink(missing_ok=True)
+    shutil.rmtree(out / "store", ignore_errors=True)  # training makes one of the new shards
     for old in [*out.glob("shard-*.tar"), *out.glob("shard-*.idx")]:
         old.unlink()
     for path in sorted((work / "new").iterdir()):

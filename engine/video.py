@@ -307,7 +307,9 @@ def _empty_chunks(path: Path, stream: int) -> int:
                 f.seek(4, os.SEEK_CUR)  # its type; what it is a list of follows
             else:
                 num_empty += head[:3] == name and not length
-                f.seek(length + length % 2, os.SEEK_CUR)
+                f.seek(length, os.SEEK_CUR)
+                if length % 2 and f.read(1) not in (b"\0", b""):  # not padded, as it should be
+                    f.seek(-1, os.SEEK_CUR)
     return num_empty
 
 
@@ -406,9 +408,9 @@ def decode(path: Path) -> Iterator[Frame]:
     A damaged packet costs its own frames only: the count of what comes is to be compared with
     VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame, and never
     fall back: a frame without one comes a period after the one before it, as does a frame at
-    which the clock starts anew, where recordings were joined. A single absurd one counts as
-    halfway between its neighbours, unless it is the last. Raises VideoError if the file cannot be
-    opened.
+    which the clock starts anew, where recordings were joined. A single absurd one, more than
+    REORDERED frames away from both its neighbours, counts as halfway between them. Raises
+    VideoError if the file cannot be opened.
     """
     for index, time_seconds, frame, turn in _decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))

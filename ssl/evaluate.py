@@ -9,11 +9,9 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +22,17 @@ from torch import nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
-from sslus.engine.labels import labelled_videos
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
 from sslus.ssl import backbones, finetune, views
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, knn
+from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
+from sslus.ssl.splits import LabelledFrames, folds, label_frames, num_folds, share, testable
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
-PROTOCOLS = {  # -> what a report calls it
-    "linear": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning",
-}  # fmt: skip
 RANDOM = "random init"  # the same backbone, never trained
-NUM_FOLDS = 5  # fewer where a class has fewer patients
-NUM_DEALS = 100  # of patients, at most: twenty classes of two patients each can take that many
 FEATURE_BATCH = 64
 SETTLED_BY = 1024  # frames, at most, that give a random backbone its BatchNorm statistics
 # Chosen once, for standardised features, and the same for every backbone: picking it on the
@@ -51,23 +45,6 @@ Stage = Callable[[str, str], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
-class LabelledFrames:
-    """The frames of the labelled videos; the arrays have one entry a frame."""
-
-    index: np.ndarray  # into the frame store
-    y: np.ndarray  # index into names
-    video: np.ndarray  # index into the store's video_ids
-    patient: np.ndarray  # index into the sorted patients of labels.csv
-    test: np.ndarray | None  # bool: the split that labels.csv fixes
-    names: list[str]
-    num_unlabelled: int  # videos in the shards that labels.csv does not name
-    num_without_frames: int  # videos in labels.csv whose sharding gave no frame
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
-@dataclass(frozen=True)
 class Task:
     """What one fit learns from and what it is asked: positions in LabelledFrames."""
 
@@ -76,42 +53,6 @@ class Task:
     seed: int
     train: np.ndarray  # (n,) int64, the share of the training part
     test: np.ndarray  # (T,) int64
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a backbone at one share of the labels."""
-
-    backbone: str
-    percent: float  # of the training videos of each class
-    macro_f1: float  # mean over seeds
-    macro_f1_std: float | None  # over seeds; None for one seed
-    balanced_accuracy: float
-    balanced_accuracy_std: float | None
-    num_seeds: int
-    num_train_videos: float  # mean over folds and seeds
-    num_train_patients: float
-    num_test_frames: int  # a seed; every frame is tested once where there are folds
-    num_test_videos: int
-    num_test_patients: int
-    per_class_f1: dict[str, float]
-    confusion: list[list[float]]  # rows: truth; frames, mean over seeds
-    macro_f1_of_seeds: list[float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    protocol: str
-    settings: dict  # of the protocol
-    rows: list[Row]
-    out: Path
-    shards: Path
-    names: list[str]
-    num_frames: int
-    num_videos: int
-    num_patients: int
-    split: str  # how patients were put apart, in words
-    warnings: list[str]
 
 
 def evaluate(
@@ -200,6 +141,11 @@ def evaluate(
             notes.append(
                 f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
                 " lowers its scores; its patients are too few or share other classes, label more"
+            )
+        if frames.moved:
+            notes.append(
+                "the videos are not where they were sharded: they were found by their places below"
+                " labels.csv, so make sure that these are the labels of those shards"
             )
         if frames.num_without_frames:
             notes.append(
@@ -311,147 +257,6 @@ def _build(run: Path, config: dict, name: str) -> nn.Module:
             " train it again"
         ) from e
     return backbone
-
-
-def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
-    """Join labels.csv to the store's frames by source file, through the shards' ledger."""
-    rows = labelled_videos(labels, shards)
-    fixed = any(row.split for row in rows.values())
-    names = sorted({row.label for row in rows.values()})
-    patients = sorted({row.patient for row in rows.values()})
-    place = {video_id: i for i, video_id in enumerate(store.video_ids)}
-    of_video = {place[video]: row for video, row in rows.items() if video in place}
-    index = np.flatnonzero(np.isin(store.video, list(of_video)))
-    video = store.video[index]
-
-    def column(value: Callable) -> np.ndarray:
-        table = np.zeros(len(store.video_ids), np.int64)
-        for v, row in of_video.items():
-            table[v] = value(row)
-        return table[video]
-
-    return LabelledFrames(
-        index=index,
-        y=column(lambda row: names.index(row.label)),
-        video=video,
-        patient=column(lambda row: patients.index(row.patient)),
-        test=column(lambda row: row.split == "test").astype(bool) if fixed else None,
-        names=names,
-        num_unlabelled=len(store.video_ids) - len(of_video),
-        num_without_frames=len(rows) - len(of_video),
-    )
-
-
-def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
-    """The frames of the classes that have patients on both sides of a split, and warnings.
-
-    Without a fixed split that takes two patients. Raises InputError if fewer than two classes
-    are left.
-    """
-    kept, notes = [], []
-    for c, name in enumerate(frames.names):
-        of_class = frames.y == c
-        if frames.test is not None:
-            fits = (of_class & frames.test).any() and (of_class & ~frames.test).any()
-            why = "it is not on both sides of the split"
-        else:
-            num_patients = len(np.unique(frames.patient[of_class]))
-            fits = num_patients >= 2
-            why = f"it has {num_patients} patient, and each side of a split needs one"
-        if fits:
-            kept.append(c)
-        else:
-            notes.append(f"class {name!r} is left out: {why}")
-    if len(kept) < 2:
-        raise InputError(
-            f"labels: want at least two classes with two patients each, got {len(kept)} of"
-            f" {len(frames.names)}; " + ("; ".join(notes) or "all videos have one label")
-        )
-    keep = np.isin(frames.y, kept)
-    return dataclasses.replace(
-        frames,
-        index=frames.index[keep],
-        y=np.searchsorted(kept, frames.y[keep]),
-        video=frames.video[keep],
-        patient=frames.patient[keep],
-        test=None if frames.test is None else frames.test[keep],
-        names=[frames.names[c] for c in kept],
-    ), notes
-
-
-def num_folds(frames: LabelledFrames) -> int:
-    """As many as the rarest class has patients, at most NUM_FOLDS."""
-    return min(
-        NUM_FOLDS,
-        *(len(np.unique(frames.patient[frames.y == c])) for c in range(len(frames.names))),
-    )
-
-
-def folds(frames: LabelledFrames, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(train, test) positions, (n,) int64 each; a patient is on one side only.
-
-    Without a fixed split: every class's patients are dealt out over the folds in random order,
-    the rarest class first. Where patients have several classes, a class can lie in one fold as a
-    whole, and no other patient is left to learn it from: of NUM_DEALS deals the first without such
-    a class counts, or the one with the fewest. (scikit-learn's StratifiedGroupKFold loses a class
-    more often, and sorts the patients by size, so that its seed hardly changes the folds.)
-    """
-    if frames.test is not None:
-        pairs = [(np.flatnonzero(~frames.test), np.flatnonzero(frames.test))]
-    else:
-        fold = _deal(frames, num_folds(frames), seed)[frames.patient]
-        pairs = [
-            (np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(fold.max() + 1)
-        ]
-    for train, test in pairs:
-        assert not np.intersect1d(frames.patient[train], frames.patient[test]).size
-    return pairs
-
-
-def _deal(frames: LabelledFrames, k: int, seed: int) -> np.ndarray:
-    """The fold of each patient, (highest patient + 1,) int64; -1 for those without frames."""
-    rng = np.random.default_rng(seed)
-    of_class = [np.unique(frames.patient[frames.y == c]) for c in range(len(frames.names))]
-    best, fewest = None, math.inf
-    for _ in range(NUM_DEALS):
-        fold = _deal_once(of_class, k, rng)
-        num_lost = sum(len(np.unique(fold[patients])) == 1 for patients in of_class)
-        if num_lost < fewest:
-            best, fewest = fold, num_lost
-        if num_lost == 0:
-            break
-    return best
-
-
-def _deal_once(of_class: list[np.ndarray], k: int, rng: np.random.Generator) -> np.ndarray:
-    fold = np.full(max(patients.max() for patients in of_class) + 1, -1)
-    of_all = np.zeros(k, np.int64)
-    for patients in sorted(of_class, key=len):
-        dealt = fold[patients] >= 0
-        of_this = np.bincount(fold[patients[dealt]], minlength=k)
-        for patient in rng.permutation(patients[~dealt]):
-            # Where this class has fewest patients, then where there are fewest at all.
-            chosen = np.lexsort((rng.random(k), of_all, of_this))[0]
-            fold[patient] = chosen
-            of_this[chosen] += 1
-            of_all[chosen] += 1
-    return fold
-
-
-def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """The part of `train` whose labels a share of `percent` keeps; see `evaluate`."""
-    rng = np.random.default_rng([seed, len(train)])
-    order = rng.permutation(np.unique(frames.patient[train]))
-    kept = []
-    for c in range(len(frames.names)):
-        of_class = train[frames.y[train] == c]
-        videos = []
-        for patient in order:
-            own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
-            videos.extend(rng.permutation(own).tolist())
-        # Exact: as floats, 7 % of 100 are a little more than 7, and 8 would be kept.
-        kept.extend(videos[: math.ceil(Fraction(str(percent)) * len(videos) / 100)])
-    return train[np.isin(frames.video[train], kept)]
 
 
 def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -676,113 +481,4 @@ def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: P
         f.write("\n")
     with atomic_file(result.out / "report.md", "w") as f:
         f.write(markdown(result, settings))
-    _draw(result, result.out / "confusion.png")
-
-
-def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table, as text."""
-
-    def with_std(mean: float, std: float | None) -> str:
-        return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
-
-    header = ["backbone", "labels", "macro-F1", "balanced accuracy", "trained on", "tested on"]
-    cells = [
-        [
-            row.backbone,
-            f"{row.percent:g} %",
-            with_std(row.macro_f1, row.macro_f1_std),
-            with_std(row.balanced_accuracy, row.balanced_accuracy_std),
-            f"{row.num_train_videos:.0f} videos, {row.num_train_patients:.0f} patients",
-            f"{row.num_test_frames:,} frames, {row.num_test_videos} videos,"
-            f" {row.num_test_patients} patients",
-        ]
-        for row in result.rows
-    ]
-    return header, cells
-
-
-def markdown(result: Evaluation, settings: dict) -> str:
-    header, cells = table(result)
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
-    *judged, majority = result.rows
-    per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
-    names = [name.replace("|", "\\|") for name in result.names]
-    return "\n".join(
-        [
-            f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
-            f" {settings['image_size']} px",
-            "",
-            f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
-            f" patients; {result.split}; mean ± standard deviation over"
-            f" {result.rows[0].num_seeds} seeds. Numbers are per frame.",
-            *_in_words(result),
-            "",
-            *lines,
-            "",
-            "F1 of each class:",
-            "",
-            f"| backbone | labels | {' | '.join(names)} |",
-            f"| {' | '.join(['---'] * (2 + len(result.names)))} |",
-            *(
-                f"| {row.backbone} | {row.percent:g} % |"
-                f" {' | '.join(f'{v:.3f}' for v in row.per_class_f1.values())} |"
-                for row in per_class
-            ),
-            "",
-            "![confusion matrices](confusion.png)",
-            "",
-            *(f"Warning: {line}" for line in result.warnings),
-        ]
-    )
-
-
-def _in_words(result: Evaluation) -> list[str]:
-    """What the protocol does, where its name does not say it."""
-    s = result.settings
-    if result.protocol == "knn":
-        return [
-            "",
-            f"A frame gets the class of the {s['neighbours']} training frames whose features are"
-            f" nearest by cosine, each with the weight exp(cosine / {s['temperature']}).",
-        ]
-    if result.protocol == "finetune":
-        return [
-            "",
-            f"Backbone and linear head learn for {s['steps']} steps of {s['batch_size']} frames at"
-            " every share of the labels, from the run's weights or from random ones:"
-            f" {s['num_trainings']} trainings.",
-        ]
-    return []
-
-
-def _draw(result: Evaluation, path: Path) -> None:
-    """The confusion matrices of the two backbones at the largest share, side by side."""
-    from matplotlib.figure import Figure
-
-    backbones_rows = result.rows[:-1]  # the last is the majority class
-    largest = max(row.percent for row in backbones_rows)
-    shown = [row for row in backbones_rows if row.percent == largest]
-    k = len(result.names)
-    figure = Figure(figsize=(2 * (2.2 + 0.8 * k), 1.8 + 0.8 * k), layout="constrained")
-    for axes, row in zip(figure.subplots(1, len(shown)), shown, strict=True):
-        counts = np.array(row.confusion)
-        part = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(k, k):
-            axes.text(
-                j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
-                color="white" if part[i, j] > 0.5 else "black",
-            )  # fmt: skip
-        # A dollar in a class's name is a dollar.
-        axes.set_xticks(range(k), result.names, rotation=45, ha="right", parse_math=False)
-        sums = counts.sum(axis=1)
-        axes.set_yticks(
-            range(k),
-            [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)],
-            parse_math=False,
-        )
-        axes.set_xlabel("prediction")
-        axes.set_ylabel("truth")
-        axes.set_title(f"{row.backbone}, {largest:g} % of labels\nmacro-F1 {row.macro_f1:.3f}")
-    with atomic_file(path) as f:
-        figure.savefig(f, format="png", dpi=110)
+    draw(result, result.out / "confusion.png")

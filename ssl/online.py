@@ -10,8 +10,9 @@ from torch import nn
 
 from sslus.engine.errors import InputError
 from sslus.engine.store import FrameStore
-from sslus.ssl.evaluate import LabelledFrames, folds, probe, scores, testable
+from sslus.ssl.evaluate import probe, scores
 from sslus.ssl.neighbours import knn
+from sslus.ssl.splits import LabelledFrames, folds, testable
 from sslus.ssl.views import whole
 
 NUM_FRAMES = 2000  # a ResNet-18 at 96 px sees them in some seconds on two cores

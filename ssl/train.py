@@ -166,6 +166,7 @@ class Settings:
 @dataclass(frozen=True)
 class TrainResult:
     run: Path
+    shards: str  # folder or URL
     step: int
     epoch: float
     seconds: float
@@ -300,6 +301,7 @@ def train(
         world.barrier()
         return TrainResult(
             run=run,
+            shards=config["shards"]["path"],
             step=state.step,
             epoch=state.step * settings.accumulate / plan.steps_per_epoch,
             seconds=time.monotonic() - started,

@@ -37,6 +37,7 @@ def test_of_torchruns_processes_the_first_tells_of_a_stop(rank, said, monkeypatc
         raise Interrupted("stopped at step 3", 15)
 
     monkeypatch.setattr(cli.sslus, "main", stopped)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert cli.main([]) == 143
     assert capsys.readouterr().err.count("Error: stopped at step 3\n") == said
@@ -50,16 +51,17 @@ def test_what_went_wrong_in_another_process_alone_is_told(error, monkeypatch, ca
     waited = []
     monkeypatch.setattr(cli.sslus, "main", fail)
     monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main([]) in (1, 2) and waited
     assert capsys.readouterr().err == "Error: no GPU here\n"
 
 
-@pytest.mark.parametrize("stdout", ["io.TextIOWrapper(io.BytesIO(), 'ascii')", "None"])
-def test_a_stdout_that_cannot_take_a_name_is_no_failure(stdout, tmp_path):
+@pytest.mark.parametrize("stream", ["io.TextIOWrapper(io.BytesIO(), 'ascii')", "None"])
+def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     synth = ["synth", str(tmp_path / "vidéos"), *"--videos 1 --patients 1 --size 64".split()]
     code = (
-        f"import io, sys\nsys.stdout = {stdout}\nfrom sslus.tools import cli\n"
+        f"import io, sys\nsys.stdout = sys.stderr = {stream}\nfrom sslus.tools import cli\n"
         f"sys.exit(cli.main({synth + ['--seconds', '0.2', '0.2']}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate, finetune, online, views
+from sslus.ssl import backbones, evaluate, finetune, online, report, splits, views
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -66,7 +66,7 @@ def run(shards, tmp_path_factory):
 
 @pytest.fixture
 def frames(shards, videos):
-    return evaluate.label_frames(FrameStore.open(shards), shards, videos / "labels.csv")
+    return splits.label_frames(FrameStore.open(shards), shards, videos / "labels.csv")
 
 
 def rewrite(videos, tmp_path, change):
@@ -94,7 +94,7 @@ def big(num_patients=30, num_classes=4, seed=0):
                 video += n * [(video[-1] if video else -1) + 1]
                 y += n * [c]
                 patient += n * [p]
-    return evaluate.LabelledFrames(
+    return splits.LabelledFrames(
         np.arange(len(y)), np.array(y), np.array(video), np.array(patient), None,
         [f"class {c}" for c in range(num_classes)], 0, 0,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def small(*classes):
     pairs = [(c, p) for c, patients in enumerate(classes) for p in patients for _ in range(2)]
     y, patient = np.array(pairs).T
     names = [f"class {c}" for c in range(len(classes))]
-    return evaluate.LabelledFrames(
+    return splits.LabelledFrames(
         np.arange(len(y)), y, np.arange(len(y)) // 2, patient, None, names, 0, 0
     )
 
@@ -133,12 +133,14 @@ def movable(videos, shards, tmp_path):
 
 
 def labelled(out, labels):
-    return evaluate.label_frames(FrameStore.open(out), out, labels)
+    return splits.label_frames(FrameStore.open(out), out, labels)
 
 
 def test_videos_that_were_moved_keep_their_labels(movable, frames, tmp_path):
     here, out = movable
+    assert not labelled(out, here / "labels.csv").moved
     found = labelled(out, here.rename(tmp_path / "there") / "labels.csv")
+    assert found.moved
     np.testing.assert_array_equal(found.index, frames.index)
     np.testing.assert_array_equal(found.y, frames.y)
     np.testing.assert_array_equal(found.patient, frames.patient)
@@ -164,24 +166,24 @@ def test_no_video_is_taken_for_another(movable, tmp_path):
     # And another file under an old name is not what was sharded.
     there.rename(here)
     (here / "0-0.avi").write_bytes((here / "1-1.avi").read_bytes() + b"longer")
-    with pytest.raises(InputError, match="0-0.avi is another file than the one in .*--force"):
+    with pytest.raises(InputError, match="0-0.avi is another file than the one in .* by its size"):
         labelled(out, here / "labels.csv")
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_patients_never_leak_and_every_frame_is_tested_once(seed):
     frames = big(seed=seed)
-    pairs = evaluate.folds(frames, seed)
-    assert len(pairs) == evaluate.num_folds(frames) == 5
+    pairs = splits.folds(frames, seed)
+    assert len(pairs) == splits.num_folds(frames) == 5
     tested = np.concatenate([test for _, test in pairs])
     assert np.array_equal(np.sort(tested), np.arange(len(frames)))
     for train_part, test in pairs:
         assert not set(frames.patient[train_part]) & set(frames.patient[test])
         assert set(frames.y[train_part]) == set(range(4))  # every class can be learned
         for percent in (1, 30, 100):
-            kept = evaluate.share(frames, train_part, percent, seed)
+            kept = splits.share(frames, train_part, percent, seed)
             assert set(kept) <= set(train_part)
-    other = np.concatenate([test for _, test in evaluate.folds(frames, seed + 1)])
+    other = np.concatenate([test for _, test in splits.folds(frames, seed + 1)])
     assert not np.array_equal(tested, other)
 
 
@@ -196,10 +198,10 @@ def test_patients_never_leak_and_every_frame_is_tested_once(seed):
 def test_every_class_can_be_learned_where_patients_allow_it(classes, num_lost):
     frames = small(*classes)
     for seed in range(50):
-        pairs = evaluate.folds(frames, seed)
+        pairs = splits.folds(frames, seed)
         num_seen = [len(np.unique(frames.y[train])) for train, _ in pairs]
         assert sum(len(classes) - n for n in num_seen) == num_lost
-        again = evaluate.folds(frames, seed)
+        again = splits.folds(frames, seed)
         assert all(np.array_equal(a[1], b[1]) for a, b in zip(pairs, again, strict=True))
 
 
@@ -210,27 +212,27 @@ def test_a_share_is_rounded_up_exactly():
     for percent, num in (
         (1, 1), (7, 7), (14, 14), (28, 28), (55, 55), (56, 56), (56.5, 57), (0.001, 1), (100, 100),
     ):  # fmt: skip
-        kept = evaluate.share(frames, train, percent, seed=0)
+        kept = splits.share(frames, train, percent, seed=0)
         assert len(np.unique(frames.video[kept])) == 2 * num
 
 
 def test_a_share_keeps_whole_videos_of_every_class():
     frames = big()
-    train_part = evaluate.folds(frames, 0)[0][0]
+    train_part = splits.folds(frames, 0)[0][0]
     of_class = [np.unique(frames.video[train_part[frames.y[train_part] == c]]) for c in range(4)]
     assert [len(videos) for videos in of_class] == [29, 34, 30, 34]
     smaller = np.array([], int)
     for percent, nums in (
         (1, [1, 1, 1, 1]), (10, [3, 4, 3, 4]), (35, [11, 12, 11, 12]), (100, [29, 34, 30, 34]),
     ):  # fmt: skip
-        kept = evaluate.share(frames, train_part, percent, seed=0)
+        kept = splits.share(frames, train_part, percent, seed=0)
         of_kept = [np.unique(frames.video[kept[frames.y[kept] == c]]) for c in range(4)]
         assert [len(videos) for videos in of_kept] == nums
         whole = train_part[np.isin(frames.video[train_part], frames.video[kept])]
         assert np.array_equal(kept, whole) and set(smaller) <= set(kept)
         smaller = kept
     assert np.array_equal(smaller, train_part)
-    few = [evaluate.share(frames, train_part, 10, seed) for seed in (0, 1)]
+    few = [splits.share(frames, train_part, 10, seed) for seed in (0, 1)]
     assert not np.array_equal(*few)
     # Patient by patient: a tenth of the videos does not need nearly every patient.
     assert len(np.unique(frames.patient[few[0]])) <= len(np.unique(frames.video[few[0]]))
@@ -396,7 +398,7 @@ def test_what_is_written_names_no_one(clip, pattern, run, tmp_path, monkeypatch)
         save(figure, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", spied)
-    for protocol in evaluate.PROTOCOLS:
+    for protocol in report.PROTOCOLS:
         evaluate.evaluate(
             copy, home / "Schmidt.csv", protocol=protocol, percents=(100,), num_seeds=1, steps=1,
             device="cpu",
@@ -431,16 +433,16 @@ def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeyp
         ("finetune", "Fine-tuning", {"steps": 2, "batch_size": 32, "num_trainings": 16}),
     ):
         results = json.loads((out / protocol / "results.json").read_text())
-        report = (out / protocol / "report.md").read_text()
+        page = (out / protocol / "report.md").read_text()
         assert results["protocol"] == protocol and settings.items() <= results["settings"].items()
-        assert report.startswith(f"# {title} of vicreg: test_resnet at 32 px\n")
+        assert page.startswith(f"# {title} of vicreg: test_resnet at 32 px\n")
         theirs = json.loads(linear["results.json"])["rows"]
         for row, other in zip(results["rows"], theirs, strict=True):
             same = [key for key in row if key.startswith("num_")] + ["backbone", "percent"]
             assert [row[key] for key in same] == [other[key] for key in same]
             assert np.sum(row["confusion"]) == np.sum(other["confusion"]) == 108
         assert results["rows"][-1] == theirs[-1]
-    assert "for 2 steps of 32 frames" in report and "16 trainings." in report
+    assert "for 2 steps of 32 frames" in page and "16 trainings." in page
     # Again, from what is kept; with other settings nothing is.
     monkeypatch.setattr(finetune, "tune", None)
     files = {path.name: path.read_bytes() for path in (out / "finetune").iterdir()}
@@ -481,7 +483,7 @@ def test_fine_tuning_keeps_patients_apart(run, videos, frames, tmp_path, monkeyp
             assert sorted(i for test in tests for i in test) == list(range(108))
 
 
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", report.PROTOCOLS)
 def test_the_labels_of_the_test_part_reach_no_training(protocol, run, videos, tmp_path):
     """Whatever they are, the same is predicted."""
     found = []
@@ -540,8 +542,8 @@ def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
         ("vicreg", 10), ("vicreg", 20), ("random init", 10), ("random init", 20),
         ("majority class", 100),
     ]  # fmt: skip
-    report = (tmp_path / "out" / "report.md").read_text()
-    _, per_class = report.split("F1 of each class")
+    page = (tmp_path / "out" / "report.md").read_text()
+    _, per_class = page.split("F1 of each class")
     assert r"| a\|b |" in per_class
     assert [line.split(" |")[:2] for line in per_class.splitlines() if " % |" in line] == [
         ["| vicreg", " 20 %"], ["| random init", " 20 %"], ["| majority class", " 100 %"],
@@ -666,10 +668,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, videos, small_
 def test_unlabelled_and_refused_videos_are_counted(shards, videos, tmp_path):
     store = FrameStore.open(shards)
     labels = rewrite(videos, tmp_path, lambda rows: rows[2:])
-    frames = evaluate.label_frames(store, shards, labels)
+    frames = splits.label_frames(store, shards, labels)
     assert frames.num_unlabelled == 2 and len(frames) == 16 * 6
     fewer = dataclasses.replace(store, video_ids=["other", *store.video_ids[1:]])
-    frames = evaluate.label_frames(fewer, shards, videos / "labels.csv")
+    frames = splits.label_frames(fewer, shards, videos / "labels.csv")
     assert frames.num_without_frames == 1
 
 

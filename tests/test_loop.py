@@ -32,6 +32,7 @@ from sslus.ssl.step import Snapshot, Step, choose, total_norm
 from sslus.ssl.train import Settings, train
 from sslus.ssl.world import World
 from sslus.tools.cli import main
+from sslus.tools.train import _evaluate
 
 SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
 HEAD = vicreg.Config(projector="32-32")
@@ -374,6 +375,11 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     assert kept[0] == kept[1]
     assert main([*going[1:], "--tier", "ram"]) == 1  # but another order is another run
     assert "frames were streamed or were not" in capsys.readouterr().err
+
+
+def test_the_next_command_can_be_pasted():
+    assert _evaluate("my runs/a", "x") == "sslus evaluate 'my runs/a' --labels labels.csv"
+    assert " --shards shards/ " in _evaluate("a", "s3://x/shards")  # a URL has no local/
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ import pytest
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
-from sslus.engine.video import FOLDER_LINKS, VideoError, decode, find_videos, probe
+from sslus.engine.video import (
+    FOLDER_LINKS,
+    VideoError,
+    _empty_chunks,
+    decode,
+    find_videos,
+    probe,
+)
 
 
 def expanded(y: np.ndarray) -> np.ndarray:
@@ -183,6 +190,19 @@ def test_an_avi_that_repeats_frames_is_whole(clip, pattern, tmp_path):
     np.testing.assert_allclose([f.time_seconds for f in decode(path)], np.array(times) / 1000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert probe(path).num_frames > sum(1 for _ in decode(path)) > 0
+
+
+@pytest.mark.parametrize("padding", [b"", b"\0"])
+def test_empty_chunks_are_found_behind_odd_ones(padding, tmp_path):
+    """Not all writers pad them, as they should."""
+    chunks = b"".join(
+        name + struct.pack("<I", length) + b"x" * length + padding * (length % 2)
+        for name, length in [(b"00dc", 3), (b"00dc", 0), (b"01wb", 0), (b"00dc", 5), (b"00dc", 0)]
+    )
+    movi = b"LIST" + struct.pack("<I", 4 + len(chunks)) + b"movi" + chunks
+    path = tmp_path / "x.avi"
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(movi)) + b"AVI " + movi)
+    assert _empty_chunks(path, 0) == 2
 
 
 def test_an_avi_of_several_parts_that_repeats_frames_is_whole(clip, pattern, tmp_path):

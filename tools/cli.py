@@ -51,7 +51,7 @@ def _speaks(code: int) -> bool:
     A stop is always one of all. An error nearly always is: the first process speaks at once, and
     torchrun ends the others while they wait, or what went wrong here alone would never be told.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         if code > 128:
             return False
         time.sleep(OTHERS_WAIT_SECONDS)
@@ -81,10 +81,12 @@ def main(argv: list[str] | None = None) -> int:
             click.echo(f"Error: {message}", err=True)
         return code
 
-    if sys.stdout is None:  # closed by who started this
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    elif isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: what is done cannot fail by a name
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started this
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # what is done cannot fail by a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
     except click.exceptions.Abort:

@@ -83,10 +83,10 @@ def show(result, seeds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sslus.ssl import evaluate
+    from sslus.ssl import report
     from sslus.tools.screen import summary
 
-    header, cells = evaluate.table(result)
+    header, cells = report.table(result)
     shown = Table(*header, box=box.SIMPLE_HEAD)
     for row in cells:
         shown.add_row(*row)

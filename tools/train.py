@@ -224,7 +224,7 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
         _train_all(shards, run, given, named)
     else:
         try:
-            _show(_train(shards, run, given, named), shards)
+            _show(_train(shards, run, given, named))
         except Interrupted as e:
             raise Interrupted(f"{e}. Go on with: {_resume(run)}", e.signum) from None
     leave()
@@ -462,10 +462,10 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _show(result, shards: str) -> None:
+def _show(result) -> None:
     from sslus.tools.screen import summary
 
-    going = _resume(result.run) if result.stopped else _evaluate(result.run, shards)
+    going = _resume(result.run) if result.stopped else _evaluate(result.run, result.shards)
     if _is_main():
         summary(_rows(result), warnings=result.warnings, next_command=going)
 

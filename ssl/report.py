@@ -1,0 +1,158 @@
+"""What an evaluation has found, as a table, a page and a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine.atomic import atomic_file
+
+PROTOCOLS = {  # -> what a report calls it
+    "linear": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a backbone at one share of the labels."""
+
+    backbone: str
+    percent: float  # of the training videos of each class
+    macro_f1: float  # mean over seeds
+    macro_f1_std: float | None  # over seeds; None for one seed
+    balanced_accuracy: float
+    balanced_accuracy_std: float | None
+    num_seeds: int
+    num_train_videos: float  # mean over folds and seeds
+    num_train_patients: float
+    num_test_frames: int  # a seed; every frame is tested once where there are folds
+    num_test_videos: int
+    num_test_patients: int
+    per_class_f1: dict[str, float]
+    confusion: list[list[float]]  # rows: truth; frames, mean over seeds
+    macro_f1_of_seeds: list[float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    protocol: str
+    settings: dict  # of the protocol
+    rows: list[Row]
+    out: Path
+    shards: Path
+    names: list[str]
+    num_frames: int
+    num_videos: int
+    num_patients: int
+    split: str  # how patients were put apart, in words
+    warnings: list[str]
+
+
+def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table, as text."""
+
+    def with_std(mean: float, std: float | None) -> str:
+        return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+
+    header = ["backbone", "labels", "macro-F1", "balanced accuracy", "trained on", "tested on"]
+    cells = [
+        [
+            row.backbone,
+            f"{row.percent:g} %",
+            with_std(row.macro_f1, row.macro_f1_std),
+            with_std(row.balanced_accuracy, row.balanced_accuracy_std),
+            f"{row.num_train_videos:.0f} videos, {row.num_train_patients:.0f} patients",
+            f"{row.num_test_frames:,} frames, {row.num_test_videos} videos,"
+            f" {row.num_test_patients} patients",
+        ]
+        for row in result.rows
+    ]
+    return header, cells
+
+
+def markdown(result: Evaluation, settings: dict) -> str:
+    header, cells = table(result)
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+    *judged, majority = result.rows
+    per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
+    names = [name.replace("|", "\\|") for name in result.names]
+    num_seeds = judged[0].num_seeds
+    spread = "one seed" if num_seeds == 1 else f"mean ± standard deviation over {num_seeds} seeds"
+    return "\n".join(
+        [
+            f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
+            f" {settings['image_size']} px",
+            "",
+            f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
+            f" patients; {result.split}; {spread}. Numbers are per frame.",
+            *_in_words(result),
+            "",
+            *lines,
+            "",
+            "F1 of each class:",
+            "",
+            f"| backbone | labels | {' | '.join(names)} |",
+            f"| {' | '.join(['---'] * (2 + len(result.names)))} |",
+            *(
+                f"| {row.backbone} | {row.percent:g} % |"
+                f" {' | '.join(f'{v:.3f}' for v in row.per_class_f1.values())} |"
+                for row in per_class
+            ),
+            "",
+            "![confusion matrices](confusion.png)",
+            "",
+            *(f"Warning: {line}" for line in result.warnings),
+        ]
+    )
+
+
+def _in_words(result: Evaluation) -> list[str]:
+    """What the protocol does, where its name does not say it."""
+    s = result.settings
+    if result.protocol == "knn":
+        return [
+            "",
+            f"A frame gets the class of the {s['neighbours']} training frames whose features are"
+            f" nearest by cosine, each with the weight exp(cosine / {s['temperature']}).",
+        ]
+    if result.protocol == "finetune":
+        return [
+            "",
+            f"Backbone and linear head learn for {s['steps']} steps of {s['batch_size']} frames at"
+            " every share of the labels, from the run's weights or from random ones:"
+            f" {s['num_trainings']} trainings.",
+        ]
+    return []
+
+
+def draw(result: Evaluation, path: Path) -> None:
+    """The confusion matrices of the two backbones at the largest share, side by side."""
+    from matplotlib.figure import Figure
+
+    backbones_rows = result.rows[:-1]  # the last is the majority class
+    largest = max(row.percent for row in backbones_rows)
+    shown = [row for row in backbones_rows if row.percent == largest]
+    k = len(result.names)
+    figure = Figure(figsize=(2 * (2.2 + 0.8 * k), 1.8 + 0.8 * k), layout="constrained")
+    for axes, row in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        counts = np.array(row.confusion)
+        part = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(k, k):
+            axes.text(
+                j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
+                color="white" if part[i, j] > 0.5 else "black",
+            )  # fmt: skip
+        # A dollar in a class's name is a dollar.
+        axes.set_xticks(range(k), result.names, rotation=45, ha="right", parse_math=False)
+        sums = counts.sum(axis=1)
+        axes.set_yticks(
+            range(k),
+            [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)],
+            parse_math=False,
+        )
+        axes.set_xlabel("prediction")
+        axes.set_ylabel("truth")
+        axes.set_title(f"{row.backbone}, {largest:g} % of labels\nmacro-F1 {row.macro_f1:.3f}")
+    with atomic_file(path) as f:
+        figure.savefig(f, format="png", dpi=110)

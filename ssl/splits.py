@@ -1,0 +1,177 @@
+"""Which frames are judged, and on which side their patients are."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from sslus.engine.errors import InputError
+from sslus.engine.labels import labelled_videos
+from sslus.engine.store import FrameStore
+
+NUM_FOLDS = 5  # fewer where a class has fewer patients
+NUM_DEALS = 100  # of patients, at most: twenty classes of two patients each can take that many
+
+
+@dataclass(frozen=True)
+class LabelledFrames:
+    """The frames of the labelled videos; the arrays have one entry a frame."""
+
+    index: np.ndarray  # into the frame store
+    y: np.ndarray  # index into names
+    video: np.ndarray  # index into the store's video_ids
+    patient: np.ndarray  # index into the sorted patients of labels.csv
+    test: np.ndarray | None  # bool: the split that labels.csv fixes
+    names: list[str]
+    num_unlabelled: int  # videos in the shards that labels.csv does not name
+    num_without_frames: int  # videos in labels.csv whose sharding gave no frame
+    moved: bool = False  # they lie elsewhere than when they were sharded
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
+    """Join labels.csv to the store's frames by source file, through the shards' ledger."""
+    rows, moved = labelled_videos(labels, shards)
+    fixed = any(row.split for row in rows.values())
+    names = sorted({row.label for row in rows.values()})
+    patients = sorted({row.patient for row in rows.values()})
+    place = {video_id: i for i, video_id in enumerate(store.video_ids)}
+    of_video = {place[video]: row for video, row in rows.items() if video in place}
+    index = np.flatnonzero(np.isin(store.video, list(of_video)))
+    video = store.video[index]
+
+    def column(value: Callable) -> np.ndarray:
+        table = np.zeros(len(store.video_ids), np.int64)
+        for v, row in of_video.items():
+            table[v] = value(row)
+        return table[video]
+
+    return LabelledFrames(
+        index=index,
+        y=column(lambda row: names.index(row.label)),
+        video=video,
+        patient=column(lambda row: patients.index(row.patient)),
+        test=column(lambda row: row.split == "test").astype(bool) if fixed else None,
+        names=names,
+        num_unlabelled=len(store.video_ids) - len(of_video),
+        num_without_frames=len(rows) - len(of_video),
+        moved=moved,
+    )
+
+
+def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
+    """The frames of the classes that have patients on both sides of a split, and warnings.
+
+    Without a fixed split that takes two patients. Raises InputError if fewer than two classes
+    are left.
+    """
+    kept, notes = [], []
+    for c, name in enumerate(frames.names):
+        of_class = frames.y == c
+        if frames.test is not None:
+            fits = (of_class & frames.test).any() and (of_class & ~frames.test).any()
+            why = "it is not on both sides of the split"
+        else:
+            num_patients = len(np.unique(frames.patient[of_class]))
+            fits = num_patients >= 2
+            why = f"it has {num_patients} patient, and each side of a split needs one"
+        if fits:
+            kept.append(c)
+        else:
+            notes.append(f"class {name!r} is left out: {why}")
+    if len(kept) < 2:
+        raise InputError(
+            f"labels: want at least two classes with two patients each, got {len(kept)} of"
+            f" {len(frames.names)}; " + ("; ".join(notes) or "all videos have one label")
+        )
+    keep = np.isin(frames.y, kept)
+    return dataclasses.replace(
+        frames,
+        index=frames.index[keep],
+        y=np.searchsorted(kept, frames.y[keep]),
+        video=frames.video[keep],
+        patient=frames.patient[keep],
+        test=None if frames.test is None else frames.test[keep],
+        names=[frames.names[c] for c in kept],
+    ), notes
+
+
+def num_folds(frames: LabelledFrames) -> int:
+    """As many as the rarest class has patients, at most NUM_FOLDS."""
+    return min(
+        NUM_FOLDS,
+        *(len(np.unique(frames.patient[frames.y == c])) for c in range(len(frames.names))),
+    )
+
+
+def folds(frames: LabelledFrames, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test) positions, (n,) int64 each; a patient is on one side only.
+
+    Without a fixed split: every class's patients are dealt out over the folds in random order,
+    the rarest class first. Where patients have several classes, a class can lie in one fold as a
+    whole, and no other patient is left to learn it from: of NUM_DEALS deals the first without such
+    a class counts, or the one with the fewest. (scikit-learn's StratifiedGroupKFold loses a class
+    more often, and sorts the patients by size, so that its seed hardly changes the folds.)
+    """
+    if frames.test is not None:
+        pairs = [(np.flatnonzero(~frames.test), np.flatnonzero(frames.test))]
+    else:
+        fold = _deal(frames, num_folds(frames), seed)[frames.patient]
+        pairs = [
+            (np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(fold.max() + 1)
+        ]
+    for train, test in pairs:
+        assert not np.intersect1d(frames.patient[train], frames.patient[test]).size
+    return pairs
+
+
+def _deal(frames: LabelledFrames, k: int, seed: int) -> np.ndarray:
+    """The fold of each patient, (highest patient + 1,) int64; -1 for those without frames."""
+    rng = np.random.default_rng(seed)
+    of_class = [np.unique(frames.patient[frames.y == c]) for c in range(len(frames.names))]
+    best, fewest = None, math.inf
+    for _ in range(NUM_DEALS):
+        fold = _deal_once(of_class, k, rng)
+        num_lost = sum(len(np.unique(fold[patients])) == 1 for patients in of_class)
+        if num_lost < fewest:
+            best, fewest = fold, num_lost
+        if num_lost == 0:
+            break
+    return best
+
+
+def _deal_once(of_class: list[np.ndarray], k: int, rng: np.random.Generator) -> np.ndarray:
+    fold = np.full(max(patients.max() for patients in of_class) + 1, -1)
+    of_all = np.zeros(k, np.int64)
+    for patients in sorted(of_class, key=len):
+        dealt = fold[patients] >= 0
+        of_this = np.bincount(fold[patients[dealt]], minlength=k)
+        for patient in rng.permutation(patients[~dealt]):
+            # Where this class has fewest patients, then where there are fewest at all.
+            chosen = np.lexsort((rng.random(k), of_all, of_this))[0]
+            fold[patient] = chosen
+            of_this[chosen] += 1
+            of_all[chosen] += 1
+    return fold
+
+
+def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """The part of `train` whose labels a share of `percent` keeps; see `evaluate`."""
+    rng = np.random.default_rng([seed, len(train)])
+    order = rng.permutation(np.unique(frames.patient[train]))
+    kept = []
+    for c in range(len(frames.names)):
+        of_class = train[frames.y[train] == c]
+        videos = []
+        for patient in order:
+            own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
+            videos.extend(rng.permutation(own).tolist())
+        # Exact: as floats, 7 % of 100 are a little more than 7, and 8 would be kept.
+        kept.extend(videos[: math.ceil(Fraction(str(percent)) * len(videos) / 100)])
+    return train[np.isin(frames.video[train], kept)]
