@@ -218,10 +218,13 @@ def add_to_digest(digest, backbone: nn.Module) -> None:
 
 def step_of(path: Path) -> int | None:
     """The step of the run at which `save` has written `path`; None where it is not there."""
-    if not path.exists():
-        return None
-    with safetensors.safe_open(path, "pt") as f:
-        return json.loads((f.metadata() or {}).get("step", "null"))
+    return step_in(path.read_bytes()) if path.exists() else None
+
+
+def step_in(data: bytes) -> int | None:
+    """The same of the file's bytes: 8 with the length of its header, then that, as JSON."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header.get("__metadata__", {}).get("step", "null"))
 
 
 def save(backbone: nn.Module, path: Path, about: dict) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from sslus.engine.atomic import atomic_file
@@ -39,6 +39,13 @@ SETTLED_BY = 1024  # frames, at most, that give a random backbone its BatchNorm 
 # test folds would flatter, and an inner search costs ten times the fits.
 INVERSE_REGULARISATION = 0.01
 MAX_ITERATIONS = 1000
+
+SETTINGS = {
+    "linear": {
+        "inverse_regularisation": INVERSE_REGULARISATION, "max_iterations": MAX_ITERATIONS,
+    },
+    "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
+}  # fmt: skip
 
 # stage(label, unit) -> a context that yields report(done, total, note)
 Stage = Callable[[str, str], contextlib.AbstractContextManager]
@@ -97,8 +104,9 @@ def evaluate(
         raise InputError(
             "evaluate: want at least one seed, and fractions above 0 up to 100 percent"
         )
-    config = _read_run(run)
-    shards = shards or config["shards"]["path"]
+    source = _read_run(run)
+    settings = source.config["settings"]
+    shards = shards or source.config["shards"]["path"]
     if is_url(shards):
         raise InputError(
             f"{shards}: is a URL, and only the local/ folder of shards says which video a frame is"
@@ -110,26 +118,21 @@ def evaluate(
     frames, notes = testable(frames)
     out = Path(out or run / "evaluation")
     folder = out if protocol == "linear" else out / protocol
-    where, names, slow = pick_device(device), [config["settings"]["method"], RANDOM], 0
+    where, slow = pick_device(device), 0
+    names = [settings["method"], RANDOM]
+    how = finetune.Settings.of(steps, where, settings["backbone"])
     with _alone_in(out):
         folder.mkdir(exist_ok=True)
         deals = [folds(frames, seed) for seed in range(num_seeds)]
         tasks = list(_tasks(frames, names, sorted({*percents}), deals))
         if protocol == "finetune":
-            how = finetune.Settings.of(steps, where, config["settings"]["backbone"])
-            guesses, num = _finetune(run, config, store, frames, tasks, how, where, folder, stage)
+            guesses, num = _finetune(source, store, frames, tasks, how, where, folder, stage)
             about = dataclasses.asdict(how) | {"num_trainings": num}
         else:
-            features = _features_of_both(run, config, store, frames, where, out, stage)
+            features = _features_of_both(source, store, frames, where, out, stage)
             with stage("probe" if protocol == "linear" else protocol, "fits") as report:
                 guesses, slow = _fit_all(protocol, tasks, frames, features, report)
-            about = {
-                "linear": {
-                    "inverse_regularisation": INVERSE_REGULARISATION,
-                    "max_iterations": MAX_ITERATIONS,
-                },
-                "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
-            }[protocol]
+            about = SETTINGS[protocol]
         rows = _rows(frames, tasks, guesses, deals)
 
         unseen = [
@@ -152,10 +155,7 @@ def evaluate(
                 f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
                 " (why: local/ledger.jsonl of the shards)"
             )
-        done, all_steps = (
-            backbones.step_of(run / "backbone.safetensors"),
-            config["settings"].get("max_steps"),
-        )
+        done, all_steps = backbones.step_in(source.weights), settings.get("max_steps")
         if done and all_steps and done < all_steps:
             notes.append(
                 f"the run is not finished: its backbone is that of step {done} of {all_steps}"
@@ -179,7 +179,7 @@ def evaluate(
             else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
             warnings=notes,
         )
-        _write(result, frames, store, config["settings"], run)
+        _write(result, frames, store, source)
     return result
 
 
@@ -197,7 +197,16 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _read_run(run: Path) -> dict:
+@dataclass(frozen=True)
+class _Run:
+    """What is judged. A training that goes on may write other weights meanwhile."""
+
+    path: Path
+    config: dict
+    weights: bytes  # of backbone.safetensors
+
+
+def _read_run(run: Path) -> _Run:
     for name in ("config.json", "backbone.safetensors"):
         if not (run / name).is_file():
             raise InputError(
@@ -212,12 +221,11 @@ def _read_run(run: Path) -> dict:
             f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
             " train it again"
         ) from e
-    return config
+    return _Run(run, config, (run / "backbone.safetensors").read_bytes())
 
 
 def _features_of_both(
-    run: Path,
-    config: dict,
+    run: _Run,
     store: FrameStore,
     frames: LabelledFrames,
     device: torch.device,
@@ -225,10 +233,10 @@ def _features_of_both(
     stage: Stage,
 ) -> dict[str, np.ndarray]:
     """The features of the trained and of the random backbone, under the names in the table."""
-    num, features = len(frames), {}
+    config, num, features = run.config, len(frames), {}
     with stage("features", "frames") as report:
         for i, name in enumerate([config["settings"]["method"], RANDOM]):
-            backbone = _build(run, config, name)
+            backbone = _build(run, name)
             if name == RANDOM:
                 seen = frames.index[:: -(-num // SETTLED_BY)]
                 parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
@@ -242,19 +250,19 @@ def _features_of_both(
     return features
 
 
-def _build(run: Path, config: dict, name: str) -> nn.Module:
+def _build(run: _Run, name: str) -> nn.Module:
     """The backbone of the run, or RANDOM: the same with random weights of the run's seed."""
-    settings, path = config["settings"], run / "backbone.safetensors"
+    settings = run.config["settings"]
     backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
     if name == RANDOM:
         return backbone
     try:
-        backbone.load_state_dict(load_file(path))
+        backbone.load_state_dict(safetensors.torch.load(run.weights))
     except (SafetensorError, RuntimeError) as e:
         why = str(e).splitlines()[-1].strip()
         raise InputError(
-            f"{path}: not this run's weights, or damaged ({why}); copy the run again, or"
-            " train it again"
+            f"{run.path / 'backbone.safetensors'}: not this run's weights, or damaged ({why});"
+            " copy the run again, or train it again"
         ) from e
     return backbone
 
@@ -327,6 +335,7 @@ def _features(
     name, size = (config["settings"][k] for k in ("backbone", "image_size"))
     mean, std = config["shards"]["mean"], config["shards"]["std"]
     key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
+    key.update(json.dumps(versions()).encode())
     key.update(index.astype(np.int64).tobytes())
     backbones.add_to_digest(key, backbone)
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
@@ -379,8 +388,7 @@ def _fit_all(
 
 
 def _finetune(
-    run: Path,
-    config: dict,
+    run: _Run,
     store: FrameStore,
     frames: LabelledFrames,
     tasks: list[Task],
@@ -390,8 +398,8 @@ def _finetune(
     stage: Stage,
 ) -> tuple[list[np.ndarray], int]:
     """Each task's classes of its test part, (T,), and how many trainings that took."""
-    starts = {name: _build(run, config, name) for name in dict.fromkeys(t.backbone for t in tasks)}
-    size, shards = config["settings"]["image_size"], config["shards"]
+    starts = {name: _build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
+    size, shards = run.config["settings"]["image_size"], run.config["shards"]
     pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
     index, num_classes = frames.index, len(frames.names)
     jobs = [
@@ -453,13 +461,13 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
     return rows
 
 
-def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: Path) -> None:
-    weights = (run / "backbone.safetensors").read_bytes()
+def _write(result: Evaluation, frames, store: FrameStore, run: _Run) -> None:
+    settings = run.config["settings"]
     facts = {
         "format": 2,
         "protocol": result.protocol,
         "run": {k: settings[k] for k in ("method", "backbone", "image_size", "seed")}
-        | {"weights_sha256": hashlib.sha256(weights).hexdigest()},
+        | {"weights_sha256": hashlib.sha256(run.weights).hexdigest()},
         "settings": {
             "num_seeds": result.rows[0].num_seeds,
             **result.settings,
@@ -475,7 +483,6 @@ def _write(result: Evaluation, frames, store: FrameStore, settings: dict, run: P
         "warnings": result.warnings,
         "versions": versions(),
     }
-    result.out.mkdir(exist_ok=True)
     with atomic_file(result.out / "results.json", "w") as f:
         json.dump(facts, f, indent=2)
         f.write("\n")

@@ -28,6 +28,7 @@ from sslus.kernels.augment import views
 from sslus.ssl import backbones, optimizers
 from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.signals import Signals
+from sslus.ssl.versions import versions
 from sslus.ssl.views import ViewConfig, draw, parse, whole
 from sslus.ssl.world import pays_bf16
 
@@ -95,10 +96,10 @@ class Pictures:
         """A frame looks otherwise in each epoch; epoch: (B,)."""
         table = draw(preset, frames, 0, epoch, seed, self.store.size, self.size)
         pictures = torch.from_numpy(np.ascontiguousarray(self.store.frames[frames]))
-        return views(
-            pictures, torch.arange(len(frames)), torch.from_numpy(table),
-            size=self.size, mean=self.mean, std=self.std,
-        ).to(self.device)  # fmt: skip
+        inputs = pictures, torch.arange(len(frames)), torch.from_numpy(table)
+        # Made where they are wanted: bytes go to a GPU, not views.
+        inputs = (t.to(self.device) for t in inputs)
+        return views(*inputs, size=self.size, mean=self.mean, std=self.std)
 
 
 def finetune(
@@ -149,7 +150,10 @@ def _names(
     """The file of each job: named by all that its result depends on."""
     p, common = pictures, {}
     for start, backbone in starts.items():
-        facts = [p.store.digest, p.size, p.mean, p.std, p.device.type, dataclasses.asdict(settings)]
+        facts = [
+            p.store.digest, p.size, p.mean, p.std, p.device.type, dataclasses.asdict(settings),
+            repr(parse(settings.views)), versions(),
+        ]  # fmt: skip
         common[start] = hashlib.sha256(json.dumps(facts).encode())
         backbones.add_to_digest(common[start], backbone)
     names = []
@@ -223,7 +227,8 @@ def _train(
         if (done % CHECK_EVERY == 0 or done == s.steps) and not total.isfinite():
             raise InputError(
                 f"fine-tuning of {job.backbone}: the loss is no longer finite (by step {done} of"
-                f" seed {job.seed + 1}); train the backbone again, with a lower --lr"
+                f" seed {job.seed + 1}); if it is finite for random weights, train the backbone"
+                " again, with a lower --lr"
             )
         tick(done)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-BLOCK = 1 << 22  # cosines at a time, with which a block takes some 120 MB
+BLOCK = 1 << 22  # cosines at a time, with which a block takes some 130 MB
 
 
 def knn(x: np.ndarray, y: np.ndarray, query: np.ndarray, num_classes: int) -> np.ndarray:
@@ -21,14 +21,13 @@ def knn(x: np.ndarray, y: np.ndarray, query: np.ndarray, num_classes: int) -> np
     k, rows = min(NEIGHBOURS, len(x)), max(1, BLOCK // len(x))
     guess = np.empty(len(query), np.int64)
     for start in range(0, len(query), rows):
-        # Equal frames have equal cosines: what the order of a sum in float64 makes of them is
-        # rounded away.
-        cosine = (query[start : start + rows] @ x.T).astype(np.float32)
-        # Distances, 0 or more, sort as the integers that their bits are; with the frame's number
-        # below them no two are equal, so that a partial sort has one answer.
-        key = (1 - cosine).view(np.int32).astype(np.int64) << 32 | np.arange(len(x))
+        cosine = query[start : start + rows] @ x.T
+        # In steps of 2^-29 equal frames are equally far: what the order of a sum in float64 makes
+        # of them is rounded away. With the frame's number below no two keys are equal, so that a
+        # partial sort has one answer.
+        key = np.rint((1 - cosine) * 2**29).astype(np.int64) << 32 | np.arange(len(x))
         near = np.sort(np.partition(key, k - 1, axis=1)[:, :k], axis=1) & 0xFFFFFFFF
-        weight = np.exp(np.take_along_axis(cosine, near, 1).astype(np.float64) / TEMPERATURE)
+        weight = np.exp(np.take_along_axis(cosine, near, 1) / TEMPERATURE)
         votes = np.zeros((len(cosine), num_classes))
         np.add.at(votes, (np.arange(len(cosine))[:, None], y[near]), weight)
         guess[start : start + rows] = votes.argmax(1)

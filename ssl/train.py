@@ -269,7 +269,8 @@ def train(
         recorded = open_run(run, resume, world)
         _check_config(method_config)
         store = _open_store(shards, tier, settings.pairs, world)
-        tier_of(store, world.device, tier)  # what cannot be leaves no run behind
+        if recorded is None:
+            tier_of(store, world.device, tier)  # what cannot be leaves no run behind
         settings = _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -92,12 +93,17 @@ def pick_device(name: str) -> torch.device:
 
 def _refuse_wrong_code() -> None:
     """Triton 3.6 leaves a product of the losses out where it compiles for sm_100; 3.8 does not."""
-    triton = importlib.metadata.version("triton")
     major, minor = torch.cuda.get_device_capability()
-    if major >= 10 and tuple(map(int, triton.split(".")[:2])) < (3, 8):
+    if major < 10:
+        return
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return  # nothing is compiled by it
+    if tuple(map(int, re.findall(r"\d+", triton)[:2])) < (3, 8):
         raise InputError(
-            f"device cuda: Triton {triton} compiles wrong code for this GPU (sm_{major}{minor});"
-            " pip install --upgrade torch torchvision triton"
+            f"device cuda: Triton {triton} compiles wrong code for such a GPU"
+            f" (sm_{major}{minor}); pip install --upgrade torch torchvision triton, or use cpu"
         )
 
 

@@ -306,11 +306,37 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
             patch.setitem(config[part], key, value)
             features(index, tmp_path / "a")
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
+        patch.setattr(evaluate, "versions", lambda: {"torch": "other"})
+        features(index, tmp_path / "a")
     with pytest.raises(TypeError, match="not callable"):
         features(index[::-1], tmp_path / "a")
     store = dataclasses.replace(store, digest="other")
     with pytest.raises(TypeError, match="not callable"):
         features(index, tmp_path / "a")
+
+
+def test_a_run_that_goes_on_is_judged_as_it_was_read(run, videos, tmp_path):
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    weights = mine / "backbone.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    config = json.loads((mine / "config.json").read_text())
+    config["settings"]["max_steps"] = 100  # of which 6 are done
+    (mine / "config.json").write_text(json.dumps(config))
+
+    @contextlib.contextmanager
+    def stage(label, unit):
+        other = backbones.build("test_resnet", 32, seed=9)
+        backbones.save(other, weights, {"step": 100})
+        yield lambda *a: None
+
+    result = evaluate.evaluate(
+        mine, videos / "labels.csv", percents=(100,), num_seeds=1, device="cpu", stage=stage
+    )
+    assert any("that of step 6 of 100" in line for line in result.warnings)
+    facts = json.loads((mine / "evaluation" / "results.json").read_text())
+    assert facts["run"]["weights_sha256"] == digest
 
 
 def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(

@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path):
     broken = backbones.build("test_resnet", SIZE, 0)
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
-    line = r"fine-tuning of toy: the loss is no longer finite \(by step 3 of seed 1\); train"
+    line = r"fine-tuning of toy: the loss is no longer finite \(by step 3 of seed 1\); if it"
     with pytest.raises(InputError, match=line):
         finetune.finetune(
             [job(toy)], {"toy": broken}, toy.pictures, SETTINGS, tmp_path, lambda *a: None
