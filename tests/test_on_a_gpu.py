@@ -55,6 +55,24 @@ def trained(name: str, optimizer: str, way: str, device: torch.device) -> dict:
 
 
 @pytest.mark.gpu
+def test_after_a_failed_capture_numbers_are_drawn_as_before(device, monkeypatch):
+    update = Step.update
+
+    def waiting(step, batches):  # which no capture allows
+        torch.rand(1, device=device).item()
+        return update(step, batches)
+
+    monkeypatch.setattr(Step, "update", waiting)
+    with pytest.raises(RuntimeError):
+        trained("vicreg", "sgd", "graph", device)
+    drawn = []
+    for _ in range(2):
+        torch.cuda.manual_seed(0)
+        drawn.append(torch.cat([torch.rand(4, device=device), torch.rand(4, device=device)]))
+    assert torch.equal(*drawn) and len(drawn[0].unique()) == 8
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "name, optimizer",
     [(name, "sgd") for name in methods.names()] + [("vicreg", o) for o in OPTIMIZERS if o != "sgd"],
