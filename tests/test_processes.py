@@ -202,8 +202,8 @@ def runs(shards, tmp_path_factory):
 def assert_same_course(a, b):
     x, y = ([m for m in lines(run) if "loss" in m] for run in (a, b))
     assert [m["step"] for m in x] == [m["step"] for m in y] == list(range(1, SHORT + 1))
-    # The norm feels rounding more than the loss (2e-3 was seen, in one step of eight); of a gradient
-    # that is shared out wrongly it is half or twice as much.
+    # The norm feels rounding more than the loss does (2e-3 was seen, in one step of eight); that of
+    # a gradient that is shared out wrongly is half or twice as much.
     for name, error in (("loss", 1e-4), ("grad_norm", 1e-2)):
         want = [m[name] for m in x]
         assert [m[name] for m in y] == pytest.approx(want, rel=error), name
