@@ -92,11 +92,11 @@ def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]
         )
     # Names may be given to other files; training has seen what the shards hold.
     sizes = _sizes(local / "request.json")
-    for now, place in zip(places, found, strict=True):
-        size = sizes.get(ids[place])
-        if size is not None and now.is_file() and now.stat().st_size != size:
+    for path, was in zip(places, found, strict=True):
+        size = sizes.get(ids[was])
+        if size is not None and path.is_file() and path.stat().st_size != size:
             raise InputError(
-                f"labels {labels}: {now} is another file than the one in {shards}, by its size;"
+                f"labels {labels}: {path} is another file than the one in {shards}, by its size;"
                 " are these the labels of those shards?"
             )
     return {ids[place]: row for row, place in zip(rows, found, strict=True)}, bool(before)
