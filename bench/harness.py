@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of one row over another's, and what it should be."""
+    """What one row is of another, by the median of their turns, and what it should be."""
 
     stage: str
     text: str
@@ -102,6 +102,7 @@ class Bench:
     save: Callable[["Bench"], None]  # called after every comparison: a cut run keeps what it has
     rows: list[Row] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+    values: dict[int, list[float]] = field(default_factory=dict)  # id of a row: its turns
     stage: str = ""
 
     @property
@@ -146,13 +147,23 @@ class Bench:
             datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         self.rows.append(row)
+        self.values[id(row)] = list(values)
         return row
 
     def ratio(
         self, text: str, row: Row, to: Row | None = None, *, at_least=None, at_most=None
     ) -> None:
-        """What `row` is of `to`, or by itself, and what it should be."""
-        value = row.median / (to.median if to else 1)
+        """What `row` is of `to`, or by itself, and what it should be.
+
+        Of rows measured in turns, the median of each turn's own ratio: a slow minute hits both
+        works of a turn, but not half of the turns of each.
+        """
+        value = row.median
+        if to is not None:
+            mine, theirs = self.values[id(row)], self.values[id(to)]
+            value /= to.median
+            if len(mine) == len(theirs):
+                value = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
         self.ratios.append(Ratio(self.stage, text, value, at_least, at_most, not self.quick))
 
     def content(self) -> dict:

@@ -41,6 +41,9 @@ def measure(bench):
     bench.ratio("slow / fast", rows["peer"], rows["sslus"], at_least=0.8)
     hogs = bench.compare("hog", "80 MiB", "s", {"sslus": Work(hog)}, repeats=1)
     bench.ratio("slow / fast, at most", rows["peer"], rows["sslus"], at_most=0.5)
+    # A minute that was slow for one turn of each work is not in the ratio.
+    a, b = (bench.add("turns", "", "", "s", values) for values in ([1, 4, 100], [2, 8, 1]))
+    bench.ratio("turn by turn", a, b)
 '''
 UNEQUAL = '''"""one does more than the other"""
 from harness import Work
@@ -101,19 +104,20 @@ def test_a_stage_dropped_in_is_measured_and_a_broken_one_costs_only_itself(tmp_p
     content = json.loads(out.read_text())
     # Measured apart for the memory (a, b), warmed up (a, b), then in turns.
     assert turns.read_text() == "ab" * 5
-    known, fast, slow, hog = content["rows"]
+    known, fast, slow, hog, *_ = content["rows"]
     assert all(set(row) == FIELDS for row in content["rows"])
     assert known["stage"] == "aunequal" and fast["stage"] == "naps"
     assert fast["low"] <= fast["median"] <= fast["high"] <= 10 / 0.05
     assert hog["unit"] == "s" and hog["peak_mib"] > fast["peak_mib"] + 70
     ratios = {r["text"]: r for r in content["ratios"]}
-    assert ratios["fast / slow"]["value"] == pytest.approx(fast["median"] / slow["median"])
+    assert ratios["turn by turn"]["value"] == 0.5
     assert ratios["fast / slow"]["value"] == pytest.approx(4, rel=0.4)
     verdicts = {text: r["verdict"] for text, r in ratios.items()}
     assert verdicts == {
         "fast / slow": "met",
         "slow / fast": "missed",
         "slow / fast, at most": "met",
+        "turn by turn": "",
     }
     assert "missed" in done.stdout
 

@@ -15,6 +15,7 @@ import numpy as np
 from harness import QUALITY, SIZE, STRIDE, Bench, Work, peak_mib, read_files
 from stages.decode import bare_pyav, nvdec_videos
 
+TURNS = 7
 COPIES = 3  # of the videos: in a job of seconds the start of its workers would weigh too much
 
 
@@ -93,7 +94,7 @@ def measure(bench: Bench) -> None:
     works["floor: read the videos, write the shards"] = Work(
         partial(write_synced, videos, num_bytes, bench.scratch / "floor", num_frames)
     )
-    rows = bench.compare("wall time", case, "s", works, repeats=3)
+    rows = bench.compare("wall time", case, "s", works, repeats=TURNS)
     for jobs in (1, 2):
         peer = rows[f"PyAV decode + simplejpeg encode|{jobs}"]
         bench.ratio(f"jobs {jobs}: sslus / bare", rows[f"sslus|{jobs}"], peer, at_most=1.35)
