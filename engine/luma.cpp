@@ -60,10 +60,10 @@ SSLUS_CLONES void widen(const uint8_t* src, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = src[i];
 }
 
-// middle[x * kLanes] = sum_k weights[k] * src[k][x], with kMiddleBits of fraction.
+// row[x] = sum_k weights[k] * src[k][x], with kMiddleBits of fraction.
 // Reads whole groups of eight: the last group of a row starts early and overlaps.
 SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t* weights,
-                              int64_t taps, uint16_t* middle) {
+                              int64_t taps, uint16_t* row) {
   constexpr int shift = kWeightBits - kMiddleBits;
   constexpr uint32_t half = 1u << (shift - 1);
   if (width < 8) {
@@ -71,7 +71,7 @@ SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t*
       uint32_t sum = half;
       for (int64_t k = 0; k < taps; ++k)
         sum += static_cast<uint32_t>(weights[k]) * src[k * width + x];
-      middle[x * kLanes] = static_cast<uint16_t>(sum >> shift);
+      row[x] = static_cast<uint16_t>(sum >> shift);
     }
     return;
   }
@@ -80,18 +80,17 @@ SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t*
     Longs sum = Longs{} + half;
     for (int64_t k = 0; k < taps; ++k)
       sum += SSLUS_LOAD(src + k * width + x) * static_cast<uint32_t>(weights[k]);
-    const Words words = __builtin_convertvector(sum >> shift, Words);
-    for (int i = 0; i < 8; ++i) middle[(x + i) * kLanes] = words[i];
+    *reinterpret_cast<Words*>(row + x) = __builtin_convertvector(sum >> shift, Words);
   }
 }
 
-// block[x * kLanes + lane] = sum_k weights[x][k] * middle[starts[x] + k][lane], in 8 bits.
+// columns[x * kLanes] = sum_k weights[x][k] * middle[starts[x] + k][lane], without fraction.
 SSLUS_CLONES void shrink_columns(const uint16_t* middle, const int32_t* starts,
-                                 const int32_t* weights, int64_t taps, int64_t columns,
-                                 uint8_t* block) {
+                                 const int32_t* weights, int64_t taps, int64_t width,
+                                 uint16_t* columns) {
   constexpr int shift = kWeightBits + kMiddleBits;
   constexpr uint32_t half = 1u << (shift - 1);
-  for (int64_t x = 0; x < columns; ++x) {
+  for (int64_t x = 0; x < width; ++x) {
     const uint16_t* first = middle + starts[x] * kLanes;
     Longs low = Longs{} + half, high = low;
     for (int64_t k = 0; k < taps; ++k) {
@@ -99,10 +98,66 @@ SSLUS_CLONES void shrink_columns(const uint16_t* middle, const int32_t* starts,
       low += SSLUS_LOAD(first + k * kLanes) * w;
       high += SSLUS_LOAD(first + k * kLanes + 8) * w;
     }
-    const Bytes bytes[2] = {__builtin_convertvector(low >> shift, Bytes),
-                            __builtin_convertvector(high >> shift, Bytes)};
-    std::memcpy(block + x * kLanes, bytes, sizeof bytes);
+    auto* out = reinterpret_cast<Words*>(columns + x * kLanes);
+    out[0] = __builtin_convertvector(low >> shift, Words);
+    out[1] = __builtin_convertvector(high >> shift, Words);
   }
+}
+
+// Rows and columns change places in a square of 8 x 8: in each of three rounds, row i meets row
+// i + 4.
+#if defined(__clang__) || __GNUC__ >= 12
+inline void turn(const uint16_t* src, int64_t src_stride, uint16_t* out, int64_t out_stride) {
+  Words a[8], b[8];
+  const auto meet = [](const Words* from, Words* to) {
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+  };
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Words*>(src + i * src_stride);
+  meet(a, b);
+  meet(b, a);
+  meet(a, b);
+  for (int i = 0; i < 8; ++i) *reinterpret_cast<Words*>(out + i * out_stride) = b[i];
+}
+#else
+inline void turn(const uint16_t* src, int64_t src_stride, uint16_t* out, int64_t out_stride) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) out[j * out_stride + i] = src[i * src_stride + j];
+}
+#endif
+
+// kLanes rows of `width` -> `width` columns of kLanes. As in shrink_rows, whole groups.
+void to_columns(const uint16_t* rows, int64_t width, uint16_t* columns) {
+  if (width < 8) {
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t y = 0; y < kLanes; ++y) columns[x * kLanes + y] = rows[y * width + x];
+    return;
+  }
+  for (int64_t start = 0; start < width; start += 8) {
+    const int64_t x = std::min(start, width - 8);
+    for (int64_t y = 0; y < kLanes; y += 8)
+      turn(rows + y * width + x, width, columns + x * kLanes + y, kLanes);
+  }
+}
+
+// And back.
+void to_rows(const uint16_t* columns, int64_t width, uint16_t* rows) {
+  if (width < 8) {
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t y = 0; y < kLanes; ++y) rows[y * width + x] = columns[x * kLanes + y];
+    return;
+  }
+  for (int64_t start = 0; start < width; start += 8) {
+    const int64_t x = std::min(start, width - 8);
+    for (int64_t y = 0; y < kLanes; y += 8)
+      turn(columns + x * kLanes + y, kLanes, rows + y * width + x, width);
+  }
+}
+
+SSLUS_CLONES void narrow(const uint16_t* src, uint8_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(src[i]);
 }
 
 SSLUS_CLONES void add_moments(const uint8_t* pixels, int64_t n, uint64_t& sum, uint64_t& squares) {
@@ -171,10 +226,11 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
     return;
   }
   // Kept by the thread between calls: no allocation a frame.
-  thread_local std::vector<uint16_t> wide, middle;
-  thread_local std::vector<uint8_t> block;
+  thread_local std::vector<uint16_t> wide, rows_of_lanes, middle, shrunk;
+  rows_of_lanes.resize(static_cast<size_t>(width * kLanes));
   middle.resize(static_cast<size_t>(width * kLanes));
-  block.resize(static_cast<size_t>(columns * kLanes));
+  shrunk.resize(static_cast<size_t>(2 * columns * kLanes));
+  uint16_t* block = shrunk.data() + columns * kLanes;
   for (int64_t y = 0; y < rows; y += kLanes) {
     const int64_t lanes = std::min<int64_t>(kLanes, rows - y);
     const int64_t first = row_starts.data()[y];
@@ -184,14 +240,14 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
       widen(src.data() + row * src.stride(0), wide.data() + (row - first) * width, width);
     for (int64_t lane = 0; lane < lanes; ++lane)
       shrink_rows(wide.data() + (row_starts.data()[y + lane] - first) * width, width,
-                  row_weights.data() + (y + lane) * row_taps, row_taps, middle.data() + lane);
+                  row_weights.data() + (y + lane) * row_taps, row_taps,
+                  rows_of_lanes.data() + lane * width);
+    to_columns(rows_of_lanes.data(), width, middle.data());
     shrink_columns(middle.data(), column_starts.data(), column_weights.data(), column_taps,
-                   columns, block.data());
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      uint8_t* row = out.data() + (top + y + lane) * out_width + left;
-      const uint8_t* from = block.data() + lane;
-      for (int64_t x = 0; x < columns; ++x) row[x] = from[x * kLanes];
-    }
+                   columns, shrunk.data());
+    to_rows(shrunk.data(), columns, block);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      narrow(block + lane * columns, out.data() + (top + y + lane) * out_width + left, columns);
   }
 }
 

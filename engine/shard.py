@@ -511,12 +511,8 @@ def _blamed(path: Path) -> Iterator[None]:
 
 
 def _blamed_frames(path: Path, frames: Iterator[Prepared]) -> Iterator[Prepared]:
-    while True:
-        with _blamed(path):
-            frame = next(frames, None)
-        if frame is None:
-            return
-        yield frame
+    with _blamed(path):  # what is done with a frame raises where it is done, not in here
+        yield from frames
 
 
 def _decode_video(

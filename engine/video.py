@@ -440,6 +440,7 @@ class _Clock:
     def __init__(self, stream, in_order: bool):
         self.tick_seconds = float(stream.time_base)
         self.period_seconds = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        self.far = REORDERED * self.period_seconds / self.tick_seconds
         self.in_order = in_order
         self.zero_seconds = None  # what the stamps say at time 0
         self.last_seconds = None
@@ -466,10 +467,9 @@ class _Clock:
 
     def settled(self, last: int | None, stamp: int | None, after: int | None) -> int | None:
         """A stamp; where it is absurd, what lies halfway between those before and after it."""
-        far = REORDERED * self.period_seconds / self.tick_seconds
-        if None in (last, stamp, after) or last > after:
+        if last is None or stamp is None or after is None or last > after:
             return stamp
-        return stamp if last - far <= stamp <= after + far else (last + after) // 2
+        return stamp if last - self.far <= stamp <= after + self.far else (last + after) // 2
 
 
 def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
