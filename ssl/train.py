@@ -145,10 +145,6 @@ class Settings:
                 raise InputError(
                     f"{name} {getattr(settings, name)!r}: want one of {', '.join(choices)}"
                 )
-        if settings.warmup_steps > num_steps:
-            raise InputError(
-                f"warmup_steps {settings.warmup_steps} is more than the run's {num_steps} steps"
-            )
         return settings
 
     def _check_numbers(self) -> None:
@@ -189,7 +185,7 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
         recorded["settings"]["method"]
         if recorded["format"] != FORMAT:
             why = f"{run} was begun by another version of sslus, which would go on otherwise"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, TypeError) as e:
         why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e})"
@@ -278,6 +274,11 @@ def train(
             _refuse_changes(run, recorded, config)
             # Of a resumed run the beginning is told, but for what the next one takes from here.
             config = recorded | {"shards": config["shards"]}
+        if settings.warmup_steps > settings.max_steps:  # a resumed run hears first what it changed
+            raise InputError(
+                f"warmup_steps {settings.warmup_steps} is more than the run's"
+                f" {settings.max_steps} steps"
+            )
         config["how"] = how
         where = "GPU" if world.device.type == "cuda" else "CPU"
         say(
@@ -383,6 +384,11 @@ def _state(
         )  # fmt: skip
 
     saved = (run / "checkpoint.pt").exists()  # not so for a run stopped before its first one
+    if not saved and (run / "checkpoints").exists():  # it would begin anew, and write over it all
+        raise InputError(
+            f"{run} has lost its checkpoint.pt; copy the newest of {run / 'checkpoints'} there, or"
+            " start another run with --run DIR"
+        )
     state = State.build(
         settings, method_config, world, len(store.label_names), grey, None if saved else initialise
     )
