@@ -113,6 +113,8 @@ def evaluate(
             " from; copy the shards to a disk and name them with --shards"
         )
     shards = Path(shards)
+    if not shards.exists():
+        raise InputError(f"{shards}: no such folder; name the shards of the run with --shards")
     store = FrameStore.open(shards)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
@@ -144,6 +146,14 @@ def evaluate(
             notes.append(
                 f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
                 " lowers its scores; its patients are too few or share other classes, label more"
+            )
+        tested = np.unique(np.concatenate([t.test for t in tasks]))
+        learnt = store.digest == source.config["shards"].get("digest") and settings.get("dual_task")
+        if learnt and (num := np.count_nonzero(store.label[frames.index[tested]] >= 0)):
+            notes.append(
+                f"the run has learned the labels of {num} of the {len(tested)} frames it is tested"
+                " on (--dual-task), so its scores are not those for new patients: train it on"
+                " shards that hold the labels of other patients alone"
             )
         if frames.moved:
             notes.append(

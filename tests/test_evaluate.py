@@ -136,6 +136,35 @@ def labelled(out, labels):
     return splits.label_frames(FrameStore.open(out), out, labels)
 
 
+@pytest.mark.parametrize("learnt, num", [("all", 18), ("train", 0)])
+def test_labels_that_the_run_has_learnt_are_named(learnt, num, run, videos, tmp_path):
+    """A dual task sees what is in its shards, whoever's it is."""
+
+    def split(rows):
+        return [r | {"split": "train" if int(r["patient"][1:]) < 6 else "test"} for r in rows]
+
+    def known(rows):
+        return [r for r in rows if learnt == "all" or int(r["patient"][1:]) < 6]
+
+    for name in ("in_shards", "asked"):
+        (tmp_path / name).mkdir()
+    shards = tmp_path / "shards"
+    labels = rewrite(videos, tmp_path / "in_shards", known)
+    settings = ShardSettings(size=32, stride=3)
+    shard([videos], shards, settings, labels=labels, device="cpu", jobs=1)
+    store = FrameStore.open(shards)
+    dual = tmp_path / "run"
+    shutil.copytree(run, dual)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["dual_task"] = 0.5
+    config["shards"] |= {"path": str(shards), "digest": store.digest}
+    (dual / "config.json").write_text(json.dumps(config))
+    labels = rewrite(videos, tmp_path / "asked", split)
+    result = evaluate.evaluate(dual, labels, protocol="knn", num_seeds=1, percents=(100,))
+    found = [line for line in result.warnings if "--dual-task" in line]
+    assert len(found) == (num > 0) and all(f"of {num} of the 18 frames" in x for x in found)
+
+
 def test_videos_that_were_moved_keep_their_labels(movable, frames, tmp_path):
     here, out = movable
     assert not labelled(out, here / "labels.csv").moved
