@@ -39,6 +39,10 @@ class Options:
     time_limit: float | None = None  # seconds, after which the run saves and stops
 
 
+class NotFinite(InputError):
+    """The loss or another number of the run is NaN or infinite: it cannot go on."""
+
+
 class Loop:
     def __init__(
         self,
@@ -210,7 +214,7 @@ class Loop:
         for name, value in zip(names, values, strict=True):
             if not math.isfinite(value):
                 saved = (self.run / "checkpoint.pt").exists()
-                raise InputError(
+                raise NotFinite(
                     f"the {name} is no longer finite (by step {self.state.step}): try a lower --lr"
                     f" (it is {self.settings.lr:g}), a longer --warmup-steps, --clip-norm or"
                     " --precision fp32;"

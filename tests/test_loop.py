@@ -315,6 +315,27 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     assert f"go on with: {' '.join(going)}" in capsys.readouterr().err
 
 
+def test_a_method_that_fails_does_not_keep_the_others_from_training(
+    shards, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(methods, "names", lambda: ["simclr", "vicreg"])
+    real = methods.load("simclr").Method.forward
+
+    def forward(self, views):
+        out = real(self, views)
+        return out._replace(loss=out.loss * math.nan)
+
+    monkeypatch.setattr(methods.load("simclr").Method, "forward", forward)
+    small = "--device cpu --backbone test_resnet --image-size 32 --batch-size 8 --max-steps 1"
+    folder = tmp_path / "all"
+    base = ["train", str(shards), "--method", "all", "--run", str(folder)]
+    assert main([*base, *small.split()]) == 1
+    said = capsys.readouterr()
+    assert "Error: simclr: the loss is no longer finite" in said.err
+    assert said.err.splitlines()[-1].startswith("Error: simclr: failed")
+    assert "vicreg" in said.out and (folder / "vicreg" / "backbone.safetensors").exists()
+
+
 def test_a_signal_in_a_methods_last_step_stops_all_methods(shards, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "all"
     base = ["train", str(shards), "--method", "all", "--run", str(folder), "--device", "cpu"]

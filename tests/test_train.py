@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -396,8 +397,16 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys)
             shards, dataclasses.replace(SMALL, lr=0.1), vicreg.Config(projector="8"), run,
             resume=True, device="cpu",
         )  # fmt: skip
+    with pytest.raises(InputError, match=f"warmup_steps was 1, now {STEPS + 1}"):
+        run_train(shards, run, dataclasses.replace(SMALL, warmup_steps=STEPS + 1), resume=True)
     with pytest.raises(InputError, match="holds no run"):
         run_train(shards, tmp_path / "none", resume=True)
+    lost = tmp_path / "lost"
+    shutil.copytree(run, lost)
+    (lost / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match="has lost its checkpoint.pt"):
+        run_train(shards, lost, resume=True)
+    assert len((lost / "metrics.jsonl").read_text().splitlines()) == len(whole_run.metrics)
     assert before == {
         p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name != "metrics.jsonl"
     }

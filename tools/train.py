@@ -345,6 +345,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     from sslus.engine.errors import InputError, Interrupted
     from sslus.engine.stream import is_url
     from sslus.ssl import methods
+    from sslus.ssl.loop import NotFinite
     from sslus.ssl.train import Settings
     from sslus.ssl.world import enter
     from sslus.tools.screen import summary
@@ -385,12 +386,14 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         with atomic_file(record, "w") as f:
             json.dump({"format": 2, "shards": where, "options": options}, f, indent=2)
     rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
+    failed = []
     for name in methods.names():
         run = folder / name
         mine = given | {
             "method": name,
             "resume": given["resume"] and (run / "config.json").exists(),
         }
+        given["rebuild_store"] = False  # once for all
         if limit is not None:
             mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
         if _is_main():
@@ -399,7 +402,12 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             result = _train(shards, run, mine, named)
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Go on with: {going}", e.signum) from None
-        given["rebuild_store"] = False  # once for all
+        except NotFinite as e:
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # the others may hear of it a step later
+                raise
+            failed.append(name)
+            click.echo(f"Error: {name}: {e}", err=True)
+            continue
         if result.signum and not result.stopped and name != methods.names()[-1]:
             raise Interrupted(f"{name} is finished. Go on with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
@@ -407,13 +415,16 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         rows[name] = "; ".join([f"{result.step:,} steps", *facts.values()])
         if result.stopped:
             break
-    if _is_main():
+    if _is_main() and rows:
         summary(
             rows,
             warnings=warnings,
-            next_command=going if result.stopped
-            else _evaluate(folder / "vicreg", shards),
-        )  # fmt: skip
+            next_command=going
+            if result.stopped
+            else _evaluate(folder / next(reversed(rows)), shards),
+        )
+    if failed:
+        raise InputError(f"{', '.join(failed)}: failed, as told above")
 
 
 def _torchrun(num: int) -> int:
