@@ -85,7 +85,7 @@ def nearby(
     lie between and D the most that could: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
     A frame's partner depends on (seed, epoch, frame) only.
     """
-    if max_seconds <= 0:
+    if not max_seconds > 0:  # NaN too
         raise InputError(f"--max-seconds: want more than 0, got {max_seconds}")
     first = np.searchsorted(video, video[indices], "left")
     last = np.searchsorted(video, video[indices], "right")

@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Tensor]:
                 break
         return {k: v for k, v in weights.items() if isinstance(v, Tensor)}
     except Exception as e:  # both readers raise a dozen kinds; to the user they are one
-        reason = str(e).strip().splitlines()[0][:200]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise InputError(f"--init {path}: cannot be read as weights: {reason}") from e
 
 

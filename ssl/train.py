@@ -323,7 +323,8 @@ def _alone_in(run: Path, world: World) -> Iterator[None]:
         return
     run.parent.mkdir(parents=True, exist_ok=True)
     busy = f"{run}: another process is training there; wait for it, or give another --run"
-    with alone(run.with_name(f".{run.name}.lock"), busy):
+    here = run.absolute()  # `.` has no name
+    with alone(here.with_name(f".{here.name}.lock"), busy):
         yield
 
 

@@ -161,6 +161,7 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
         for c, image in enumerate(row[:, 0].mul(255).round().byte().numpy()):
             y, x = r * (size + gap), c * (size + gap)
             sheet[y : y + size, x : x + size] = image
+    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as f:
         Image.fromarray(sheet).save(f, "PNG")
 
