@@ -38,9 +38,10 @@ class Plan:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed {self.seed}: want a whole number from 0 to 2**63 - 1")
         if self.num_frames < self.batch_size:
+            smaller = f"--batch-size {self.num_frames} or less, or " * (self.num_frames > 1)
             raise InputError(
                 f"{self.num_frames} frames are fewer than one batch of {self.batch_size}:"
-                f" give --batch-size {self.num_frames} or less, or more frames"
+                f" give {smaller}more frames"
             )
         if self.batch_size % self.world or not 0 <= self.rank < self.world:
             raise ValueError(

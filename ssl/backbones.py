@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,10 @@ def read(path: Path) -> dict[str, Tensor]:
     one under `state_dict`, `model` or `backbone`; `method` in a run's checkpoint). InputError if
     it cannot be read."""
     if not path.is_file():
-        raise InputError(f"--init {path}: there is no such file; want random, imagenet or a file")
+        raise InputError(
+            f"--init {path}: there is no such file; want random, imagenet or a file, of a run its"
+            " backbone.safetensors"
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -95,6 +99,11 @@ def read(path: Path) -> dict[str, Tensor]:
                 weights = weights[key]
                 break
         return {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    except pickle.UnpicklingError as e:  # torch's own message advises to run what is in the file
+        raise InputError(
+            f"--init {path}: cannot be read as weights: damaged, or more than tensors; save the"
+            " state_dict() alone"
+        ) from e
     except Exception as e:  # both readers raise a dozen kinds; to the user they are one
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise InputError(f"--init {path}: cannot be read as weights: {reason}") from e

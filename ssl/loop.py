@@ -72,6 +72,8 @@ class Loop:
             if online.why_not:
                 raise InputError(f"--online-every: {online.why_not}")
             self.online = online if self.world.is_main else None
+            if settings.dual_task:
+                say("--online-every: --dual-task learns the same labels, so its scores flatter")
 
     def run_to_end(self) -> None:
         s, state = self.settings, self.state

@@ -146,7 +146,8 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
     from sslus.engine.plan import Plan, nearby
 
     presets = parse(text)
-    first = Plan(len(store), min(len(store), max(num, 2)), seed).order(0)[:num]
+    first = Plan(max(len(store), 2), 2, seed).order(0)  # a plan wants two frames
+    first = first[first < len(store)][:num]
     second = first
     if max_seconds is not None:
         second, _ = nearby(store.video, store.time_seconds, first, max_seconds, seed, 0)

@@ -439,8 +439,12 @@ def test_initial_weights_are_checked(shards, whole_run, tmp_path):
         run_train(shards, run, dataclasses.replace(SMALL, init=str(tmp_path / "none.safetensors")))
     assert not run.exists()
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "empty.pt").touch()
+    torch.save(Path("/"), tmp_path / "code.pt")
     for path, why in (
         (tmp_path / "junk.pt", "cannot be read"),
+        (tmp_path / "empty.pt", "cannot be read as weights: EOFError"),
+        (tmp_path / "code.pt", r"more than tensors; save the state_dict\(\)"),
         (tmp_path / "gone", "no such file"),
     ):
         with pytest.raises(InputError, match=why):

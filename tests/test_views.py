@@ -1,5 +1,6 @@
 """Views: what the presets draw, batches that depend on nothing but the seed, nearby pairs."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from sslus.kernels.augment import COLUMNS, PARAMS, check_params, identity, views
 from sslus.ssl import loader as loaders
 from sslus.ssl.loader import Batch, Loader
 from sslus.ssl.views import PRESETS, ViewConfig, draw, parse, whole
+from sslus.ssl.views import picture as picture_of
 
 CPU = torch.device("cpu")
 
@@ -272,5 +274,8 @@ def test_a_picture_of_views(store, tmp_path):
     assert "sslus train" in result.stdout
     picture = np.asarray(Image.open(tmp_path / "v.png"))
     assert picture.shape == (3 * 50 - 2, 3 * 50 - 2) and picture.std() > 20
+    one = dataclasses.replace(store, frames=store.frames[:1])
+    picture_of(one, "ultrasound", tmp_path / "new" / "one.png", num=6, size=48, seed=0)
+    assert Image.open(tmp_path / "new" / "one.png").size == (48, 3 * 50 - 2)
     wrong = subprocess.run([*command, "--preset", "x"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("Error: --views 'x'")
