@@ -342,8 +342,9 @@ def _fastest_convolutions(world: World) -> Iterator[None]:
 def _check_config(method_config) -> None:
     for field in dataclasses.fields(method_config):
         value = getattr(method_config, field.name)
-        if type(value) in (int, float) and not 0 <= value < math.inf:
-            raise InputError(f"{field.name} {value}: want a number from 0")
+        least = field.metadata.get("least", 0)
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise InputError(f"{field.name} {value}: want a number from {least}")
 
 
 def _nothing(line: str) -> None:

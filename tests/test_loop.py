@@ -315,6 +315,17 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     assert f"go on with: {' '.join(going)}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_every_recipe_trains(name, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("sslus.ssl.loop.Loop.draw", lambda self: None)  # a second each
+    small = "--device cpu --init random --backbone test_resnet --image-size 32 --batch-size 8"
+    if "projector" in {f.name for f in dataclasses.fields(methods.load(name).Config)}:
+        small += " --projector 32-32"
+    for recipe in ("paper", "study"):
+        run = ["--method", name, "--recipe", recipe, "--run", str(tmp_path / recipe)]
+        assert main(["train", str(shards), *run, *small.split(), "--max-steps", "1"]) == 0
+
+
 def test_a_method_that_fails_does_not_keep_the_others_from_training(
     shards, tmp_path, capsys, monkeypatch
 ):

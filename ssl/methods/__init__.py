@@ -3,7 +3,8 @@
 A method file holds a docstring (what it computes, from which paper) and
 
     class Config                        a frozen dataclass; its fields become command-line options
-                                        (type, default, metadata help)
+                                        (type, default, metadata help; numbers are 0 or more,
+                                        or metadata least)
 
     RECIPES: dict[str, dict]            values for fields of `Config` and of train.Settings:
                                         "default" for ultrasound, "paper" and "study"

@@ -49,7 +49,8 @@ class Config:
     background: int = field(
         default=8,
         metadata={
-            "help": "Largest grey level, 0 to 255, outside the sector; -1: hide things anywhere."
+            "help": "Largest grey level, 0 to 255, outside the sector; -1: hide things anywhere.",
+            "least": -1,
         },
     )
 
