@@ -83,7 +83,7 @@ def nearby(
     indices: (B,). Returns the partners (B,) int64, uniform among the frames in reach other than
     the frame itself (which stays alone where it has no neighbour: a clip of one frame works), and
     the weights (B,) float32 of the pairs, (D - d + 1) / (D + 1), where d is how many stored frames
-    lie between and D the most that could: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
+    they are apart and D the most that they could be: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
     A frame's partner depends on (seed, epoch, frame) only.
     """
     if not max_seconds > 0:  # NaN too

@@ -137,39 +137,7 @@ def evaluate(
             about = SETTINGS[protocol]
         rows = _rows(frames, tasks, guesses, deals)
 
-        unseen = [
-            repr(name)
-            for c, name in enumerate(frames.names)
-            if not all(np.any(frames.y[train] == c) for pairs in deals for train, _ in pairs)
-        ]
-        if unseen:
-            notes.append(
-                f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
-                " lowers its scores; its patients are too few or share other classes, label more"
-            )
-        tested = np.unique(np.concatenate([t.test for t in tasks]))
-        learnt = store.digest == source.config["shards"].get("digest") and settings.get("dual_task")
-        if learnt and (num := np.count_nonzero(store.label[frames.index[tested]] >= 0)):
-            notes.append(
-                f"the run has learned the labels of {num} of the {len(tested)} frames it is tested"
-                " on (--dual-task), so its scores are not those for new patients: train it on"
-                " shards that hold the labels of other patients alone"
-            )
-        if frames.moved:
-            notes.append(
-                "the videos are not where they were sharded: they were found by their places below"
-                " labels.csv, so make sure that these are the labels of those shards"
-            )
-        if frames.num_without_frames:
-            notes.append(
-                f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
-                " (why: local/ledger.jsonl of the shards)"
-            )
-        done, all_steps = backbones.step_in(source.weights), settings.get("max_steps")
-        if done and all_steps and done < all_steps:
-            notes.append(
-                f"the run is not finished: its backbone is that of step {done} of {all_steps}"
-            )
+        notes += _warnings(source, store, frames, tasks)
         if slow:
             notes.append(
                 f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged"
@@ -469,6 +437,44 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
             )
         )
     return rows
+
+
+def _warnings(
+    run: _Run, store: FrameStore, frames: LabelledFrames, tasks: list[Task]
+) -> Iterator[str]:
+    """What a reader of the table has to know."""
+    settings, shards = run.config["settings"], run.config["shards"]
+    unseen = [
+        repr(name)
+        for c, name in enumerate(frames.names)
+        if not all(np.any(frames.y[t.train] == c) for t in tasks)
+    ]
+    if unseen:
+        yield (
+            f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
+            " lowers its scores; its patients are too few or share other classes, label more"
+        )
+    tested = np.unique(np.concatenate([t.test for t in tasks]))
+    num = np.count_nonzero(store.label[frames.index[tested]] >= 0)
+    if num and settings.get("dual_task") and store.digest == shards.get("digest"):
+        yield (
+            f"the run has learned the labels of {num} of the {len(tested)} frames it is tested on"
+            " (--dual-task), so its scores are not those for new patients: train it on shards that"
+            " hold the labels of other patients alone"
+        )
+    if frames.moved:
+        yield (
+            "the videos are not where they were sharded: they were found by their places below"
+            " labels.csv, so make sure that these are the labels of those shards"
+        )
+    if frames.num_without_frames:
+        yield (
+            f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
+            " (why: local/ledger.jsonl of the shards)"
+        )
+    done, steps = backbones.step_in(run.weights), settings.get("max_steps")
+    if done and steps and done < steps:
+        yield f"the run is not finished: its backbone is that of step {done} of {steps}"
 
 
 def _write(result: Evaluation, frames, store: FrameStore, run: _Run) -> None:
