@@ -130,7 +130,7 @@ def fill(
         weights = fold(backbone, colours, weights, grey)
         notes.append(f"the three channels of {colours[0]} folded into one")
     matched = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    if not matched:
+    if not any(v.ndim for v in matched.values()):  # BatchNorm's counters match those of any net
         raise InputError(
             f"--init {source}: 0 of {len(own)} tensors match this backbone in name and shape"
             f" (file: {next(iter(weights), 'empty')}...; backbone: {next(iter(own))}...)"

@@ -91,6 +91,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "of another shape: pos_embed 1x5x64, here 1x17x64; kept random: norm.weight" in line
     with pytest.raises(InputError, match=r"0 of 78 tensors match .*file: a\.\.\.; backbone: cls"):
         backbones.fill(ours, {"a": torch.ones(2)}, "file")
+    resnet = backbones.build("test_resnet", 32, seed=0)
+    counters = {k: v for k, v in resnet.state_dict().items() if k.endswith("num_batches_tracked")}
+    with pytest.raises(InputError, match="0 of 90 tensors match"):
+        backbones.fill(resnet, counters | {"conv1.weight": torch.ones(2)}, "a wider net")
     with pytest.raises(ValueError, match="three channels in the file"):
         backbones.fill(ours, trained("test_vit").state_dict(), "file")
     nfnet = backbones.build("test_nfnet", 64, seed=0)  # standardises its weights: w' is not w
