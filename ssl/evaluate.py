@@ -152,7 +152,7 @@ def evaluate(
             num_frames=len(frames),
             num_videos=len(np.unique(frames.video)),
             num_patients=len(np.unique(frames.patient)),
-            split="the split of labels.csv"
+            split="the split of labels.csv, the same for each seed"
             if frames.test is not None
             else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
             warnings=notes,

@@ -630,7 +630,7 @@ def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
     result = evaluate.evaluate(
         run, labels, out=tmp_path / "out", percents=(100,), num_seeds=1, device="cpu"
     )
-    assert result.split == "the split of labels.csv"
+    assert result.split == "the split of labels.csv, the same for each seed"
     assert {row.num_test_patients for row in result.rows} == {3}
     assert {row.num_train_patients for row in result.rows} == {9}
     assert result.rows[0].macro_f1_std is None
