@@ -122,7 +122,7 @@ def evaluate(
     folder = out if protocol == "linear" else out / protocol
     where, slow = pick_device(device), 0
     names = [settings["method"], RANDOM]
-    how = finetune.Settings.of(steps, where, settings["backbone"])
+    how = finetune.Settings.of(steps, where, settings["backbone"], settings["image_size"])
     with _alone_in(out):
         folder.mkdir(exist_ok=True)
         deals = [folds(frames, seed) for seed in range(num_seeds)]

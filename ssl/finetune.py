@@ -55,13 +55,15 @@ class Settings:
     final_lr: float = 0.001  # where the cosine ends, as a share of the peak
 
     @classmethod
-    def of(cls, steps: int | None, device: torch.device, backbone: str) -> "Settings":
+    def of(
+        cls, steps: int | None, device: torch.device, backbone: str, image_size: int
+    ) -> "Settings":
         """steps: None for 100 on a CPU (half a minute for a ResNet-18), 1000 on a GPU."""
         if steps is None:
             steps = 1000 if device.type == "cuda" else 100
         if steps < 1:
             raise InputError(f"--steps {steps}: want at least 1")
-        precision = "bf16" if pays_bf16(device, backbone) else "fp32"
+        precision = "bf16" if pays_bf16(device, backbone, image_size) else "fp32"
         return cls(backbone, steps, steps // 10, precision)
 
 

@@ -104,13 +104,14 @@ class Settings:
                 else self.base_lr * frames / 256
             )
         backbone = self.backbone or ("resnet50" if cuda else "resnet18")
+        image_size = (224 if cuda else 96) if self.image_size is None else self.image_size
         precision = self.precision
         if precision == "auto":
-            precision = "bf16" if pays_bf16(device, backbone) else "fp32"
+            precision = "bf16" if pays_bf16(device, backbone, image_size) else "fp32"
         settings = dataclasses.replace(
             self,
             backbone=backbone,
-            image_size=(224 if cuda else 96) if self.image_size is None else self.image_size,
+            image_size=image_size,
             batch_size=batch_size,
             epochs=epochs,
             max_steps=num_steps,

@@ -17,7 +17,7 @@ from sslus.ssl.neighbours import knn
 
 SIZE = 32
 CPU = torch.device("cpu")
-SETTINGS = dataclasses.replace(finetune.Settings.of(3, CPU, "test_resnet"), lr=2e-3)
+SETTINGS = dataclasses.replace(finetune.Settings.of(3, CPU, "test_resnet", 32), lr=2e-3)
 
 
 def oracle(x, y, query, num_classes, k=20):
@@ -222,6 +222,6 @@ def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path):
         )
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="--steps 0: want at least 1"):
-        finetune.Settings.of(0, CPU, "test_resnet")
+        finetune.Settings.of(0, CPU, "test_resnet", 32)
     alone = job(toy, train=np.array([1]), y=np.array([1]))  # of one class, which needs no training
     assert set(finetune.tune(alone, broken, toy.pictures, SETTINGS, None)) == {1}
