@@ -252,7 +252,9 @@ def test_the_time_limit_saves_and_resume_ends_the_run(shards, tmp_path, capsys):
     small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 6 --projector 32-32"
     assert main([*base, *small.split(), "--time-limit", "0"]) == 0  # before the first line
     out = capsys.readouterr().out
-    assert "time was up at step 1" in out and f"Next: sslus train --resume --run {run}" in out
+    assert (
+        "time limit reached at step 1" in out and f"Next: sslus train --resume --run {run}" in out
+    )
     assert main([*base, "--resume", "--log-every", "1"]) == 0
     whole = run_train(shards, tmp_path / "whole")
     a, b = (checkpoints.load(r / "checkpoint.pt") for r in (run, whole.run))
@@ -310,9 +312,9 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sslus.tools.train._train", stopped)
     assert main(going[1:]) == 143
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"Error: autoencoder: {stopped_at}. Go on with: {' '.join(going)}"
+    assert said == f"Error: autoencoder: {stopped_at}. Continue with: {' '.join(going)}"
     assert main([*base, *small.split()]) == 1  # not over what is there
-    assert f"go on with: {' '.join(going)}" in capsys.readouterr().err
+    assert f"continue it with: {' '.join(going)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -361,7 +363,7 @@ def test_a_signal_in_a_methods_last_step_stops_all_methods(shards, tmp_path, cap
     monkeypatch.setattr(State, "save", save)
     assert main([*base, *small.split()]) == 143
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"Error: {first} is finished. Go on with: sslus train --method all")
+    assert said.startswith(f"Error: {first} is finished. Continue with: sslus train --method all")
     assert (folder / first / "backbone.safetensors").exists()
     assert not (folder / methods.names()[1]).exists()
 
@@ -417,10 +419,13 @@ def test_the_next_command_can_be_pasted():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ("--lr 1e-3 --base-lr 0.1", "--lr and --base-lr say the same in two ways"),
-        ("--warmup-steps 1 --warmup-epochs 2", "--warmup-steps and --warmup-epochs say the same"),
-        ("--time-limit nan", "--time-limit nan: want seconds from 0"),
-        ("--time-limit -1", "--time-limit -1: want seconds from 0"),
+        ("--lr 1e-3 --base-lr 0.1", "--lr and --base-lr set the same value"),
+        (
+            "--warmup-steps 1 --warmup-epochs 2",
+            "--warmup-steps and --warmup-epochs set the same value",
+        ),
+        ("--time-limit nan", "--time-limit nan: want 0 seconds or more"),
+        ("--time-limit -1", "--time-limit -1: want 0 seconds or more"),
         ("--method vicreg --method moco --variance 7", "No such option '--variance'"),
     ],
 )
@@ -433,7 +438,7 @@ def test_options_that_contradict_are_refused(options, said, shards, tmp_path, ca
 def test_the_pairs_distance_is_not_taken_for_a_time_limit(shards, tmp_path, capsys):
     run = str(tmp_path / "run")
     assert main(["train", str(shards), "--max-seconds", "60", "--run", run]) == 1
-    assert "there is --time-limit" in capsys.readouterr().err
+    assert "use --time-limit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_a_refused_file_is_tried_again_on_demand(clips, tmp_path):
     again = command(*arguments, preexec_fn=without_override)
     assert (first.returncode, again.returncode) == (3, 3) and public_bytes(out) == before
     for result in (first, again):
-        assert "once the cause is gone, add --force to the same command" in result.stderr
+        assert "once the cause is fixed, add --force to the same command" in result.stderr
     forced = command(*arguments, "--force", preexec_fn=without_override)
     assert forced.returncode == 0 and "2 of 2" in forced.stdout and not forced.stderr.count("force")
 
@@ -386,8 +386,8 @@ def test_what_is_left_out_is_said(clips, tmp_path):
                 two.mux(packet)
     result = command("shard", videos, "-o", out, "--size", 64, "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    assert "1 files hold more than one video; the best of each was taken" in result.stdout
-    assert "1 to folders not followed" in result.stdout and "not videos" not in result.stdout
+    assert "1 files hold several videos; the best of each was used" in result.stdout
+    assert "1 to folders, not followed" in result.stdout and "not videos" not in result.stdout
     assert json.loads((out / "local" / "ledger.jsonl").read_text())["other_streams"] == 1
 
 

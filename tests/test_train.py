@@ -528,7 +528,7 @@ def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     assert main([*base, *small.split()]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["train", "--resume", "--run", str(run)]) == 0  # settings and shards are the run's
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert main([*base, "--resume", "--projector", "32"]) == 1
     assert "projector was '16', now '32'" in capsys.readouterr().err
     assert main([*base[:2], "--run", str(tmp_path / "x"), "--method", "nothing"]) == 1
@@ -566,7 +566,7 @@ def test_ctrl_c_of_the_command(shards, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"everything is saved. Go on with: sslus train --resume --run {run}" in err
+    assert f"everything is saved. Continue with: sslus train --resume --run {run}" in err
     assert len(err.splitlines()[-1]) > 60 and "Traceback" not in err
     assert checkpoints.load(run / "checkpoint.pt")["step"] >= 1
 

@@ -1,4 +1,4 @@
-"""`python -m sslus.tools` is `sslus`: what torchrun needs."""
+"""`python -m sslus.tools` is the same as `sslus`; torchrun needs a module."""
 
 import sys
 

@@ -15,7 +15,7 @@ import click
 COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
 # Names the file in which a process that `sslus train --gpus` has started leaves its exit code.
 EXIT_CODE_FILE = "SSLUS_EXIT_CODE_FILE"
-OTHERS_WAIT_SECONDS = 5  # torchrun looks ten times a second who has ended, which may take a second
+OTHERS_WAIT_SECONDS = 5  # torchrun polls its processes ten times a second; one may take a second
 
 
 class Commands(click.Group):
@@ -36,20 +36,23 @@ def sslus():
     """Pretrain an ultrasound backbone from a folder of videos, without labels.
 
     \b
-    sslus shard videos/                      videos -> shards/
-    sslus train --method vicreg              shards/ -> runs/vicreg/
+    sslus shard videos/              decode videos into shards/
+    sslus train --method vicreg      pretrain on shards/, write runs/vicreg/
     sslus evaluate runs/vicreg --labels videos/labels.csv
 
-    No videos at hand? `sslus synth videos/` makes synthetic ones.
-    What can this machine do? `sslus doctor`.
+    No videos at hand? `sslus synth videos/` makes synthetic ones. `sslus doctor` shows what this
+    machine can do.
+
+    Exit codes: 0 done; 1 error; 2 wrong usage; 3 done, but some input was refused; 70 internal
+    error (SSLUS_DEBUG=1 shows the traceback); 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
     """
 
 
 def _speaks(code: int) -> bool:
-    """Whether this process tells what went wrong: of those of torchrun, one a machine does.
+    """Whether this process reports what went wrong: under torchrun, one process per machine does.
 
-    A stop is always one of all. An error nearly always is: the first process speaks at once, and
-    torchrun ends the others while they wait, or what went wrong here alone would never be told.
+    A stop always concerns all processes, an error nearly always. So the first process reports at
+    once, and the others wait: torchrun ends them meanwhile, unless the error is theirs alone.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         if code > 128:
@@ -61,18 +64,17 @@ def _speaks(code: int) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; every failure is one line on stderr and a non-zero exit.
 
-    Exit codes: 0 done, 1 cannot be done, 2 wrong usage, 3 done but some input was refused,
-    130 Ctrl-C, 143 SIGTERM. `SSLUS_DEBUG=1` shows the traceback of an error.
+    Exit codes: see the help of `sslus`. `SSLUS_DEBUG=1` shows the traceback of an error.
     """
     from sslus.engine.errors import InputError, Interrupted
 
     def fail(message: str, code: int) -> int:
         if os.environ.get("SSLUS_DEBUG") == "1":
             raise
-        # One of several processes speaks, and `sslus train --gpus`, which has started them,
-        # learns the code: to torchrun any failure is a process to be started again.
+        # One of several processes reports, and passes the code to `sslus train --gpus`, which
+        # started them: torchrun would restart a process that fails, whatever its exit code.
         file = os.environ.get(EXIT_CODE_FILE)
-        if file and (code != 70 or Path(file).exists()):  # 70 then: the others have left it alone
+        if file and (code != 70 or Path(file).exists()):  # 70 then: the other processes have left
             with contextlib.suppress(FileExistsError), Path(file).open("x") as f:
                 click.echo(f"Error: {message}", err=True)
                 f.write(str(code))
@@ -83,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who started this
+        if stream is None:  # closed by the parent process
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):  # what is done cannot fail by a name
+        elif isinstance(stream, io.TextIOWrapper):  # an odd file name must not end a command
             stream.reconfigure(errors="backslashreplace")
     try:
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
@@ -108,12 +110,12 @@ def main(argv: list[str] | None = None) -> int:
         where = f" {e.filename}" if e.filename else ""
         if e.errno == errno.ENOSPC:
             return fail(
-                f"no space left on the disk of{where or ' the output'}; nothing half-written was"
+                f"no space left on the disk of{where or ' the output'}; no partial files were"
                 " kept. Free some space and run the same command again (train: with --resume)",
                 1,
             )
         return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
     except Exception as e:
         return fail(
-            f"{type(e).__name__}: {e} (this should not happen: SSLUS_DEBUG=1 shows where)", 70
+            f"{type(e).__name__}: {e} (a bug in sslus: set SSLUS_DEBUG=1 for the traceback)", 70
         )

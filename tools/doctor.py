@@ -1,4 +1,4 @@
-"""`sslus doctor`: what this machine has, what each stage will do with it, and what is missing."""
+"""`sslus doctor`: what this machine has, how each stage will use it, and what is missing."""
 
 import contextlib
 import os
@@ -41,12 +41,15 @@ class Check:
     data: dict | None = None  # more, for --json
 
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="For a bug report; holds no names or paths.")
+@click.command("doctor", short_help="Show what this machine has and how sslus will use it.")
+@click.option(
+    "--json", "as_json", is_flag=True,
+    help="Print JSON for a bug report, without names or paths.",
+)  # fmt: skip
 def command(as_json):
-    """Show versions, CPU, GPU and codecs, and which path each stage will take and why.
+    """Show versions, CPU, GPU and codecs, and what each stage will run on, and why.
 
-    Exits with 1 if something that sslus needs is missing.
+    The exit code is 1 if something that sslus needs is missing, else 0.
 
     \b
     sslus doctor
@@ -76,18 +79,18 @@ def command(as_json):
         print(json.dumps({k: [asdict(c) for c in v] for k, v in content.items()}, indent=1))
     else:
         summary({c.name: c.says for c in machine})
-        print("\nWhat each stage does here")
+        print("\nWhat each stage does on this machine")
         warnings = [f"{c.name}: {c.says}" for c in missing]
         rows = {c.name: c.says for c in paths}
         if missing:
-            summary(rows, warnings=warnings, next_command="sslus doctor   (when that is mended)")
+            summary(rows, warnings=warnings, next_command="sslus doctor   (once this is fixed)")
         else:
             summary(rows | {"missing": "nothing"}, next_command="sslus shard videos/")
     return 1 if missing else 0
 
 
 def checked(name: str, check: Callable[[], Check | str]) -> Check:
-    """A check that fails is a line that says so; the others still run."""
+    """A check that fails becomes a line that says so; the others still run."""
     try:
         found = check()
     except Exception as e:  # whatever a broken installation throws
@@ -97,7 +100,7 @@ def checked(name: str, check: Callable[[], Check | str]) -> Check:
 
 
 def private(text: str) -> str:
-    """Without folders: a report must not carry a user's or a hospital's names."""
+    """The text without folders: a report must not reveal the names of users or hospitals."""
     return re.sub(r"(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\":;,()]+)+[/\\]", ".../", text)
 
 
@@ -106,7 +109,7 @@ def reason(error: Exception) -> str:
 
 
 def because(why: str) -> str:
-    """The cause alone: what to do about it is for a command that was refused."""
+    """The cause alone: the remedy after it is for a command that was refused."""
     return private(why.removeprefix("dali: ").partition(";")[0])
 
 
@@ -221,7 +224,7 @@ def driver() -> str:
 
 
 def nvdec() -> str:
-    """What this GPU decodes, asked of its driver for the usual kind of video."""
+    """What this GPU decodes: asks its driver about the usual kind of video."""
     from sslus.engine import dali
     from sslus.engine.video import VideoInfo
 
@@ -279,7 +282,7 @@ def synth() -> str:
 
 
 def shard() -> str:
-    """The decoders that `--device auto` takes, asked of the code that chooses them."""
+    """The decoders that `--device auto` chooses, asked of the code that chooses them."""
     from sslus.engine.dali import why_not
     from sslus.engine.shard import choose_backends
 
@@ -306,7 +309,7 @@ def views() -> str:
 
     if pick_device("auto").type == "cuda" and _views.gpu:
         return "Triton on the GPU where its memory holds the frames, else C++ on the CPU"
-    return "C++ on the CPU, one pass a view"
+    return "C++ on the CPU, one pass per view"
 
 
 def train() -> str:
@@ -318,10 +321,10 @@ def train() -> str:
     where, why = "GPU", "mixed precision"
     if device.type == "cpu":
         where = f"CPU, {why_no_cuda()}"
-        why = "mixed precision by AMX" if has_amx() else "bf16 is slower on a CPU without AMX"
+        why = "mixed precision with AMX" if has_amx() else "bf16 is slower on a CPU without AMX"
     return (
         f"{where}; {s.precision} ({why}); by default {s.backbone}, {s.image_size} px,"
-        f" batch {s.batch_size}"
+        f" batch size {s.batch_size}"
     )
 
 

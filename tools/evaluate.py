@@ -1,49 +1,55 @@
-"""`sslus evaluate`: linear probe, nearest neighbours, fine-tuning."""
+"""`sslus evaluate`: linear probe, nearest neighbours and fine-tuning."""
 
 import click
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Measure a backbone with labels, split by patient.")
 @click.argument("run", type=click.Path())
 @click.option(
     "--labels",
     type=click.Path(),
     required=True,
-    help="CSV with the columns path,label,patient[,split].",
+    help="CSV file with the columns path,label,patient[,split]; paths are relative to it.",
 )
 @click.option(
     "--protocol", default="linear", show_default=True,
-    help="linear, knn or finetune; several with commas, one after the other.",
+    help="linear, knn or finetune; or several, separated by commas.",
 )  # fmt: skip
 @click.option(
     "--fractions", default="1,10,100", show_default=True,
-    help="Percent of the training videos whose labels are seen; the study has 1,5,10,25,50,100.",
+    help="Percentages of the training videos whose labels are used; the study"
+    " arXiv:2407.21738 has 1,5,10,25,50,100.",
 )  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True,
-    help="Repetitions with other folds and other subsets.",
+    help="Number of repetitions, each with new folds and new subsets of the labels.",
 )  # fmt: skip
 @click.option(
     "--steps", type=click.IntRange(min=1),
-    help="Of each fine-tuning, at every fraction.  [default: 100 on a CPU, 1000 on a GPU]",
+    help="Training steps of each fine-tuning.  [default: 100 on a CPU, 1000 on a GPU]",
 )  # fmt: skip
-@click.option("-o", "--out", type=click.Path(), help="Folder.  [default: RUN/evaluation]")
-@click.option("--shards", type=click.Path(), help="[default: those the run was trained on]")
+@click.option("-o", "--out", type=click.Path(), help="Folder to write.  [default: RUN/evaluation]")
+@click.option("--shards", type=click.Path(), help="Folder of shards.  [default: that of RUN]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def command(run, labels, protocol, fractions, seeds, steps, out, shards, device):
-    """Judge the backbone of RUN with labels, patients kept apart.
+    """Measure what the backbone in the folder RUN is worth, with labels, split by patient.
 
     \b
+    Protocols:
     linear    a linear probe on frozen features
-    knn       the 20 nearest training frames vote, by the same features
-    finetune  backbone and linear head learn together. Seeds x folds (5, fewer where
-              a class has fewer patients, one with a `split`) x fractions x 2
-              trainings: 90 by default, about an hour of one core for a ResNet-18
-              at 96 px. Stopped, the same command goes on.
+    knn       the 20 nearest training frames vote, on the same features
+    finetune  the backbone is trained together with a linear head. This takes
+              seeds x folds x fractions x 2 trainings: 90 by default, about an hour
+              on one core for a ResNet-18 at 96 px. If stopped, the same command
+              resumes.
 
-    The same backbone at random initialisation and the majority class stand beside it, on the
-    same frames, folds and labels. Without a `split` column, stratified folds by patient. The
-    linear probe's report is in the folder itself, that of another protocol in its folder there.
+    The same backbone at random initialisation and the majority class are evaluated on the same
+    frames, folds and labels for comparison. The folds are stratified and split by patient: 5, or
+    fewer if a class has fewer patients. A `split` column (train or test) replaces them.
+
+    Prints a table of macro-F1 and balanced accuracy, and writes report.md, results.json and
+    confusion.png: for the linear probe to the output folder itself, for the other protocols to a
+    subfolder of their own. The local/ folder of the shards is needed.
 
     \b
     sslus evaluate runs/vicreg --labels videos/labels.csv

@@ -1,19 +1,19 @@
-"""What a command shows while it runs and when it ends. rich is loaded only here."""
+"""What a command shows while it runs and when it ends. Loads rich only where it is needed."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-# report(done, total, note): how far a long piece of work is. Any unit; total is never 0.
+# report(done, total, note): the progress of a long task, in any unit; total is never 0.
 Report = Callable[[int, int, str], None]
 
-LINE_EVERY_SECONDS = 10.0  # without a terminal: a log, not a moving bar
+LINE_EVERY_SECONDS = 10.0  # without a terminal, where lines replace the bar
 
 
 @contextlib.contextmanager
 def progress(label: str, unit: str) -> Iterator[Report]:
-    """A bar with rate and time left; on a pipe or in a log a plain line every 10 seconds.
+    """A progress bar with rate and time left; in a pipe or a log, a line every 10 seconds.
 
     >>> with progress("decode", "frames") as report:
     ...     report(120, 1000, "3 of 40 videos")
@@ -52,13 +52,13 @@ def progress(label: str, unit: str) -> Iterator[Report]:
 
 
 class _Rate:
-    """Since the first call: neither what was set up before it counts, nor an earlier run's work."""
+    """The rate since the first call: neither set-up nor the work of an earlier run counts."""
 
     def __init__(self):
         self.start, self.first = 0.0, None
 
     def __call__(self, done: int) -> float:
-        """A second; 0 while nothing is known."""
+        """Units per second; 0 until it is known."""
         now = time.monotonic()
         if self.first is None:
             self.start, self.first = now, done
@@ -91,7 +91,7 @@ def _short(rate: float) -> str:
 
 
 def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str = "") -> None:
-    """The end of a command: aligned `name value` lines, warnings, and what to type next."""
+    """Print the end of a command: aligned `name value` lines, warnings and the next command."""
     width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

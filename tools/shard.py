@@ -9,7 +9,7 @@ from sslus.tools.screen import progress, summary
 
 SHOWN_PROBLEMS = 5
 TRY_AGAIN = (
-    "refused files are not tried again by themselves: once the cause is gone, add --force to the"
+    "refused files are not retried automatically: once the cause is fixed, add --force to the"
     " same command"
 )
 
@@ -24,63 +24,76 @@ TRY_AGAIN = (
 )  # fmt: skip
 @click.option(
     "--size", type=int, default=256, show_default=True,
-    help="Side of the stored square in pixels. The longer side of the image is scaled to it"
-    " (antialiased); the aspect ratio is kept by padding the other side with black.",
+    help="Side of the stored square frames in pixels. The image's longer side is scaled to it"
+    " (antialiased); black padding preserves the aspect ratio.",
 )  # fmt: skip
 @click.option("--stride", type=int, help="Keep every N-th frame.  [default: 5]")
-@click.option("--rate", type=float, help="Keep at most HZ frames a second, by the time stamps.")
+@click.option(
+    "--rate", type=float, metavar="HZ",
+    help="Keep at most HZ frames per second, by their timestamps.",
+)  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="Keep every frame.")
 @click.option("--quality", type=int, default=95, show_default=True, help="JPEG quality, 1 to 100.")
 @click.option(
     "--labels", type=click.Path(path_type=Path),
-    help="CSV file with the columns path,label,patient; paths relative to it. Labels go into the"
-    " shards, patients as keyed hashes. Not needed for pretraining.",
+    help="CSV file with the columns path,label,patient; paths are relative to it. Labels are"
+    " stored in the shards, patients as keyed hashes. Not needed for pretraining.",
 )  # fmt: skip
-@click.option("--jobs", type=int, help="Worker processes.  [default: one a core]")
+@click.option("--jobs", type=int, help="Worker processes.  [default: one per core]")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="cuda: decode on the GPU's video engines or fail; auto: each file where it can be.",
+    help="cuda: decode on the GPU's video engine (NVDEC) or fail; auto: use it for the files that"
+    " it supports, and the CPU for the rest.",
 )  # fmt: skip
 @click.option(
     "--decoder", type=click.Choice(["auto", "pyav", "dali"]), default="auto", show_default=True,
-    help="pyav reads every format on the CPU; dali reads H.264, HEVC, MPEG-4, VP8 and VP9 on a GPU,"
-    " or MJPEG, VP8 and VP9 on the CPU.",
+    help="pyav reads every format, on the CPU; dali reads H.264, HEVC, MPEG-4, VP8 and VP9 on a"
+    " GPU, or MJPEG, VP8 and VP9 on the CPU; auto uses dali on a GPU and pyav for the rest.",
 )  # fmt: skip
 @click.option(
-    "--frames-per-shard", type=int, default=1000, show_default=True, help="Most frames in one tar."
+    "--frames-per-shard",
+    type=int,
+    default=1000,
+    show_default=True,
+    help="Largest number of frames in one tar file.",
 )
 @click.option(
     "--key", type=click.Path(path_type=Path),
-    help="File with 64 hex digits from which ids are made. Default: a random key, kept in"
-    " OUT/local. Give OUT/local/key of another run to get the same ids.",
+    help="File with 64 hex digits, the key from which ids are made; give OUT/local/key of other"
+    " shards to get the same ids.  [default: a random key, kept in OUT/local]",
 )  # fmt: skip
-@click.option("--strict", is_flag=True, help="Write nothing unless every file is whole.")
 @click.option(
-    "--force", is_flag=True, help="Replace shards of other videos or settings, or damaged ones."
+    "--strict", is_flag=True, help="Write no shards unless every file decodes completely."
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace existing shards (made from other videos, labels or settings, or damaged), and"
+    " retry refused files.",
 )
 def command(paths, out, size, stride, rate, every, quality, labels, jobs, device, decoder,
             frames_per_shard, key, strict, force):  # fmt: skip
-    """Decode the videos in PATH... (folders are searched) into shards for training.
+    """Decode the videos in PATH... (files, or folders to search) into shards for training.
 
-    Every container and codec that FFmpeg reads; of several videos in one file, the one that
-    FFmpeg takes for the best. Links to folders are counted but not followed: name the folders
-    they lead to. Luma comes straight from the decoder, in full range. Frames are scaled, shuffled
-    across all videos and stored as grey JPEGs in tar files that webdataset and NVIDIA DALI read
-    (a .idx index lies beside each), with manifest.json.
+    Reads every container and codec that FFmpeg reads; if a file holds several videos, the one
+    that FFmpeg considers best. Links to folders are counted but not followed: name their targets
+    instead. Writes tar files for webdataset and NVIDIA DALI (each with a .idx index) and
+    manifest.json. Frames are the decoder's full-range luma, scaled, stored as greyscale JPEGs and
+    shuffled across all videos.
 
     \b
     sslus shard videos/
     sslus shard clinic-a/ clinic-b/ -o shards-10hz --rate 10
     sslus shard videos/ --labels videos/labels.csv
 
-    Privacy: a frame is called <id>-<number>, where the id is a keyed hash of the file's name.
-    File names, the key and the ledger (one line a file: frames expected, decoded and kept, or
-    why it was refused) are in OUT/local, readable by you alone; share the rest without it.
-    The pixels are stored as they are: text burnt into the image stays in it.
+    Privacy: a frame is named <id>-<number>, where the id is a keyed hash of the file name. File
+    names, the key and the ledger (one line per file: frames expected, decoded and kept, or why it
+    was refused) are in OUT/local, readable only by you; leave that folder out when you share the
+    shards. The pixels are not changed: text burnt into the image is still there.
 
-    Stop it at any time; the same command goes on from there. Exit code 3: the shards are complete,
-    but some file was refused or gave fewer frames than it announces. The same command does not
-    try such files again; with --force it does, and makes all shards anew.
+    You can stop at any time; the same command resumes. The exit code is 3 if the shards are
+    complete but some file was refused or gave fewer frames than it announces. The same command
+    does not retry such files; with --force it does, and rebuilds all shards.
     """
     from sslus.engine.errors import InputError
     from sslus.engine.shard import Settings, shard
@@ -102,7 +115,7 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
 
 
 def show(result) -> None:
-    """The account: every file and every frame is in it."""
+    """Print the summary, which accounts for every file and every frame."""
     from sslus.engine.video import FOLDER_LINKS
 
     ledger, manifest = result.ledger, result.manifest
@@ -110,9 +123,9 @@ def show(result) -> None:
     decoded = sum(r["decoded_frames"] for r in ledger)
     by = ", ".join(f"{n} with {name}" for name, n in manifest.decoders.items())
     size_mb = sum(s["bytes"] for s in manifest.shards) / 1e6
-    note = "already there, nothing done" if result.already else f"{result.seconds:.1f} s"
+    note = "already complete, nothing done" if result.already else f"{result.seconds:.1f} s"
     if result.resumed:
-        note += f", {result.resumed} videos were decoded before"
+        note += f", {result.resumed} videos had been decoded before"
     rows = {
         "videos": f"{manifest.num_videos} of {len(ledger)} ({by})",
         "frames": f"{decoded:,} decoded of {expected:,} expected, {manifest.num_frames:,} kept"
@@ -124,20 +137,20 @@ def show(result) -> None:
     links = files.pop(FOLDER_LINKS, 0)
     if files:
         kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
-        rows["not videos"] = f"{files.total()} files passed over ({kinds})"
+        rows["not videos"] = f"{files.total()} files skipped ({kinds})"
     if links:
-        rows["links"] = f"{links} to folders not followed; name those folders too if you want them"
+        rows["links"] = f"{links} to folders, not followed; to include those folders, name them too"
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
     if several:
-        rows["streams"] = f"{several} files hold more than one video; the best of each was taken"
+        rows["streams"] = f"{several} files hold several videos; the best of each was used"
     if manifest.labels:
-        rows["labels"] = f"{', '.join(manifest.labels)}; {result.unlabelled} videos without one"
+        rows["labels"] = f"{', '.join(manifest.labels)}; {result.unlabelled} videos without a label"
     problems = result.problems
     warnings = [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         warnings.append(
-            f"{len(problems) - SHOWN_PROBLEMS} more files are not whole;"
-            f" all are in {result.out / 'local' / 'ledger.jsonl'}"
+            f"{len(problems) - SHOWN_PROBLEMS} more files were refused or incomplete; see"
+            f" {result.out / 'local' / 'ledger.jsonl'} for all"
         )
     if any(r["status"] == "refused" for r in problems):
         warnings.append(TRY_AGAIN)

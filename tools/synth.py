@@ -1,4 +1,4 @@
-"""`sslus synth`: synthetic fetal heart clips to try everything out with."""
+"""`sslus synth`: synthetic fetal heart clips for trying everything out."""
 
 import os
 import shlex
@@ -9,28 +9,36 @@ import click
 
 @click.command("synth")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--videos", default=40, show_default=True, help="Number of clips.")
-@click.option("--patients", default=10, show_default=True, help="Number of patients.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--size", type=int, help="Longer side in pixels.  [default: each machine's own]")
+@click.option("--videos", default=40, show_default=True, help="Number of clips to make.")
+@click.option("--patients", default=10, show_default=True, help="Number of patients in all.")
+@click.option(
+    "--seed", default=0, show_default=True,
+    help="Random seed; the same seed gives the same bytes.",
+)  # fmt: skip
+@click.option(
+    "--size", type=int,
+    help="Longer side in pixels.  [default: that of each simulated scanner]",
+)  # fmt: skip
 @click.option(
     "--seconds",
     nargs=2,
     type=float,
     default=(2.0, 6.0),
     metavar="LOW HIGH",
-    help="Shortest and longest clip.  [default: 2 6]",
+    help="Shortest and longest clip, in seconds.  [default: 2 6]",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option("--jobs", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
 def command(out, videos, patients, seed, size, seconds, jobs):
     """Make synthetic ultrasound clips of the fetal heart, with labels.
 
-    A speckle phantom: scatterers that move with a beating heart, a beam, attenuation and
-    shadows, log compression, a sector. Five planes: 4CH, LVOT, RVOT, 3VV, non-heart. Writes
-    H.264 MP4 files and labels.csv (path,label,patient) into OUT. It is no patient data and
-    proves nothing about patients; it lets you run and judge every step without any.
+    Writes H.264 MP4 files and labels.csv (columns path,label,patient) to the folder OUT.
 
-    A run that was interrupted goes on when the same command is given again.
+    The clips come from a speckle phantom: scatterers that move with a beating heart, beam,
+    attenuation, shadows, log compression and a sector. They show five planes: 4CH, LVOT, RVOT,
+    3VV and non-heart. This is not patient data, and results on it prove nothing about patients;
+    it lets you try and check every step without patient data.
+
+    An interrupted run resumes when you give the same command again.
 
     \b
     sslus synth videos/
@@ -43,7 +51,7 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     jobs = jobs or os.cpu_count() or 1
     with progress("synth", "clips") as report:
         made = synth(out, settings, jobs, report)
-    kept = f", {videos - made} were there already" if made < videos else ""
+    kept = f", {videos - made} already there" if made < videos else ""
     summary(
         {
             "clips": f"{videos} of {patients} patients, {len(PLANES)} planes{kept}",

@@ -1,13 +1,13 @@
-"""`sslus train`: the options of the loop, and those of the method that is named."""
+"""`sslus train`: the options of the training loop and of the chosen method."""
 
 import click
 
-METHOD = "vicreg"  # the default; its file is not imported before a command line is read
+METHOD = "vicreg"  # the default; its file is not imported before the command line is parsed
 ALL = "all"
 
 
 class TrainCommand(click.Command):
-    """Adds the fields of the method's Config as options, once the command line names it."""
+    """Adds the fields of the Config of the method named on the command line as options."""
 
     def parse_args(self, ctx, args):
         import dataclasses
@@ -47,11 +47,11 @@ def _option(f, default) -> click.Option:
         type=f.type,
         default=default,
         show_default=True,
-        help=f.metadata["help"] + " (method)",
+        help=f.metadata["help"] + " (method option)",
     )
 
 
-@click.command("train", cls=TrainCommand)
+@click.command("train", cls=TrainCommand, short_help="Pretrain a backbone without labels.")
 @click.argument("shards", type=click.Path(), default="shards")
 @click.option("--method", default=METHOD, show_default=True)  # its help names the methods there are
 @click.option(
@@ -59,139 +59,180 @@ def _option(f, default) -> click.Option:
     type=click.Choice(["default", "paper", "study"]),
     default="default",
     show_default=True,
-    help="Values of options that are not given: for ultrasound, of the original paper, or of the"
-    " study arXiv:2407.21738.",
+    help="Where the values of options that are not given come from: default, for ultrasound; the"
+    " method's original paper; or the study arXiv:2407.21738.",
 )
 @click.option(
-    "--backbone", help="Any timm model.  [default: resnet18 on the CPU, resnet50 on CUDA]"
+    "--backbone", help="Name of any timm model.  [default: resnet18 on the CPU, resnet50 on CUDA]"
 )
-@click.option("--init", default="random", show_default=True, help="random, imagenet or a FILE.")
-@click.option("--image-size", type=int, help="Side of a view, pixels.  [default: 96 CPU, 224 CUDA]")
+@click.option(
+    "--init", default="random", show_default=True, metavar="random|imagenet|FILE",
+    help="Initial weights: random, timm's ImageNet weights, or those in FILE.",
+)  # fmt: skip
+@click.option(
+    "--image-size", type=int, help="Side of a view in pixels.  [default: 96 CPU, 224 CUDA]"
+)
 @click.option(
     "--batch-size",
     type=int,
-    help="Frames, on all GPUs together, two views each.  [default: 64 CPU, 256 CUDA]",
+    help="Frames per batch, over all GPUs; two views each.  [default: 64 CPU, 256 CUDA]",
 )
 @click.option(
     "--accumulate",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Batches a step: their gradients are averaged. A loss compares the samples of one batch.",
+    help="Batches per step, whose gradients are averaged (gradient accumulation). The loss"
+    " still compares only samples of the same batch.",
 )
 @click.option(
     "--views",
     metavar="PRESET[,FIELD=VALUE...]",
-    help="How views differ: ultrasound, simclr, barlowtwins, autoencoder or inpainting; look at"
-    " them with `sslus views`.  [default: the method's]",
+    help="Augmentation preset: ultrasound, simclr, barlowtwins, autoencoder or inpainting;"
+    " `sslus views` draws them.  [default: the method's]",
 )
 @click.option(
     "--pairs",
     type=click.Choice(["same", "nearby"]),
     default="same",
     show_default=True,
-    help="nearby: the second view comes from another frame of the same video.",
+    help="same: both views come from one frame; nearby: the second comes from another frame of"
+    " the same video.",
 )
 @click.option(
     "--max-seconds",
     type=float,
     default=1.5,
     show_default=True,
-    help="How far away nearby is. (A run's own limit is --time-limit.)",
+    help="With --pairs nearby: largest distance in seconds between the frames. (To limit the run"
+    " itself, use --time-limit.)",
 )
-@click.option("--pair-weights", is_flag=True, help="Nearby pairs count less the further apart.")
+@click.option(
+    "--pair-weights", is_flag=True, help="With --pairs nearby: weight pairs less the further apart."
+)
 @click.option(
     "--dual-task",
     type=float,
     default=0.0,
     metavar="WEIGHT",
-    help="Also learn the labels in the shards: the weight of that cross-entropy.",
+    help="Also learn the labels in the shards, with a cross-entropy of this weight.  [default: 0,"
+    " off]",
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="[default: 100 without --max-steps]")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Ends the run if epochs do not.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1),
+    help="Length of the run in epochs.  [default: 100, unless --max-steps is given]",
+)  # fmt: skip
+@click.option(
+    "--max-steps", type=click.IntRange(min=1),
+    help="Length of the run in steps; with --epochs, the shorter of the two.",
+)  # fmt: skip
 @click.option("--optimizer", help="adamw, lars or sgd.  [default: adamw]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: from the batch size]")
-@click.option("--base-lr", type=float, help="The same for 256 frames a step: scales with them.")
-@click.option("--weight-decay", type=float, help="[default: adamw 0.05, lars 1e-6, sgd 1e-4]")
-@click.option("--warmup-steps", type=int, help="[default: a tenth of the steps, <= 10 epochs]")
-@click.option("--warmup-epochs", type=float, help="The same in epochs.")
-@click.option("--clip-norm", type=float, help="Scale gradients down to this norm.")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: set by the batch size]")
+@click.option(
+    "--base-lr", type=float,
+    help="Peak learning rate for 256 frames per step; scaled linearly.",
+)  # fmt: skip
+@click.option(
+    "--weight-decay", type=float,
+    help="Weight decay.  [default: adamw 0.05, lars 1e-6, sgd 1e-4]",
+)  # fmt: skip
+@click.option(
+    "--warmup-steps", type=int,
+    help="Steps of learning-rate warm-up.  [default: a tenth of the run, at most 10 epochs]",
+)  # fmt: skip
+@click.option("--warmup-epochs", type=float, help="Length of the warm-up in epochs instead.")
+@click.option("--clip-norm", type=float, help="Clip gradients to this norm.")
 @click.option(
     "--precision",
     default="auto",
     show_default=True,
-    help="fp32 or bf16; auto: bf16 on GPUs, and for ResNets on CPUs with AMX.",
+    help="fp32 or bf16 (mixed precision); auto: bf16 on GPUs, and for ResNets on CPUs with AMX.",
 )
 @click.option(
     "--step",
     type=click.Choice(["auto", "eager", "compile", "graph"]),
     default="auto",
     show_default=True,
-    help="How an update runs: torch.compile, a CUDA graph; auto tries them on one GPU.",
+    help="How an update is executed: eagerly, with torch.compile, or as a CUDA graph; auto tries"
+    " them if there is one GPU.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides every random choice.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random choice.")
 @click.option("--run", type=click.Path(), help="Folder of the run.  [default: runs/METHOD]")
-@click.option("--resume", is_flag=True, help="Continue the run, exactly; settings are the run's.")
+@click.option("--resume", is_flag=True, help="Continue the run exactly, with its own settings.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option(
     "--tier",
     type=click.Choice(["auto", "gpu", "ram", "disk", "stream"]),
     default="auto",
     show_default=True,
-    help="Where frames are kept: in the GPU's memory, in memory, on disk, or nowhere, decoded"
-    " anew from the shards each time.",
+    help="Where decoded frames are kept: in GPU memory, in RAM or on disk; stream decodes them"
+    " from the shards each time instead. auto chooses by size.",
 )
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),
-    help="Start so many processes, a GPU each, by torchrun (with --device cpu: without GPUs).",
+    help="Train on this many GPUs of this machine: starts one process per GPU with torchrun"
+    " (with --device cpu, processes without GPUs).",
 )
 @click.option(
     "--batch-norm",
     type=click.Choice(["sync", "per-rank"]),
     default="sync",
     show_default=True,
-    help="Several GPUs: statistics over all of them, or of each.",
+    help="With several GPUs: BatchNorm statistics over all of them, or of each separately.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option(
-    "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps."
-)
+    "--log-every", type=click.IntRange(min=1), default=10, show_default=True,
+    help="Steps between lines of metrics.jsonl.",
+)  # fmt: skip
 @click.option(
-    "--checkpoint-every", type=click.IntRange(min=1), default=200, show_default=True, help="Steps."
-)
+    "--checkpoint-every", type=click.IntRange(min=1), default=200, show_default=True,
+    help="Steps between checkpoints.",
+)  # fmt: skip
 @click.option(
     "--keep",
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Checkpoints to keep, beside the newest and the best.",
+    help="Checkpoints to keep besides the newest and the best.",
 )
 @click.option(
     "--online-every",
     type=click.IntRange(min=0),
     default=0,
     metavar="EPOCHS",
-    help="kNN and linear probe on the labels in the shards, by patient.  [default: never]",
+    help="Every so many epochs, run kNN and a linear probe on the labels in the shards, split by"
+    " patient.  [default: 0, never]",
 )
 @click.option(
-    "--time-limit", type=float, metavar="SECONDS", help="Save and stop after it; --resume goes on."
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="Save and stop after it; --resume continues.",
 )
-@click.option("--rebuild-store", is_flag=True, help="Decode the shards into frames anew.")
+@click.option("--rebuild-store", is_flag=True, help="Decode the shards into a new frame store.")
 @click.pass_context
 def command(ctx, shards, run, gpus, rebuild_store, **given):
     """Pretrain a backbone on the frames of SHARDS (default: shards/), without labels.
 
-    SHARDS is a folder, or a URL (s3://, gs://, https://), whose frames are streamed.
+    SHARDS is a folder, or a URL (s3://, gs://, https://) from which frames are streamed. From a
+    folder, they are decoded once, into a frame store beside the shards.
+
+    Writes to the folder of the run: backbone.safetensors (the result), curves.png, metrics.jsonl,
+    config.json and checkpoints. Ctrl-C or SIGTERM saves and stops; --resume continues.
+
+    `sslus train --method NAME --help` also lists the options of the method NAME.
 
     \b
     sslus train --method vicreg                         a run with the defaults
-    sslus train --max-steps 300 --run runs/quick        a short one
-    sslus train --resume --run runs/quick               go on after an interruption
+    sslus train --max-steps 300 --run runs/quick        a short run
+    sslus train --resume --run runs/quick               continue after an interruption
     sslus train --gpus 4 --batch-size 1024              four GPUs, one batch
     torchrun --nproc-per-node 4 -m -- sslus.tools train --batch-size 1024
-                                                        the same; more machines: see torchrun;
-                                                        without the `--` it takes --run for its own
+                                                        the same; for several machines, see
+                                                        torchrun (without the `--`, torchrun
+                                                        takes --run as its own option)
     """
     from pathlib import Path
 
@@ -211,33 +252,33 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
     }
     if "max_seconds" in named and given["pairs"] != "nearby" and not given["resume"]:
         raise InputError(
-            "--max-seconds: how far apart --pairs nearby may lie; to end a run after some time"
-            " there is --time-limit SECONDS"
+            "--max-seconds limits the distance of --pairs nearby, which is not given; to limit the"
+            " run time, use --time-limit SECONDS"
         )
     for one, other in (("lr", "base_lr"), ("warmup_steps", "warmup_epochs")):
         if {one, other} <= named:
             one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
-            raise InputError(f"{one} and {other} say the same in two ways; give one of them")
+            raise InputError(f"{one} and {other} set the same value; give only one of them")
     if given["time_limit"] is not None and not given["time_limit"] >= 0:  # NaN too
-        raise InputError(f"--time-limit {given['time_limit']:g}: want seconds from 0")
+        raise InputError(f"--time-limit {given['time_limit']:g}: want 0 seconds or more")
     if given["method"] == ALL:
         _train_all(shards, run, given, named)
     else:
         try:
             _show(_train(shards, run, given, named))
         except Interrupted as e:
-            raise Interrupted(f"{e}. Go on with: {_resume(run)}", e.signum) from None
+            raise Interrupted(f"{e}. Continue with: {_resume(run)}", e.signum) from None
     leave()
 
 
-# Options that change what is told and kept, not the result.
+# Options that change what is logged and kept, not the result.
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
-WHERE = ("device", "tier", "threads")  # which do not either
-NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # each call's own
+WHERE = ("device", "tier", "threads")  # nor do these change it
+NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # set by each call
 
 
 def _resume(run, how: str = "") -> str:
-    """The command that goes on with a run, which has recorded all but the number of processes."""
+    """The command that continues a run, which has recorded all but the number of processes."""
     import os
     import shlex
 
@@ -250,7 +291,7 @@ def _resume(run, how: str = "") -> str:
 
 
 def _train(shards: str, run, given: dict, named: set[str]):
-    """One run; returns its TrainResult. `named`: what of `given` the command line names."""
+    """One run; returns its TrainResult. `named`: the names in `given` set on the command line."""
     import contextlib
     import dataclasses
 
@@ -271,13 +312,13 @@ def _train(shards: str, run, given: dict, named: set[str]):
         given |= {k: v for k, v in how.items() if k in given and k not in named}
     device, tier, threads = (given.pop(name) for name in ("device", "tier", "threads"))
     options = Options(**{name: given.pop(name) for name in OPTIONS})
-    # Before the frame store is built: whoever waits for it hears if that fails.
+    # Before the frame store is built, so that processes waiting for it hear if that fails.
     world = enter(device)
     settled = {k: v for k, v in given.items() if k in named or k == "method"}
     config = loop.open_run(run, resume, world)
     if config is None:
         values, method_config = methods.recipe(given["method"], recipe)
-        # An option that is given takes those of the recipe with it that belong to another value.
+        # An option that is given removes the values of the recipe that belonged to the old one.
         if "base_lr" in settled:
             values.pop("lr", None)
         if "optimizer" in settled and settled["optimizer"] != values.get("optimizer", "adamw"):
@@ -285,8 +326,8 @@ def _train(shards: str, run, given: dict, named: set[str]):
                 values.pop(name, None)
         settings = loop.Settings(**{**_settings(given), **values})
     elif recipe != "default":
-        raise InputError("--recipe: a run that is resumed has its values already; leave it out")
-    else:  # the run's settings, but for what this command line names: the loop compares them
+        raise InputError("--recipe: a resumed run already has its values; leave the option out")
+    else:  # the run's settings, except what this command line names: the loop compares them
         settings, method_config = loop.settings_from(config)
         if "method" not in named:
             settled.pop("method")
@@ -303,7 +344,7 @@ def _train(shards: str, run, given: dict, named: set[str]):
             open_store(
                 shards, tier, settings.pairs, rebuild=rebuild_store, threads=threads, report=report
             )
-    # One log: the other processes are silent.
+    # Only the first process shows its progress.
     with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
         return loop.train(
             shards,
@@ -321,7 +362,7 @@ def _train(shards: str, run, given: dict, named: set[str]):
 
 
 def _settings(values: dict) -> dict:
-    """The values that are fields of the loop's Settings."""
+    """Those of the values that are fields of the loop's Settings."""
     import dataclasses
 
     from sslus.ssl.train import Settings
@@ -331,10 +372,10 @@ def _settings(values: dict) -> dict:
 
 
 def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
-    """The methods one after the other, each in its own folder; a finished one is not touched.
+    """Train the methods one after the other, each in its own folder; skip finished ones.
 
-    What the command line names is kept in <folder>/all.json: resumed, the methods that had not
-    begun get the same.
+    The options of the command line are kept in <folder>/all.json, so that after a resume the
+    methods that had not begun get the same ones.
     """
     import json
     import os
@@ -351,7 +392,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     from sslus.tools.screen import summary
 
     if given["recipe"] != "default":
-        raise InputError("--method all: an equal number of steps is not what the recipes have")
+        raise InputError("--method all: leave --recipe out, since the recipes differ in length")
     record = folder / "all.json"
     going = _resume(folder, " --method all")
     if given["resume"]:
@@ -359,12 +400,12 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             before = json.loads(record.read_text())
             recorded_shards, options = before["shards"], dict(before["options"])
             if before.get("format") != 2:
-                raise ValueError("of another version of sslus")
+                raise ValueError("written by another version of sslus")
         except FileNotFoundError as e:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
-        # What does not change the methods' results may be told otherwise, from now on.
+        # What does not change the methods' results may be changed when resuming.
         options |= {k: given[k] for k in named & {*OPTIONS, *WHERE} - {*NOT_FOR_ALL}}
         given = given | {k: v for k, v in options.items() if k not in named}
         shards = shards if "shards" in named else recorded_shards
@@ -372,9 +413,9 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     else:
         begun = any((folder / name / "config.json").exists() for name in methods.names())
         if begun and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            raise InputError(f"{folder} is there already; go on with: {going}")
+            raise InputError(f"{folder} already exists; continue it with: {going}")
         options = {k: v for k, v in given.items() if k in named and k not in NOT_FOR_ALL}
-        # What a device decides is the same for all methods, wherever the last ones are trained.
+        # Defaults that depend on the device stay the same for all methods, wherever they resume.
         chosen = Settings(**_settings(given) | {"method": methods.names()[0]})
         chosen = chosen.resolved(enter(given["device"]).device, num_frames=2**40)
         for name in ("backbone", "image_size", "batch_size", "precision"):
@@ -401,7 +442,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         try:
             result = _train(shards, run, mine, named)
         except Interrupted as e:
-            raise Interrupted(f"{name}: {e}. Go on with: {going}", e.signum) from None
+            raise Interrupted(f"{name}: {e}. Continue with: {going}", e.signum) from None
         except NotFinite as e:
             if os.environ.get("WORLD_SIZE", "1") != "1":  # the others may hear of it a step later
                 raise
@@ -409,7 +450,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             click.echo(f"Error: {name}: {e}", err=True)
             continue
         if result.signum and not result.stopped and name != methods.names()[-1]:
-            raise Interrupted(f"{name} is finished. Go on with: {going}", result.signum)
+            raise Interrupted(f"{name} is finished. Continue with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
         facts = _facts(result)
         rows[name] = "; ".join([f"{result.step:,} steps", *facts.values()])
@@ -428,7 +469,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
 
 
 def _torchrun(num: int) -> int:
-    """This command line again, in `num` processes on this machine; returns the exit code."""
+    """Run this command line in `num` processes on this machine; return the exit code."""
     import contextlib
     import os
     import signal
@@ -452,15 +493,15 @@ def _torchrun(num: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         env = os.environ | {EXIT_CODE_FILE: str(code)}
-        # torchrun would give each a single thread.
+        # torchrun's own default is one thread per process.
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num)))
         process = subprocess.Popen(torchrun, env=env)
-        # A terminal's Ctrl-C reaches the processes by itself; they save, and this one waits.
+        # Ctrl-C in a terminal reaches the processes directly; they save while this one waits.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
         while process.poll() is None:
             time.sleep(0.2)
-            if code.exists():  # one has given up: the others may wait for it for long
+            if code.exists():  # one has given up; the others might wait for it for long
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 process.terminate()
@@ -486,12 +527,12 @@ def _evaluate(run, shards: str) -> str:
 
     from sslus.engine.stream import is_url
 
-    there = " --shards shards/" if is_url(shards) else ""  # it wants them on a disk
+    there = " --shards shards/" if is_url(shards) else ""  # evaluation needs them on a disk
     return f"sslus evaluate {shlex.quote(str(run))}{there} --labels labels.csv"
 
 
 def _facts(result) -> dict[str, str]:
-    """Speed, loss and features, as far as they are known: a short run may not have come so far."""
+    """Speed, loss and features, as far as they are known: a short run may lack some."""
     lines = [m for m in result.metrics if "loss" in m]
     looks = [m for m in result.metrics if "rankme" in m]
     facts = {}
@@ -518,9 +559,9 @@ def _facts(result) -> dict[str, str]:
 def _rows(result) -> dict[str, str]:
     rows = {"run": str(result.run)}
     if result.was_finished:
-        rows["state"] = f"was finished already ({result.step} steps); nothing was done"
+        rows["state"] = f"already finished ({result.step} steps); nothing was done"
     if result.stopped:
-        rows["state"] = f"the time was up at step {result.step}; everything is saved"
+        rows["state"] = f"time limit reached at step {result.step}; everything is saved"
     rows |= {
         "trained": f"{result.step:,} steps, {result.epoch:.1f} epochs",
         "time": f"{result.seconds:,.0f} s",

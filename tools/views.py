@@ -1,4 +1,4 @@
-"""`sslus views`: a picture of what the network sees."""
+"""`sslus views`: draw what the network sees."""
 
 from pathlib import Path
 
@@ -9,23 +9,31 @@ import click
 @click.argument("shards", type=click.Path(path_type=Path), default=Path("shards"))
 @click.option(
     "--preset", default="ultrasound", show_default=True, metavar="PRESET[,FIELD=VALUE...]",
-    help="ultrasound, simclr, barlowtwins, autoencoder or inpainting, and fields to change.",
+    help="ultrasound, simclr, barlowtwins, autoencoder or inpainting, with fields to change.",
 )  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("views.png"),
               show_default=True, help="PNG file to write.")  # fmt: skip
-@click.option("--frames", default=6, show_default=True, help="How many frames, one a column.")
-@click.option("--image-size", default=224, show_default=True, help="Side of a view, pixels.")
-@click.option("--seed", default=0, show_default=True, help="Which frames and which views.")
+@click.option("--frames", default=6, show_default=True, help="Number of frames, one per column.")
+@click.option("--image-size", default=224, show_default=True, help="Side of a view in pixels.")
+@click.option(
+    "--seed", default=0, show_default=True,
+    help="Random seed for choosing frames and drawing views.",
+)  # fmt: skip
 @click.option(
     "--pairs", type=click.Choice(["same", "nearby"]), default="same", show_default=True,
-    help="nearby: the second view comes from another frame of the same video.",
+    help="same: both views come from one frame; nearby: the second comes from another frame of the"
+    " same video.",
 )  # fmt: skip
-@click.option("--max-seconds", default=1.5, show_default=True, help="How far away nearby is.")
+@click.option(
+    "--max-seconds", default=1.5, show_default=True,
+    help="With --pairs nearby: largest distance in seconds between the frames.",
+)  # fmt: skip
 def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
-    """Draw the stored frames of SHARDS (default: shards/) above two views of each.
+    """Draw some frames of SHARDS (default: shards/) with two views of each, as a PNG.
 
-    A column is a frame: as it is stored, its first view, its second view, drawn as training
-    draws them. Look at it before a long run: what the views destroy cannot be learnt.
+    Each column shows one frame as it is stored, its first view and its second view, generated
+    as in training. Look at this picture before a long run: the network cannot learn what the
+    views destroy.
 
     \b
     sslus views
