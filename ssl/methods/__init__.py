@@ -1,4 +1,4 @@
-"""One file a method. The file's name is the method's name on the command line.
+"""One file per method. The file's name is the method's name on the command line.
 
 A method file holds a docstring (what it computes, from which paper) and
 
@@ -13,14 +13,16 @@ A method file holds a docstring (what it computes, from which paper) and
         __init__(backbone, config: Config, image_size: int)
                                         backbone: a timm model, (B, 1, H, W) -> (B, F), F its
                                         `num_features`, kept as `self.backbone`
-        forward(views: Views) -> Output one call a step; every rank calls it with its rows
+        forward(views: Views) -> Output called once per step; every rank passes its own rows
         after_step(step: int, num_steps: int) -> None
-                                        after each update, step = 1 .. num_steps: a teacher
+                                        called after each update, step = 1 .. num_steps; moves
+                                        an EMA teacher, for example
         normalised_by(mean, std) -> None
-                                        optional; called once: what views are normalised by
+                                        optional; called once, with the mean and standard
+                                        deviation that views are normalised with
 
-    TWO_VIEWS = False                   optional: the task is of one frame, no pairs are taken
-    check_views(first, second) -> None  optional: raises InputError for views that do not fit
+    TWO_VIEWS = False                   optional: the method uses single frames, not pairs
+    check_views(first, second) -> None  optional: raises InputError for unsuitable views
 
 The loss is that of the batch joined over all ranks, and its gradient at this rank's rows is
 complete (see sslus.kernels.ranks). Nothing else in the project names the method.
@@ -43,9 +45,9 @@ class Output(NamedTuple):
     """What a method computes from one batch of views."""
 
     loss: Tensor  # () float32
-    terms: dict[str, Tensor]  # its parts, (), detached: for the log
-    features: Tensor  # (B, F), the backbone's, of the first view, with their gradient
-    others: Tensor | None = None  # (B, F), of the second view, where the backbone sees it
+    terms: dict[str, Tensor]  # its parts, each (), detached, for the log
+    features: Tensor  # (B, F), the backbone's features of the first view, not detached
+    others: Tensor | None = None  # (B, F), those of the second view, if the backbone sees it
 
 
 def names() -> list[str]:
@@ -59,10 +61,11 @@ def load(name: str) -> ModuleType:
 
 
 def recipe(name: str, which: str) -> tuple[dict, object]:
-    """A method's values under a recipe: (those of train.Settings, its Config).
+    """A method's values under a recipe: (values for train.Settings, its Config).
 
-    "default" trains well on ultrasound with few GPUs or none; "paper" has the original paper's
-    values; "study" the script defaults of arXiv:2407.21738, on 575 fetal heart videos.
+    "default" trains well on ultrasound with few GPUs or none; "paper" has the values of the
+    original paper; "study" the script defaults of arXiv:2407.21738, on 575 fetal heart videos.
+    Raises InputError for unknown methods and recipes.
     """
     if which not in RECIPES:
         raise InputError(f"recipe {which!r}: want one of {', '.join(RECIPES)}")

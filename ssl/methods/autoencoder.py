@@ -1,11 +1,11 @@
-"""Autoencoder: give back the clean picture from a corrupted one.
+"""Autoencoder: reconstruct the clean image from a corrupted one.
 
     L = mean over pixels (decoder(backbone(c(x))) - x)^2
 
-x: a whole frame, the first view; c(x): the second, the same frame with other grey values, blur
-and speckle. 1 is the error of a constant grey picture, as the pixels are normalised. Vincent et
+x: the first view, a whole frame; c(x): the second view, the same frame with changed grey values,
+blur and speckle. As pixels are normalised, a constant grey image has an error of 1. Vincent et
 al. 2008, "Extracting and composing robust features with denoising autoencoders"; with a
-convolutional backbone on ultrasound: the study arXiv:2407.21738.
+convolutional backbone, on ultrasound: the study arXiv:2407.21738.
 """
 
 import dataclasses
@@ -20,28 +20,28 @@ from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 from sslus.ssl.views import ViewConfig
 
-TWO_VIEWS = False  # both are of one frame: no nearby pairs
-CELLS = 32  # across a picture, of which the ultrasound sector is made
+TWO_VIEWS = False  # both come from one frame: no nearby pairs
+CELLS = 32  # across the image: the resolution at which the ultrasound sector is found
 
 
 @dataclass(frozen=True)
 class Config:
     outside: float = field(
         default=1.0,
-        metadata={"help": "Weight of pixels outside the ultrasound sector; inside it is 1."},
+        metadata={"help": "Weight of pixels outside the ultrasound sector; those inside have 1."},
     )
     background: int = field(
-        default=8, metadata={"help": "Largest grey level, 0 to 255, outside the sector."}
+        default=8, metadata={"help": "Largest grey level (0 to 255) outside the sector."}
     )
 
 
 RECIPES = {
     "default": {"views": "autoencoder"},
-    # Its networks are small and without convolutions, so what carries over is the task: noise to
-    # be taken away, and no other penalty.
+    # Its networks are small and not convolutional; what carries over is the task of removing noise,
+    # without any other penalty.
     "paper": {"views": "autoencoder,p_jitter=0,p_blur=0", "weight_decay": 0.0},
-    # The study's RandAugment is grey values, blur and noise here: all that keeps pixels in place;
-    # its rate falls by steps to a hundred thousandth, as here by a cosine.
+    # Of the study's RandAugment, this keeps what leaves pixels in place: grey values, blur and
+    # noise. Its learning rate falls in steps to 1e-5 of the peak; here a cosine does.
     "study": {
         "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 2048,
         "epochs": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6,
@@ -59,13 +59,13 @@ def check_views(clean: ViewConfig, corrupted: ViewConfig) -> None:
             if getattr(view, name) != still[name]:
                 raise InputError(
                     f"--views: the autoencoder compares two views pixel by pixel, so {name} must"
-                    f" be {still[name]}: start from --views autoencoder"
+                    f" be {still[name]}; start from --views autoencoder"
                 )
     for name, value in vars(clean).items():
         if name.startswith("p_") and value:
             raise InputError(
-                f"--views: the autoencoder's first view is its target, which {name}={value:g}"
-                " would corrupt too: a field given there is that of both views"
+                f"--views: the autoencoder's first view is its target, and {name}={value:g} would"
+                " corrupt it too, since a field given in --views applies to both views"
             )
 
 
@@ -77,13 +77,13 @@ class Method(nn.Module):
         self.backbone = backbone
         self.decoder = Decoder(backbone, image_size)
         self.config = config
-        # The sector is "hidden" whole, so that the loss can tell it from the rest.
+        # The whole sector counts as "hidden", so that the loss can tell it from the rest.
         self.sector = Mask("patches", patch=-(-image_size // CELLS), ratio=1.0)
 
     def normalised_by(self, mean: float, std: float) -> None:
-        """Half a grey level above the background is the sector's edge, in the views' units."""
+        """Place the sector's edge half a grey level above the background, in the views' units."""
         edge = ((self.config.background + 0.5) / 255 - mean) / std
-        if self.config.outside != 1:  # else the sector makes no difference, and costs a pass
+        if self.config.outside != 1:  # else the sector would cost a pass and change nothing
             self.sector = dataclasses.replace(self.sector, background=edge)
 
     def forward(self, views: Views) -> Output:
@@ -96,4 +96,4 @@ class Method(nn.Module):
         return Output(loss, {}, features)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """The autoencoder keeps nothing from one step to the next."""
+        """The autoencoder keeps no state between steps."""

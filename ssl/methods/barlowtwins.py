@@ -2,11 +2,11 @@
 
     L = sum_i (C_ii - 1)^2 + off_diagonal * sum_{i != j} C_ij^2        C = za^T zb / B
 
-za, zb: the projections, each dimension of zero mean and unit variance over the batch. No
-negatives, no teacher, and the most robust method of the study arXiv:2407.21738. With weights of
-pairs the means, variances and C are weighted ones: C stays a correlation (IVPP,
-arXiv:2403.07715, weighs the means and variances alone). Zbontar, Jing, Misra, LeCun, Deny 2021,
-arXiv:2103.03230. The formula in full: sslus.kernels.barlow.
+za, zb: the projections, each dimension standardised to zero mean and unit variance over the
+batch. It needs neither negatives nor a teacher, and was the most robust method in the study
+arXiv:2407.21738. With pair weights, the means, the variances and C are all weighted, so that C
+remains a correlation (IVPP, arXiv:2403.07715, weights only means and variances). Zbontar, Jing,
+Misra, LeCun, Deny 2021, arXiv:2103.03230. The complete formula is in sslus.kernels.barlow.
 """
 
 from dataclasses import dataclass, field
@@ -24,24 +24,24 @@ from sslus.ssl.methods import Output
 
 @dataclass(frozen=True)
 class Config:
-    # The paper's 8192-8192-8192 is made for ImageNet: 138 M weights, ten times a ResNet-18.
+    # The paper's 8192-8192-8192 was made for ImageNet: 138 M weights, ten times a ResNet-18.
     projector: str = field(
         default="2048-2048-2048",
-        metadata={"help": "Widths of the projector's layers; the paper has 8192-8192-8192."},
+        metadata={"help": "Layer widths of the projector; the paper has 8192-8192-8192."},
     )
     off_diagonal: float = field(
         default=0.0051, metadata={"help": "Weight of the term that decorrelates dimensions."}
     )
     scale: float = field(
         default=1.0,
-        metadata={"help": "Factor of the whole loss: of LARS it scales biases and norms alone."},
+        metadata={"help": "Factor of the whole loss; with LARS it affects only biases and norms."},
     )
 
 
 RECIPES = {
     "default": {"views": "ultrasound"},
-    # Section 2.2 and its authors' code. Biases and norms there have a rate of 0.0048, not 0.2:
-    # LARS does not adapt them, so the loss times 0.024 does the same.
+    # Section 2.2 and the authors' code. There, biases and norms have a learning rate of 0.0048
+    # instead of 0.2. LARS does not adapt their rate, so scaling the loss by 0.024 is equivalent.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
         "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
@@ -63,10 +63,10 @@ class Method(nn.Module):
         self.off_diagonal, self.scale = config.off_diagonal, config.scale
 
     def forward(self, views: Views) -> Output:
-        # One view after the other: each has its own BatchNorm statistics, as in the paper.
+        # One view after the other, so that each has its own BatchNorm statistics, as in the paper.
         ha, hb = self.backbone(views.va), self.backbone(views.vb)
         za, zb = self.projector(ha), self.projector(hb)
-        # Sums of squares over D x D entries: bfloat16 would keep two digits of them.
+        # These are sums of squares over D x D entries: bfloat16 would keep only two digits.
         with torch.autocast(za.device.type, enabled=False):
             za, zb = za.float(), zb.float()
             if views.weights is None:
@@ -78,10 +78,10 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def terms(self, za: Tensor, zb: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """The two sums. The second is what is left of the loss: N x D work, not N x D x D."""
+        """The two sums. The second is the rest of the loss: N x D operations, not N x D x D."""
         m = moments(za, zb, Ranks.named(group_name(None)))
         sa, sb = (m.variances + 1e-5).sqrt()
-        # C_ii - 1, small where the views agree, and so not taken as a difference.
+        # C_ii - 1, which is small where the views agree: a subtraction would lose its digits.
         low = ((sa - sb).square() - m.of_difference - 2e-5) / (2 * sa * sb)
         invariance = low.square().sum()
         rest = loss - invariance
@@ -89,15 +89,15 @@ class Method(nn.Module):
         return {"invariance": invariance, "redundancy": redundancy}
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """BarlowTwins keeps nothing from one step to the next."""
+        """Barlow Twins keeps no state between steps."""
 
 
 def weighted_barlow(
     za: Tensor, zb: Tensor, weights: Tensor, off_diagonal: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss with every mean over the rows a weighted one, and its terms, for a log.
+    """The loss with weighted means over the rows of all ranks, and its terms for the log.
 
-    Over all ranks. In plain PyTorch.
+    za, zb: (B, D) float32; weights: (B,) float32. In plain PyTorch, with a D x D matrix.
     """
     ranks = Ranks.named(group_name(None))
     w = ranks.join(weights)
@@ -111,6 +111,6 @@ def weighted_barlow(
 
 
 def standardised(z: Tensor, w: Tensor) -> Tensor:
-    """Of zero mean and unit variance by the shares w."""
+    """z (B, D) with zero mean and unit variance per column, under row weights w (B, 1)."""
     z = z - (w * z).sum(0)
     return z / ((w * z.square()).sum(0) + 1e-5).sqrt()

@@ -1,11 +1,11 @@
-"""BYOL: predict a slow teacher's projection of one view from the other view. No negatives.
+"""BYOL: predict an EMA teacher's projection of one view from the other view, without negatives.
 
     L = mean_i (2 - 2 cos(pa_i, tb_i)) + mean_i (2 - 2 cos(pb_i, ta_i))
     teacher <- m teacher + (1 - m) student,   m = 1 - (1 - momentum) (cos(pi k / K) + 1) / 2
 
-pa, pb: the student's predictions of the two views; ta, tb: the teacher's projections; k = 0 ..
-K - 1: the steps of the run, so m starts at `momentum`, rises and stays below 1. A pair's weight
-scales its part of both means. Grill et al. 2020, arXiv:2006.07733, equation 2 and section 3.1.
+pa, pb: the student's predictions for the two views; ta, tb: the teacher's projections; k = 0 ..
+K - 1: the steps of the run, so m starts at `momentum` and rises, but stays below 1. A pair's weight
+scales its terms of both means. Grill et al. 2020, arXiv:2006.07733, equation 2 and section 3.1.
 """
 
 import math
@@ -26,14 +26,14 @@ from sslus.ssl.methods import Output
 class Config:
     projector: str = field(
         default="2048-256",
-        metadata={"help": "Widths of the projector's layers; the paper has 4096-256."},
+        metadata={"help": "Layer widths of the projector; the paper has 4096-256."},
     )
     predictor: int = field(
         default=2048, metadata={"help": "Width of the predictor's hidden layer."}
     )
     momentum: float = field(
         default=0.99,
-        metadata={"help": "What the teacher keeps of itself in the first step; paper: 0.996."},
+        metadata={"help": "EMA momentum of the teacher in the first step; the paper has 0.996."},
     )
 
     def __post_init__(self):
@@ -44,7 +44,7 @@ class Config:
 
 
 RECIPES = {
-    # The paper's 0.996 is for 1000 epochs; for 100 and 300 its authors take 0.99 (appendix).
+    # The paper's 0.996 is for 1000 epochs; its appendix uses 0.99 for 100 and 300.
     "default": {"views": "ultrasound"},
     # Section 3.2; views: appendix B, table 6.
     "paper": {
@@ -74,7 +74,7 @@ class Method(nn.Module):
         self.momentum = config.momentum
 
     def forward(self, views: Views) -> Output:
-        # One view after the other: each has its own BatchNorm statistics.
+        # One view after the other, so that each has its own BatchNorm statistics.
         ha, hb = self.backbone(views.va), self.backbone(views.vb)
         student = [self.predictor(self.projector(h)) for h in (ha, hb)]
         with torch.no_grad():
@@ -92,10 +92,10 @@ class Method(nn.Module):
         follow(self.teacher, (self.backbone, self.projector), self.rate(step - 1, num_steps))
 
     def rate(self, k: int, num_steps: int) -> float:
-        """1 - m. Never 0, as it would be with k = K: the teacher would stand still."""
+        """1 - m. Never 0: with k = K it would be, and the teacher would not move."""
         return (1 - self.momentum) * (math.cos(math.pi * k / num_steps) + 1) / 2
 
 
 def distance(p: Tensor, t: Tensor) -> Tensor:
-    """|p - t|^2 = 2 - 2 cos of the rows, scaled to unit length: (B,)."""
+    """2 - 2 cos between the rows of p and t, as the squared distance of unit vectors: (B,)."""
     return (F.normalize(p, dim=1) - F.normalize(t, dim=1)).square().sum(1)

@@ -1,12 +1,12 @@
-"""Inpainting: give back what was cut out of the picture.
+"""Inpainting: reconstruct what was cut out of the image.
 
     L = sum w (decoder(backbone(m(x))) - x)^2 / sum w,   w = hole where m hides, rest elsewhere
 
-x: the first view; m(x): the same with rectangles or patches of it, all inside the ultrasound
-sector, set to the mean grey. As rest is 0, what was never hidden earns nothing: copying it is no
-task. What is hidden differs for each sample and each epoch. 1 is the error of a constant grey
-picture. Pathak et al. 2016, "Context encoders", arXiv:1604.07379, without its discriminator, as
-in its own experiments on features; patches as in He et al. 2022, arXiv:2111.06377.
+x: the first view; m(x): the same view with rectangles or patches, all inside the ultrasound
+sector, set to the mean grey value. By default rest is 0, so copying visible pixels earns nothing.
+What is hidden differs for each sample and epoch. A constant grey image has an error of 1. Pathak
+et al. 2016, "Context encoders", arXiv:1604.07379, without its discriminator, as in its own
+experiments on features; patches as in He et al. 2022, arXiv:2111.06377.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from sslus.ssl.decoder import Decoder, encode
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 
-TWO_VIEWS = False  # the second view is not looked at: no nearby pairs
-MAX_CELLS = 32  # across a picture: what the masks can tell apart
+TWO_VIEWS = False  # the second view is not used: no nearby pairs
+MAX_CELLS = 32  # across the image: the finest mask
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,26 @@ class Config:
         default="rectangles", metadata={"help": "What is hidden: rectangles or patches."}
     )
     rectangles: int = field(
-        default=4, metadata={"help": "How many are hidden, overlaps allowed (rectangles)."}
+        default=4, metadata={"help": "Number of hidden rectangles, which may overlap."}
     )
     min_side: float = field(
-        default=0.15, metadata={"help": "Of a rectangle, as a share of the picture's."}
+        default=0.15, metadata={"help": "Smallest side of a rectangle, as a share of the image's."}
     )
     max_side: float = field(
-        default=0.4, metadata={"help": "Of a rectangle, as a share of the picture's."}
+        default=0.4, metadata={"help": "Largest side of a rectangle, as a share of the image's."}
     )
     ratio: float = field(
-        default=0.6, metadata={"help": "Share of the sector that is hidden (patches)."}
+        default=0.6, metadata={"help": "With patches: share of the sector that is hidden."}
     )
     patch: int = field(
-        default=16, metadata={"help": "Side of a patch in pixels, at least 1/32 of the picture's."}
+        default=16, metadata={"help": "Side of a patch in pixels, at least 1/32 of the image's."}
     )
     hole: float = field(default=1.0, metadata={"help": "Weight of the hidden pixels in the loss."})
     rest: float = field(default=0.0, metadata={"help": "Weight of the other pixels in the loss."})
     background: int = field(
         default=8,
         metadata={
-            "help": "Largest grey level, 0 to 255, outside the sector; -1: hide things anywhere.",
+            "help": "Largest grey level (0 to 255) outside the sector; -1: hide parts anywhere.",
             "least": -1,
         },
     )
@@ -57,13 +57,13 @@ class Config:
 
 RECIPES = {
     "default": {"views": "inpainting"},
-    # Section 4: random regions, overlapping, of up to a quarter of the picture, and Adam.
+    # Section 4: random overlapping regions that cover up to a quarter of the image, and Adam.
     "paper": {
         "image_size": 224, "optimizer": "adamw", "weight_decay": 0.0, "views": "inpainting",
         "rectangles": 5, "min_side": 0.1, "max_side": 0.3, "background": -1,
     },
-    # One rectangle of the area that torchvision's RandomErasing takes, .02 to .33 of the
-    # picture, and the loss over the whole picture, as the study's code has it.
+    # One rectangle with the area of torchvision's RandomErasing, 0.02 to 0.33 of the image, and the
+    # loss over the whole image, as in the study's code.
     "study": {
         "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 2048,
         "epochs": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6,
@@ -78,12 +78,10 @@ class Method(nn.Module):
         super().__init__()
         c = config
         if not (c.hole > 0 and c.rest >= 0):
-            raise InputError(
-                f"inpainting: want hole above 0 and rest not below, got {c.hole} and {c.rest}"
-            )
+            raise InputError(f"inpainting: want hole > 0 and rest >= 0, got {c.hole} and {c.rest}")
         if image_size > MAX_CELLS * c.patch:
             raise InputError(
-                f"inpainting: a patch of {c.patch} px is too small for pictures of {image_size} px;"
+                f"inpainting: a patch of {c.patch} px is too small for images of {image_size} px;"
                 f" want --patch {-(-image_size // MAX_CELLS)} or more"
             )
         try:
@@ -98,7 +96,7 @@ class Method(nn.Module):
         self.config = config
 
     def normalised_by(self, mean: float, std: float) -> None:
-        """Half a grey level above the background is the sector's edge, in the views' units."""
+        """Place the sector's edge half a grey level above the background, in the views' units."""
         edge = ((self.config.background + 0.5) / 255 - mean) / std
         if self.config.background >= 0:
             self.mask = dataclasses.replace(self.mask, background=edge)
@@ -114,4 +112,4 @@ class Method(nn.Module):
         return Output(loss, {}, features)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """Inpainting keeps nothing from one step to the next."""
+        """Inpainting keeps no state between steps."""

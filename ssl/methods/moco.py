@@ -1,19 +1,19 @@
-"""MoCo v2: tell a frame's key from the keys of earlier batches, which wait in a queue.
+"""MoCo v2: tell a frame's key from the keys of earlier batches, which are kept in a queue.
 
     L = mean_i  log( exp(q_i . k_i / T) + sum_m exp(q_i . queue_m / T) ) - q_i . k_i / T
     teacher <- momentum teacher + (1 - momentum) student        after each step
 
 q: the student's projection of one view, k: the teacher's of the other, both of unit length. The
-queue holds the last keys of all ranks, not those of this batch, so small batches do. A pair's
-weight scales its part of the mean.
+queue holds the latest keys of all ranks, without those of this batch, so small batches suffice. A
+pair's weight scales its term of the mean.
 
-A key should not be known by its BatchNorm statistics, which it shares with its query. Each view
-has its own, per view, over the batch of all ranks. With `--batch-norm per-rank` the keys are
-shuffled: a rank's teacher sees every W-th frame of the joint batch of its W ranks, so a query
-and its key are normalised among other frames.
+A query must not recognise its key by shared BatchNorm statistics. So each of the two views has its
+own statistics, over the batch of all ranks. With `--batch-norm per-rank`, the keys are shuffled: a
+rank's teacher sees every W-th frame of the joint batch of W ranks, so that a query and its key are
+normalised among different frames.
 
 He, Fan, Wu, Xie, Girshick 2020, arXiv:1911.05722; version 2: Chen, Fan, Girshick, He 2020,
-arXiv:2003.04297. The formula in full: sslus.kernels.infonce_queue.
+arXiv:2003.04297. The complete formula is in sslus.kernels.infonce_queue.
 """
 
 from dataclasses import dataclass, field
@@ -34,23 +34,23 @@ from sslus.ssl.methods import Output
 class Config:
     projector: str = field(
         default="1024-128",
-        metadata={"help": "Widths of the projector's layers; the paper has 2048-128."},
+        metadata={"help": "Layer widths of the projector; the paper has 2048-128."},
     )
-    # A frame that meets its own key of the epoch before is pushed away from itself.
+    # With a longer queue, a frame would be pushed away from its own key of the epoch before.
     queue: int = field(
         default=1024,
-        metadata={"help": "Keys kept as negatives: well below the number of frames."},
+        metadata={"help": "Keys kept as negatives; should be well below the number of frames."},
     )
     temperature: float = field(
-        default=0.2, metadata={"help": "Lower: only the most similar negatives count."}
+        default=0.2, metadata={"help": "The lower, the more the hardest negatives dominate."}
     )
     momentum: float = field(
         default=0.99,
-        metadata={"help": "What the teacher keeps of itself in a step; the paper has 0.999."},
+        metadata={"help": "EMA momentum of the teacher per step; the paper has 0.999."},
     )
     symmetric: bool = field(
         default=False,
-        metadata={"help": "Also the first view as key of the second: twice the work a step."},
+        metadata={"help": "Also use the first view as key of the second: twice the work."},
     )
 
     def __post_init__(self):
@@ -63,17 +63,17 @@ class Config:
 
 
 RECIPES = {
-    # Runs are some thousand steps: a teacher that changes by 0.1 % a step would stay behind.
+    # Runs have some thousand steps: a teacher that changes by 0.1 % per step would lag behind.
     "default": {"views": "ultrasound"},
-    # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest is version
-    # 1's, section 4.
+    # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest from section
+    # 4 of version 1.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 256, "epochs": 800,
         "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
         "final_lr": 0.0, "views": "simclr,min_area=0.2,brightness=0.4,contrast=0.4",
         "projector": "2048-128", "queue": 65536, "momentum": 0.999,
     },
-    # There the momentum of 0.996 rises to 1 by epochs, where a teacher stands still.
+    # In the study the momentum rises from 0.996 to 1 over the epochs, where the teacher freezes.
     "study": {
         "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 288,
         "epochs": 20, "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
@@ -92,14 +92,14 @@ class Method(nn.Module):
         self.teacher = teacher_of(self.backbone, self.projector)
         self.temperature, self.momentum = config.temperature, config.momentum
         self.symmetric = config.symmetric
-        # Random directions at first; a place is overwritten when the oldest key leaves.
+        # Random directions at first; new keys overwrite the oldest ones.
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, layers[-1]), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def forward(self, views: Views) -> Output:
         ha = self.backbone(views.va)
         hb = self.backbone(views.vb) if self.symmetric else None
-        # Autograd of the loss's plain form keeps the queue it was given, and it changes below.
+        # Autograd may save the queue it is given for backward, and the queue changes below.
         queue = self.queue.clone()
         kb, keys = self.keys(views.vb)
         loss = self.loss(self.projector(ha), kb, queue, views.weights)
@@ -122,9 +122,9 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's keys of unit length: those of this rank's rows, and of all ranks'."""
+        """The teacher's keys, of unit length: those of this rank's rows, and those of all ranks."""
         ranks = Ranks.named(group_name(None))
-        # Row r of every W goes to rank r: a batch is in random order already.
+        # Row r of every W rows goes to rank r: batches are in random order already.
         shuffled = ranks.join(images)[ranks.rank :: ranks.world]
         keys = F.normalize(self.teacher(shuffled).float(), dim=1)
         joined = ranks.join(keys).unflatten(0, (ranks.world, -1)).transpose(0, 1).flatten(0, 1)
@@ -135,7 +135,7 @@ class Method(nn.Module):
         size = len(self.queue)
         keys = keys[-size:]
         places = torch.arange(len(keys), device=keys.device)
-        # The place is a tensor: a CUDA graph or a compiled step would keep a number for ever.
+        # The position is a tensor: a CUDA graph or a compiled step would freeze a number.
         self.queue.index_copy_(0, (self.oldest + places) % size, keys)
         self.oldest.copy_((self.oldest + len(keys)) % size)
 

@@ -2,10 +2,10 @@
 
     L = mean over the 2B views i of  log sum_{k != i} exp(s_ik) - s_ip      s_ik = cos(z_i, z_k) / T
 
-p: the other view of i. All other frames are negatives, so larger batches are harder and better.
-A pair's weight scales the loss of both its views, as in IVPP (arXiv:2403.07715).
-Chen, Kornblith, Norouzi, Hinton 2020, arXiv:2002.05709, with the three-layer projector of version
-2, arXiv:2006.10029. The formula in full: sslus.kernels.ntxent.
+p: the other view of i. All other frames of the batch are negatives, so larger batches make the
+task harder and the features better. A pair's weight scales the loss of both its views, as in IVPP
+(arXiv:2403.07715). Chen, Kornblith, Norouzi, Hinton 2020, arXiv:2002.05709, with the three-layer
+projector of version 2, arXiv:2006.10029. The complete formula is in sslus.kernels.ntxent.
 """
 
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from sslus.ssl.methods import Output
 class Config:
     projector: str = field(
         default="1024-1024-128",
-        metadata={"help": "Widths of the projector's layers; the paper has 2048-2048-128."},
+        metadata={"help": "Layer widths of the projector; the paper has 2048-2048-128."},
     )
     temperature: float = field(
-        default=0.2, metadata={"help": "Lower: only the most similar negatives count."}
+        default=0.2, metadata={"help": "The lower, the more the hardest negatives dominate."}
     )
 
     def __post_init__(self):
@@ -39,8 +39,8 @@ class Config:
 
 RECIPES = {
     "default": {"views": "ultrasound"},
-    # Version 2, section 3: a rate of 0.1 sqrt(4096) = 6.4, warmed up for 5 % of 800 epochs, decay
-    # 1e-4; its projector is as wide as the backbone's features. Views: appendix A of version 1.
+    # Version 2, section 3: learning rate 0.1 sqrt(4096) = 6.4, warm-up for 5 % of 800 epochs, weight
+    # decay 1e-4, a projector as wide as the backbone's features. Views: appendix A of version 1.
     # Temperature: the authors' code.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 800,
@@ -63,7 +63,7 @@ class Method(nn.Module):
         self.temperature = config.temperature
 
     def forward(self, views: Views) -> Output:
-        # All 2B views as one batch: BatchNorm has the statistics of both, as in the paper.
+        # All 2B views form one batch, over which BatchNorm takes its statistics, as in the paper.
         h = self.backbone(torch.cat([views.va, views.vb]))
         za, zb = self.projector(h).chunk(2)
         with torch.autocast(za.device.type, enabled=False):
@@ -76,16 +76,17 @@ class Method(nn.Module):
         return Output(loss, {}, ha, hb)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """SimCLR keeps nothing from one step to the next."""
+        """SimCLR keeps no state between steps."""
 
 
 def weighted_ntxent(za: Tensor, zb: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """NT-Xent with the loss of both views of pair i times weights[i], (B,); over all ranks.
+    """NT-Xent over all ranks, in which weights[i] scales the loss of both views of pair i: ().
 
-    In plain PyTorch, with 2N x 2N logits: 64 MiB where N, the joint batch, is 2048.
+    za, zb: (B, D) float32; weights: (B,) float32. In plain PyTorch, with 2N x 2N logits: 64 MiB
+    for a joint batch of N = 2048.
     """
     ranks = Ranks.named(group_name(None))
-    # All ranks' views are in every row of logits, so each rank needs all rows for its gradient.
+    # Every row of logits involves the views of all ranks, so each rank's gradient needs all rows.
     u = torch.cat([F.normalize(ranks.join_with_gradient(z), dim=1) for z in (za, zb)])
     logits = (u @ u.T / temperature).fill_diagonal_(float("-inf"))
     others = torch.arange(len(u), device=u.device).roll(len(u) // 2)

@@ -2,9 +2,10 @@
 
     L = 25 mse(za, zb) + 25 (v(za) + v(zb)) / 2 + (c(za) + c(zb))
 
-v(z): how far the standard deviations of z lie below 1; c(z): the squared off-diagonal
-covariances of z over its width. No negatives, no teacher, so it works with small batches.
-Bardes, Ponce, LeCun 2022, arXiv:2105.04906. The formula in full: sslus.kernels.vicreg.
+v(z): how far the standard deviations of z lie below 1, on average; c(z): the sum of the squared
+off-diagonal covariances of z, divided by its width. It needs neither negatives nor a teacher, so
+small batches work. Bardes, Ponce, LeCun 2022, arXiv:2105.04906. The complete formula is in
+sslus.kernels.vicreg.
 """
 
 from dataclasses import dataclass, field
@@ -20,16 +21,16 @@ from sslus.ssl.methods import Output
 
 @dataclass(frozen=True)
 class Config:
-    # The paper's 8192-8192-8192 is made for ImageNet: 138 M weights, ten times a ResNet-18.
+    # The paper's 8192-8192-8192 was made for ImageNet: 138 M weights, ten times a ResNet-18.
     projector: str = field(
         default="2048-2048-2048",
-        metadata={"help": "Widths of the projector's layers; the paper has 8192-8192-8192."},
+        metadata={"help": "Layer widths of the projector; the paper has 8192-8192-8192."},
     )
     invariance: float = field(
-        default=25.0, metadata={"help": "Weight of the distance between the two views."}
+        default=25.0, metadata={"help": "Weight of the mean squared distance between the views."}
     )
     variance: float = field(
-        default=25.0, metadata={"help": "Weight of the hinge that keeps dimensions alive."}
+        default=25.0, metadata={"help": "Weight of the hinge loss that keeps the variance up."}
     )
     covariance: float = field(
         default=1.0, metadata={"help": "Weight of the term that decorrelates dimensions."}
@@ -64,11 +65,11 @@ class Method(nn.Module):
         }
 
     def forward(self, views: Views) -> Output:
-        # One view after the other: each has its own BatchNorm statistics, as in the paper.
+        # One view after the other, so that each has its own BatchNorm statistics, as in the paper.
         ha, hb = self.backbone(views.va), self.backbone(views.vb)
         za, zb = self.projector(ha), self.projector(hb)
         pairs = () if views.weights is None else (views.weights,)
-        # Sums of squares over B x D entries: bfloat16 would keep two digits of them.
+        # These are sums of squares over B x D entries: bfloat16 would keep only two digits.
         with torch.autocast(za.device.type, enabled=False):
             za, zb = za.float(), zb.float()
             loss = vicreg_loss(za, zb, *pairs, **self.weights)
@@ -76,4 +77,4 @@ class Method(nn.Module):
         return Output(loss, terms, ha, hb)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """VICReg keeps nothing from one step to the next."""
+        """VICReg keeps no state between steps."""
