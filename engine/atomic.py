@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic files and folders: they exist complete or not at all."""
 
 import contextlib
 import os
@@ -21,10 +21,10 @@ def sync_folder(folder: Path) -> None:
 def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO]:
     """A file that appears under `path` only when the block ends without an exception.
 
-    Written as `<path>.tmp`, synced, renamed. On any exception the temporary file is removed
-    and what was at `path` before is untouched. Without `durable` nothing is synced: a killed
-    process loses nothing, but after a power cut the file may be there with other content, which
-    whoever reads it must notice.
+    It is written as `<path>.tmp`, synced and renamed. On an exception the temporary file is
+    removed, and an earlier file at `path` stays as it was. Without `durable` nothing is synced:
+    this is safe if the process is killed, but after a power cut the file may exist with wrong
+    content, which its reader must detect.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,8 +45,8 @@ def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterat
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under `path` only when the block ends without an exception.
 
-    Yields a temporary folder beside it; leftovers of an earlier crash are removed first.
-    The caller syncs the files it writes in it. A folder already at `path` is replaced.
+    Yields a temporary folder beside it, after removing leftovers of an earlier crash. The caller
+    must sync the files that it writes there. A folder that exists at `path` is replaced.
     """
     temporary, old = _beside(path)
     remove_leftovers(path)
@@ -67,15 +67,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What a crash inside atomic_folder(path) left behind. Only for who may write there alone."""
+    """Clean up after a crash inside atomic_folder(path). The caller must be the only writer."""
     temporary, old = _beside(path)
-    if old.exists() and not path.exists():  # between its two renames: the only whole one
+    if old.exists() and not path.exists():  # crashed between the renames: this is the only copy
         old.rename(path)
     for folder in (temporary, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a folder is while it is made, and while another takes its place: names that nobody
-    gives to a copy."""
+    """Where a folder is while it is written, and while it is replaced. The names are hidden ones,
+    such as nobody gives to a copy."""
     return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")

@@ -1,4 +1,4 @@
-"""Errors that belong to the user's input or machine, not to a mistake in the code."""
+"""Errors in the user's input or machine, as opposed to mistakes in the code."""
 
 
 class InputError(ValueError):
@@ -12,8 +12,9 @@ class InputError(ValueError):
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, after everything worth keeping has been written.
 
-    The message says what was kept and how to go on. The command line exits with
-    128 + `signum`. Like KeyboardInterrupt it is no Exception, so nothing swallows it.
+    The message says what was kept and how to continue. The command line exits with
+    128 + `signum`. Like KeyboardInterrupt, it is not an Exception, so `except Exception` does
+    not swallow it.
     """
 
     def __init__(self, message: str, signum: int = 2):

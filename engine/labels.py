@@ -22,13 +22,13 @@ class Label:
 
 
 def read_labels(path: Path) -> list[Label]:
-    """The rows of a CSV file with the columns `path,label,patient[,split]`.
+    """Read a CSV file with the columns `path,label,patient[,split]`.
 
-    UTF-8; further columns are ignored. Paths are relative to the file's own folder. One row a
-    video. Raises InputError, naming the line, for a column that is missing or there twice, a row
-    of more or fewer cells than the header, an empty cell or one with a line break, a video named
-    twice, a split that is neither train nor test or is given for some rows only, and a patient on
-    both sides of it.
+    The file is UTF-8, with one row per video; other columns are ignored. Paths are relative to
+    the folder of the file. Raises InputError, naming the line, for a missing or repeated column, a
+    row with more or fewer cells than the header, an empty cell or one with a line break, a video
+    listed twice, a split that is neither train nor test or is given for some rows only, and a
+    patient on both sides of the split.
     """
     path = Path(path)
     (_, columns), *rows = _lines(path) or [(1, [])]
@@ -43,40 +43,42 @@ def read_labels(path: Path) -> list[Label]:
     labels, seen, side = [], {}, {}
     for line, row in rows:
         where = f"labels {path}, line {line}"
-        # A comma without quotes moves all that follows: a part of the label would be the patient.
+        # An unquoted comma shifts the cells after it: part of the label would become the patient.
         if len(row) != len(columns):
             raise InputError(
-                f"{where}: want {len(columns)} cells like the header, got {len(row)}; put a cell"
-                " with a comma in double quotes"
+                f"{where}: want {len(columns)} cells like the header, got {len(row)}; put cells"
+                " that contain a comma in double quotes"
             )
         cells = {"split": ""} | dict(zip(columns, row, strict=True))
         for column in COLUMNS:
             if not cells[column] and column != "split":
                 raise InputError(f"{where}: the {column} is empty")
-            # Quotes that do not match make one row of two, and one patient of two.
+            # Unmatched quotes merge two rows into one, and two patients into one.
             if any(c in cells[column] for c in "\n\r\0"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
         video = (path.parent / cells["path"]).resolve()
         if video in seen:
-            raise InputError(f"{where}: {cells['path']} stands already in line {seen[video]}")
+            raise InputError(f"{where}: {cells['path']} is already in line {seen[video]}")
         seen[video] = line
         split = cells["split"] or None
         if split not in (None, "train", "test"):
             raise InputError(f"{where}: split must be train or test, got {split!r}")
         if split and side.setdefault(cells["patient"], split) != split:
-            raise InputError(f"{where}: patient {cells['patient']} is in train and in test")
+            raise InputError(f"{where}: patient {cells['patient']} is in both train and test")
         labels.append(Label(video, cells["label"], cells["patient"], split))
     if len({x.split is None for x in labels}) == 2:
-        raise InputError(f"labels {path}: split is given for some rows only; fill or drop it")
+        raise InputError(
+            f"labels {path}: split is given for some rows only; fill in all or drop it"
+        )
     return labels
 
 
 def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]:
-    """The rows of labels.csv by the ids that their videos have in the shards, through local/.
+    """The rows of labels.csv by the ids of their videos in the shards, looked up in local/.
 
-    Videos that were moved all together are found by where they lie below labels.csv; the second
-    value says that they were. Raises InputError for rows without a video in the shards, and for a
-    video of another size than it had.
+    Videos that were all moved together are found by their position relative to labels.csv; the
+    second value says whether they were. Raises InputError for rows without a video in the shards,
+    and for a video whose file size has changed.
     """
     local, rows = shards / "local", read_labels(labels)
     ids = {Path(line["source"]).resolve(): line["id"] for line in _ledger(local / "ledger.jsonl")}
@@ -87,23 +89,23 @@ def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]
     if unknown:
         raise InputError(
             f"labels {labels}: {len(unknown)} of {len(rows)} videos are not in {shards}, the"
-            f" first: {unknown[0]}; shard them too, or take out their rows. If they were moved,"
-            " the command that made the shards, on their new folder, takes down where they are"
+            f" first: {unknown[0]}; shard them too, or remove their rows. If they were moved,"
+            " run the command that made the shards on their new folder, which records it"
         )
-    # Names may be given to other files; training has seen what the shards hold.
+    # Another file may have taken a name since; what counts is what the shards hold.
     sizes = _sizes(local / "request.json")
     for path, was in zip(places, found, strict=True):
         size = sizes.get(ids[was])
         if size is not None and path.is_file() and path.stat().st_size != size:
             raise InputError(
-                f"labels {labels}: {path} is another file than the one in {shards}, by its size;"
+                f"labels {labels}: {path} has another size than the file in {shards};"
                 " are these the labels of those shards?"
             )
     return {ids[place]: row for row, place in zip(rows, found, strict=True)}, bool(before)
 
 
 def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:
-    """Each path as it is in `known`, if only accents differ: Unicode writes é in two ways."""
+    """Each path as spelled in `known`: Unicode has two ways to write é."""
 
     def form(path: Path) -> str:
         return unicodedata.normalize("NFC", str(path))
@@ -117,8 +119,8 @@ def _ledger(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError as e:
         raise InputError(
-            f"{path}: is missing, and only it says which video a frame is from; copy the"
-            " local/ folder beside the shards, or make the shards again here"
+            f"{path}: is missing, and only this file tells which video a frame comes from;"
+            " copy the local/ folder to the shards, or make the shards again here"
         ) from e
     except ValueError as e:
         raise InputError(
@@ -127,7 +129,7 @@ def _ledger(path: Path) -> list[dict]:
 
 
 def _moved(places: list[Path], labels: Path, ids: dict[Path, str]) -> list[Path]:
-    """Where the videos were, if one folder had all of them as that of `labels` has now; else []."""
+    """Where the videos were, if all lay below one folder as they do below `labels` now; else []."""
     below = [Path(os.path.relpath(place, Path(labels).parent.resolve())) for place in places]
     num = len(below[0].parts)
     before = {Path(*source.parts[:-num]) for source in ids if source.parts[-num:] == below[0].parts}
@@ -137,7 +139,7 @@ def _moved(places: list[Path], labels: Path, ids: dict[Path, str]) -> list[Path]
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes of each video by its id, when it was sharded; {} where that is not known."""
+    """File sizes in bytes, by id, when the videos were sharded; {} if unknown."""
     try:
         sources = json.loads(path.read_text())["sources"]
         return {video_id: size for video_id, size, _ in sources.values()}
@@ -146,11 +148,11 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """(number of its last line, stripped cells) of each row that is not empty, header first."""
+    """(number of the last line, stripped cells) of each non-empty row, header first."""
     rows = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
-            reader = csv.reader(f, strict=True)  # a quote that is never closed is an error
+            reader = csv.reader(f, strict=True)  # an unclosed quote is an error
             try:
                 for row in reader:
                     cells = [cell.strip() for cell in row]

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock that admits one process at a time to a folder."""
 
 import contextlib
 import errno
@@ -13,10 +13,11 @@ UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file sy
 
 @contextlib.contextmanager
 def alone(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path`, which is made and stays; a process that dies lets go of it.
+    """Hold a lock on the file `path`, which is created and not removed; if the process dies, the
+    lock is released.
 
-    Raises InputError(busy) while another process holds it. A file, because a folder's lock is
-    not seen by other machines on NFS; where the file system knows no locks nothing is held.
+    Raises InputError(busy) while another process holds it. It is a file because on NFS other
+    machines do not see a lock on a folder. On a file system without locks, nothing is held.
     """
     with path.open("w") as f:
         try:

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of shards holds. It is written last, so it says "complete"."""
+"""manifest.json: what a folder of shards holds. It is written last and so marks completion."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    settings: dict  # what the frames were made with: size, select, quality, ...
+    settings: dict  # how the frames were made: size, select, quality, ...
     num_videos: int
     num_frames: int
     mean: float  # of all pixels, 0 to 1
     std: float
     labels: list[str]  # names, sorted; empty without labels
-    decoders: dict[str, int]  # videos by decoder
+    decoders: dict[str, int]  # number of videos by decoder
     shards: list[dict]  # {"name", "num_frames", "bytes", "sha256"}
     digest: str = ""  # of everything above
 
@@ -36,7 +36,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises InputError that says what to do."""
+    """The manifest of a folder of shards. Raises InputError if it is missing or damaged."""
     path = Path(folder) / NAME
     try:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Which frames make which batch: a pure function of the seed, with nothing to save."""
+"""Which frames form which batch: a pure function of the seed, so there is no state to save."""
 
 import functools
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 
-ROUNDING = 1e-4  # seconds by which time stamps may be off, in 32 bits
+ROUNDING = 1e-4  # seconds; the rounding error of timestamps in float32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every frame once an epoch, in an order that (seed, epoch) alone decides.
+    """Every frame once per epoch, in an order that depends only on (seed, epoch).
 
-    A batch is the GLOBAL batch: with `world` processes each takes its slice of it, so the
-    order does not depend on how many there are. The last, partial batch of an epoch is
-    dropped, because losses over the batch (variances, correlations) change with its size.
+    A batch is the GLOBAL batch: each of `world` processes takes a slice of it, so the order does
+    not depend on the number of processes. The last, partial batch of an epoch is dropped, because
+    losses over the batch (variances, correlations) change with its size.
 
     >>> plan = Plan(num_frames=10, batch_size=4, seed=0)
     >>> plan.steps_per_epoch, [len(batch) for batch in plan.epoch(0)]
@@ -55,8 +55,8 @@ class Plan:
 
     def order(self, epoch: int) -> np.ndarray:
         """(num_frames,) int64: the frames of one epoch in their order."""
-        # Raw Philox words, sorted: numpy may change Generator.permutation between releases,
-        # but not a bit generator's stream, and a run must resume under another numpy.
+        # Raw Philox words, sorted: numpy may change Generator.permutation between releases, but
+        # not the stream of a bit generator, and a run must be able to resume under another numpy.
         words = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_frames)
         return np.argsort(words, kind="stable")
 
@@ -80,11 +80,12 @@ def nearby(
     """A partner from the same video, at most max_seconds away, for each frame of a batch.
 
     video (N,), time_seconds (N,): of all frames, in the store's order (by video, then time).
-    indices: (B,). Returns the partners (B,) int64, uniform among the frames in reach other than
-    the frame itself (which stays alone where it has no neighbour: a clip of one frame works), and
-    the weights (B,) float32 of the pairs, (D - d + 1) / (D + 1), where d is how many stored frames
-    they are apart and D the most that they could be: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
-    A frame's partner depends on (seed, epoch, frame) only.
+    indices: (B,). Returns the partners (B,) int64, drawn uniformly from the other frames in reach
+    (a frame without neighbours is its own partner, so clips of one frame work), and the weights
+    (B,) float32 of the pairs, (D - d + 1) / (D + 1), where d is the distance of the pair in stored
+    frames and D the largest possible one: VanBerlo et al. 2024, IVPP (arXiv:2403.07715).
+    A frame's partner depends only on (seed, epoch, frame). Raises InputError if max_seconds is
+    not above 0.
     """
     if not max_seconds > 0:  # NaN too
         raise InputError(f"--max-seconds: want more than 0, got {max_seconds}")
@@ -104,7 +105,7 @@ def nearby(
 
 
 def _bisect(low: np.ndarray, high: np.ndarray, holds) -> np.ndarray:
-    """The first of the places low..high - 1 from which on `holds` is true, else high; (B,) each."""
+    """The first position in low..high - 1 from which `holds` is true, else high; all (B,)."""
     low, high = low.copy(), high.copy()
     while (busy := low < high).any():
         middle = (low + high) // 2
@@ -116,5 +117,5 @@ def _bisect(low: np.ndarray, high: np.ndarray, holds) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _words(seed: int, epoch: int, num: int) -> np.ndarray:
-    """(num,) uint64: a random number for each frame; kept, as many batches ask for them."""
+    """(num,) uint64: a random number per frame; cached, since many batches ask for it."""
     return np.random.Philox(key=[seed, epoch]).jumped().random_raw(num)

@@ -24,8 +24,8 @@ def expand_limited(luma: np.ndarray) -> np.ndarray:
 def fit(height: int, width: int, size: int, pixel_aspect: float = 1.0) -> tuple[int, int, int, int]:
     """Where an image lies in the size x size frame: (top, left, new height, new width).
 
-    The longer side becomes `size`, the other keeps the aspect ratio; the image is centred.
-    `pixel_aspect` is the width of a pixel over its height (not 1 in anamorphic video).
+    The longer side becomes `size`, and the other follows from the aspect ratio; the image is
+    centred. `pixel_aspect` is the width of a pixel over its height (not 1 in anamorphic video).
     """
     shown = width * pixel_aspect
     longer = max(height, shown)
@@ -35,7 +35,7 @@ def fit(height: int, width: int, size: int, pixel_aspect: float = 1.0) -> tuple[
 
 
 def prepare(luma: np.ndarray, size: int, pixel_aspect: float = 1.0) -> np.ndarray:
-    """Scale a frame into a black square, aspect ratio kept.
+    """Scale a frame into a black square, preserving its aspect ratio.
 
     luma: (H, W) uint8. Returns (size, size) uint8, owned by the caller. Antialiased with a
     triangle filter (what Pillow calls BILINEAR and torchvision antialias=True) in integer
@@ -65,6 +65,6 @@ def _taps(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
     weight = np.maximum(0.0, 1.0 - np.abs(at - centre[:, None]) / reach)
     weight *= WEIGHT_SCALE / weight.sum(1, keepdims=True)
     whole = np.rint(weight).astype(np.int32)
-    # Rounded weights must still sum to 1, or a constant image would change: the largest pays.
+    # Rounded weights must still sum to 1, or a constant image would change: adjust the largest.
     whole[np.arange(new_length), whole.argmax(1)] += WEIGHT_SCALE - whole.sum(1)
     return start.astype(np.int32), whole

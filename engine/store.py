@@ -1,7 +1,7 @@
-"""The frame store: every frame of the shards, decoded once, memory-mapped.
+"""The frame store: every frame of the shards, decoded once and memory-mapped.
 
 Ultrasound is small (8 bits, one channel: 115,000 frames of 256 x 256 are 7.5 GB), so decoding it
-anew in every epoch is a waste that the training loop would pay for.
+again in every epoch would slow training down for nothing.
 """
 
 import fcntl
@@ -24,8 +24,8 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import Manifest, read_manifest
 
 FORMAT = 1
-CHUNK_BYTES = 1 << 20  # pixels a task: one write of many frames costs a third less than one each
-SYNC_BYTES = 16 << 20  # written on the side, so that the fsync at the end finds little to do
+CHUNK_BYTES = 1 << 20  # per task: writing many frames at once costs a third less than singly
+SYNC_BYTES = 16 << 20  # synced in the background, so that little is left for the last fsync
 REMEDY = "make the shards again: sslus shard --force"
 COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
 
@@ -36,10 +36,10 @@ class FrameStore:
 
     frames: np.ndarray  # (N, S, S) uint8, memory-mapped, read-only
     video: np.ndarray  # (N,) int32, index into video_ids
-    frame: np.ndarray  # (N,) int32, the frame's number in its video
-    time_seconds: np.ndarray  # (N,) float32, after the video's first frame
+    frame: np.ndarray  # (N,) int32, number of the frame in its video
+    time_seconds: np.ndarray  # (N,) float32, since the first frame of the video
     label: np.ndarray  # (N,) int32, index into label_names; -1 without a label
-    patient: np.ndarray  # (N,) int32; -1 unknown
+    patient: np.ndarray  # (N,) int32; -1 if unknown
     video_ids: list[str]
     label_names: list[str]
     mean: float  # of all pixels, 0 to 1
@@ -59,15 +59,15 @@ class FrameStore:
         return len(self.video_ids)
 
     def fits_in_memory(self) -> bool:
-        """Whether half of the memory that is available now holds all frames."""
+        """Whether all frames fit into half of the memory that is available now."""
         lines = Path("/proc/meminfo").read_text().splitlines()
         facts = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
         return self.frames.nbytes <= 512 * facts["MemAvailable"]
 
     def read_ahead(self, indices: np.ndarray | None = None) -> None:
-        """Ask the system to have frames in memory soon: those of `indices`, or all.
+        """Ask the system to load frames into memory: those at `indices`, or all.
 
-        Returns at once; what is not there in time is read when it is used.
+        Returns at once; frames that are not loaded in time are read when they are used.
         """
         mapped = self.frames._mmap
         if indices is None:
@@ -89,12 +89,12 @@ class FrameStore:
     ) -> "FrameStore":
         """The store of a folder of shards, built on the first call.
 
-        It lies in `folder` (default: `shards`/store) and appears there only when it is complete;
-        several processes may call this at once, one builds. One that is there may lie on a file
-        system that cannot be written to. `threads` decode (default: one a core);
-        `report(done, total, note)` counts frames. Raises InputError where the shards are
-        unfinished, of another version or damaged, and where the store there belongs to other
-        shards and `rebuild` is not given; OSError on a full disk.
+        It is in `folder` (default: `shards`/store) and appears there only when it is complete;
+        if several processes call this at once, one of them builds it. An existing store may be on
+        a read-only file system. `threads` decode (default: one per core); `report(done, total,
+        note)` counts frames. Raises InputError if the shards are unfinished, damaged or of another
+        version, or if the store belongs to other shards and `rebuild` is not given; OSError on a
+        full disk.
         """
         shards = Path(shards)
         manifest = read_manifest(shards)
@@ -102,7 +102,7 @@ class FrameStore:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock = folder.with_name(folder.name + ".lock").open("w")
-        except OSError:  # where no lock can be written, nobody builds
+        except OSError:  # where no lock file can be written, nobody can be building
             if rebuild or not folder.exists():
                 raise
             return _load(folder, manifest)
@@ -115,14 +115,14 @@ class FrameStore:
 
 
 def _load(folder: Path, manifest: Manifest) -> FrameStore:
-    remedy = "; --rebuild-store makes it anew"
+    remedy = "; rebuild it with --rebuild-store"
     try:
         facts = json.loads((folder / "store.json").read_text())
         if facts["format"] != FORMAT:
-            raise InputError(f"{folder}: a store of another version of sslus{remedy}")
+            raise InputError(f"{folder}: built by another version of sslus{remedy}")
         if facts["digest"] != manifest.digest:
             raise InputError(
-                f"{folder}: was built from other shards (digest {facts['digest'][:8]}, the shards"
+                f"{folder}: was built from other shards (digest {facts['digest'][:8]}; the shards"
                 f" here have {manifest.digest[:8]}){remedy}"
             )
         index = (folder / "index.npz").read_bytes()
@@ -131,7 +131,7 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         shape = tuple(facts["shape"])
         path = folder / "frames.u8"
         if path.stat().st_size != np.prod(shape):
-            raise InputError(f"{path}: has not the size of {shape[0]} frames{remedy}")
+            raise InputError(f"{path}: does not have the size of {shape[0]} frames{remedy}")
         frames = np.memmap(path, np.uint8, "r", shape=shape)
         with np.load(folder / "index.npz", allow_pickle=False) as columns:
             arrays = {name: columns[name] for name in COLUMNS}
@@ -153,7 +153,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     for entry in manifest.shards:
         path = shards / entry["name"]
         if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise InputError(f"{path}: missing or not whole; {REMEDY}")
+            raise InputError(f"{path}: missing or incomplete; {REMEDY}")
         with path.open("rb") as f:
             views.append(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)))
 
@@ -183,8 +183,8 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                     raise InputError(
                         f"{shards / name}: {sample.key}.jpg is damaged ({e}); {REMEDY}"
                     ) from e
-            # Not through a mapping: its page faults take four times as long, and a full disk
-            # would kill the process instead of raising.
+            # Not through a memory map: page faults would take four times as long, and a full disk
+            # would kill the process instead of raising an error.
             written, flat = 0, memoryview(pixels).cast("B")
             while written < len(flat):
                 written += os.pwrite(f.fileno(), flat[written:], start * size * size + written)
@@ -197,7 +197,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 os.fsync(side.fileno())
 
         try:
-            # The space, all at once: cheaper than piece by piece, and a full disk shows now.
+            # Allocate all space at once: this is cheaper, and a full disk shows up now.
             os.posix_fallocate(f.fileno(), 0, num * size * size)
             samples = _samples(shards, manifest)
             chunk = max(1, CHUNK_BYTES // size**2)
@@ -230,14 +230,14 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                     report(done, num, "")
             syncs.append(syncer.submit(os.fsync, f.fileno()))
             for job in (*checks, *syncs):
-                job.result()  # a write that failed is reported to one sync only
+                job.result()  # all of them: a failed write is reported to only one of the syncs
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 class _Sample(NamedTuple):
-    """Where a frame lies in the shards. Sorted, they are in the store's order."""
+    """Where a frame is in the shards. Samples sort into the order of the store."""
 
     video: str
     frame: int
@@ -248,7 +248,7 @@ class _Sample(NamedTuple):
 
 
 def _samples(shards: Path, manifest: Manifest) -> list[_Sample]:
-    """All frames in the store's order, from the indexes alone: decoding can begin."""
+    """All frames in the order of the store, from the indexes alone, so that decoding can begin."""
     samples = []
     for number, entry in enumerate(manifest.shards):
         for key, members in tar.read_index(shards / entry["name"]):
@@ -274,10 +274,10 @@ def _read_facts(
     """The index arrays and the videos' ids."""
     parts = [views[s.shard][s.json[0] : sum(s.json)] for s in samples]
     try:
-        # One parse for all: 2 us a frame less than one each.
+        # Parse all at once: this saves 2 us per frame.
         facts = json.loads(b"[" + b",".join(parts) + b"]")
         if [(f["video"], f["frame"]) for f in facts] != [s[:2] for s in samples]:
-            raise ValueError("names and facts of the frames differ")
+            raise ValueError("names and metadata of the frames differ")
         videos = sorted({f["video"] for f in facts})
         patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
 

@@ -1,7 +1,7 @@
 """Reproducible USTAR archives and their DALI index.
 
-Written by hand because the bytes must depend on the frames alone (no clock, user or umask) and
-because a header costs 4 us here and 40 us in the standard library, twice a frame.
+Written by hand because the bytes must depend only on the frames (not on clock, user or umask), and
+because a header costs 4 us here but 40 us in the standard library, twice per frame.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from sslus.engine.atomic import atomic_file, sync_folder
 from sslus.engine.errors import InputError
 
 BLOCK = 512
-RECORD = 10240  # an archive's length is a multiple of this
+RECORD = 10240  # the length of an archive is a multiple of this
 NAME_BYTES = 100  # what a USTAR header holds without a prefix field
 INDEX_VERSION = "v1.2"
 
@@ -40,7 +40,7 @@ def header(name: str, size: int) -> bytes:
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[int, str]:
     """Write samples (key, {extension: bytes}) as `path` and the DALI index `path`.idx.
 
-    Both appear whole or not at all. Returns the archive's length in bytes and its sha256.
+    Both files are written atomically. Returns the archive's length in bytes and its sha256.
     """
     digest, offset, lines = hashlib.sha256(), 0, []
     with atomic_file(path) as f:
@@ -74,7 +74,7 @@ def index_path(shard: Path) -> Path:
 def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard: (key, {extension: (offset, size)}), without reading the archive.
 
-    Raises InputError where the index is missing, is not one, or points behind the archive's end.
+    Raises InputError if the index is missing or invalid, or points past the end of the archive.
     """
     path = index_path(shard)
     samples = []
@@ -89,7 +89,7 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
                 members[words[i]] = offset, size
                 if offset + size > length:
                     raise InputError(
-                        f"{shard}: is shorter than its index says; it was cut off or replaced."
+                        f"{shard}: shorter than its index says; it was truncated or replaced."
                         " Make the shards again: sslus shard --force"
                     )
             key = words[3].partition(".")[0]

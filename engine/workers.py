@@ -1,4 +1,4 @@
-"""Worker processes that may crash, be interrupted or be killed without taking the job along."""
+"""Worker processes that can crash, be interrupted or be killed without ending the job."""
 
 import contextlib
 import multiprocessing
@@ -14,7 +14,7 @@ from sslus.engine.errors import Interrupted
 
 
 class Workers:
-    """`jobs` processes, each alone in its pool: if a decoder crashes, it is known on which file."""
+    """`jobs` processes, each in a pool of its own, so that a crash can be traced to its file."""
 
     def __init__(self, jobs: int, start: Callable, arguments: tuple):
         self.context = multiprocessing.get_context("spawn")
@@ -44,10 +44,11 @@ class Workers:
         self.pools[slot] = self._pool()
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
-        """Yield (task number, result) as they come.
+        """Yield (task number, result) in order of completion.
 
-        A task whose worker dies is tried once more on a fresh one, since it may have died before
-        the task reached it; if that one dies too, the result is its BrokenProcessPool.
+        A task whose worker dies is tried once more on a fresh worker, since the first may have
+        died before the task reached it. If that worker dies too, the result is its
+        BrokenProcessPool exception.
         """
         todo = iter(enumerate(tasks))
         running: dict[Future, tuple[int, int, tuple, bool]] = {}
@@ -94,19 +95,19 @@ def _ready() -> None:
 
 
 def _start(start: Callable, arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start(*arguments)
 
 
 def _end_with_parent() -> None:
-    """A parent killed by SIGKILL cannot stop its workers, which would wait for tasks forever."""
+    """End this worker with its parent: one killed by SIGKILL cannot stop its workers itself."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _handlers() -> dict:
-    """Of the signals that stop a run; only the main thread can change them."""
+    """The handlers of the signals that stop a run; only the main thread can change them."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -114,13 +115,13 @@ def _handlers() -> dict:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """To start processes in: SIGINT and SIGTERM take effect when the block ends.
+    """For starting processes: SIGINT and SIGTERM take effect only when the block ends.
 
-    A terminal sends Ctrl-C to the children too. They inherit SIGINT blocked (not SIGTERM, which
-    ends them) and so are not hit before they ignore it. The block alone does not keep it from
-    this process: another thread takes the signal, and Python runs the handler in this one.
+    A terminal sends Ctrl-C to the children too. They inherit a blocked SIGINT (but not SIGTERM,
+    which ends them), so it cannot hit them before they ignore it. Blocking alone does not keep it
+    from this process: another thread receives the signal, and Python runs the handler in this one.
     """
-    resource_tracker.ensure_running()  # started later, in the block, it would unblock SIGINT
+    resource_tracker.ensure_running()  # if started inside the block, it would unblock SIGINT
     before, mask = _handlers(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     waiting = []
     try:
@@ -138,7 +139,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def worker_pool(jobs: int, start: Callable, arguments: tuple, kept: Callable[[], str]):
-    """Workers that are gone when the block ends; SIGINT and SIGTERM become Interrupted."""
+    """Workers that are stopped when the block ends; SIGINT and SIGTERM raise Interrupted."""
 
     def stop(signum, frame):
         raise Interrupted("", signum)
@@ -150,7 +151,7 @@ def worker_pool(jobs: int, start: Callable, arguments: tuple, kept: Callable[[],
         workers = Workers(jobs, start, arguments)
         yield workers
     except Interrupted as e:
-        raise Interrupted(f"stopped; {kept()}; the same command goes on from here", e.signum) from e
+        raise Interrupted(f"stopped; {kept()}; the same command resumes from here", e.signum) from e
     finally:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # a second Ctrl-C must not leave workers behind

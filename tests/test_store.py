@@ -99,7 +99,7 @@ def damage(path, what):
 @pytest.mark.parametrize(
     "file, what, words",
     [
-        ("shards/shard-000000.tar", lambda d: d[:-10240], "missing or not whole.*--force"),
+        ("shards/shard-000000.tar", lambda d: d[:-10240], "missing or incomplete.*--force"),
         ("shards/shard-000001.tar", lambda d: d[:600] + b"x" * 99 + d[699:], "00001.tar.*--force"),
         ("shards/shard-000000.idx", lambda d: d[: len(d) // 2], "index.*--force"),
         ("shards/manifest.json", lambda d: d[:40], "damaged.*--force"),

@@ -65,8 +65,8 @@ class Config:
 RECIPES = {
     # Runs have some thousand steps: a teacher that changes by 0.1 % per step would lag behind.
     "default": {"views": "ultrasound"},
-    # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest from section
-    # 4 of version 1.
+    # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest: version 1,
+    # section 4.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 256, "epochs": 800,
         "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,

@@ -39,8 +39,8 @@ class Config:
 
 RECIPES = {
     "default": {"views": "ultrasound"},
-    # Version 2, section 3: learning rate 0.1 sqrt(4096) = 6.4, warm-up for 5 % of 800 epochs, weight
-    # decay 1e-4, a projector as wide as the backbone's features. Views: appendix A of version 1.
+    # Version 2, section 3: learning rate 0.1 sqrt(4096) = 6.4, warm-up for 5 % of 800 epochs,
+    # weight decay 1e-4, a projector as wide as the features. Views: appendix A of version 1.
     # Temperature: the authors' code.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 800,
