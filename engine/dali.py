@@ -1,11 +1,11 @@
-"""Video files decoded by NVIDIA DALI: by NVDEC on a GPU, by DALI's own decoder without one.
+"""Video files decoded by NVIDIA DALI: with NVDEC on a GPU, with DALI's own decoder without one.
 
-On a GPU the frames stay there until they are squares of S x S pixels, encoded as JPEG:
+On a GPU, frames stay there until they are S x S pixels and encoded as JPEG:
 
     file -> NVDEC -> luma plane -> full range -> antialiased resize -> black border -> nvJPEG
 
-Without a GPU the same graph runs on the CPU. It exists to be tested: DALI's CPU decoder knows
-MJPEG, VP8 and VP9 only, and PyAV (engine/video.py) is faster there.
+Without a GPU the same graph runs on the CPU, which exists for tests: DALI's CPU decoder supports
+only MJPEG, VP8 and VP9, and PyAV (engine/video.py) is faster.
 """
 
 import ctypes
@@ -22,13 +22,13 @@ from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
 from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, is_untimed, open_video
 
-# Frames decoded at a time, which bounds the memory: 100 MB for 1920 x 1080, and twice that
-# because the next ones are decoded meanwhile. After the last frame DALI begins with the file
-# again, so larger chunks waste more.
+# Frames decoded at a time, which bounds the memory use: 100 MB for 1920 x 1080, and twice that
+# because the next chunk is decoded meanwhile. After the last frame DALI starts the file again, so
+# larger chunks waste more work.
 CHUNK = 16
 
-# FFmpeg's name -> (NVDEC's number of the codec, its own name). What DALI hands to NVDEC; of
-# these, the driver says what this GPU decodes and in which sizes.
+# FFmpeg's name -> (NVDEC's codec number, common name), for the codecs that DALI passes to NVDEC.
+# The driver says which of them this GPU decodes, and in which sizes.
 NVDEC_CODECS = {
     "mpeg4": (2, "MPEG-4"),
     "h264": (4, "H.264"),
@@ -42,7 +42,7 @@ FORMATS_8_BIT = (*FORMATS_420, "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 
 def why_not(device: str) -> str | None:
-    """Why DALI cannot work on this device here, and what to do; None if it can."""
+    """Why DALI cannot run on this device, and what to do; None if it can."""
     if device not in ("cpu", "cuda"):
         return f"the device must be cpu or cuda, got {device!r}"
     try:
@@ -60,8 +60,8 @@ def why_not(device: str) -> str | None:
 
 
 def _encoder(device: str, threads: int = 1):
-    """JPEG by nvImageCodec. Raises InputError where CUDA does not start: a driver that is there
-    may be too old for the CUDA that DALI and nvImageCodec are built with."""
+    """nvImageCodec's JPEG encoder. Raises InputError if CUDA does not start: an installed driver
+    may be too old for the CUDA version that DALI and nvImageCodec are built with."""
     import nvidia.nvimgcodec as codec
 
     kind, gpu = codec.BackendKind, device == "cuda"
@@ -81,12 +81,12 @@ def _encoder(device: str, threads: int = 1):
 class DaliBackend:
     """DALI on one GPU (`device="cuda"`) or on the CPU (`device="cpu"`, `threads` threads).
 
-    The luma of NVDEC is the decoder's own plane, as with PyAV, so what both prepare differs by
-    rounding, at most one grey level. DALI's CPU decoder gives RGB only: as near where the picture
-    is grey, but a colour is rounded once more, and one that RGB cannot hold was clipped.
-    DALI does not say which frames are damaged: none comes with `corrupt` set.
+    NVDEC gives the decoder's own luma plane, as PyAV does, so their prepared frames differ only by
+    rounding, at most one grey level. DALI's CPU decoder gives only RGB: just as close where the
+    image is grey, but colours are rounded once more, and clipped where RGB cannot hold them.
+    DALI does not report damaged frames, so `corrupt` is never set.
 
-    Raises InputError where the device cannot work; nothing falls back to another one.
+    Raises InputError if the device cannot be used; there is no fallback to another one.
     """
 
     name = "dali"
@@ -107,9 +107,9 @@ class DaliBackend:
         kind = f"{info.codec} {info.pixel_format}"
         if info.rotation_degrees or info.mirrored:
             how = f"by {info.rotation_degrees} degrees{', mirrored' * info.mirrored}"
-            return f"DALI does not turn pictures (this one {how})"
+            return f"DALI does not rotate frames (these are rotated {how})"
         if info.other_streams:
-            return "DALI cannot be told which of several videos in a file to take"
+            return "DALI cannot be told which of several videos in a file to use"
         if not self._gpu:
             if info.codec not in CPU_CODECS or info.pixel_format not in FORMATS_8_BIT:
                 return f"without a GPU DALI decodes 8-bit {', '.join(CPU_CODECS)} only, not {kind}"
@@ -118,9 +118,9 @@ class DaliBackend:
             names = ", ".join(name for _, name in NVDEC_CODECS.values())
             return f"DALI decodes 8-bit 4:2:0 of {names} on a GPU, not {kind}"
         if info.width % 2 or info.height % 2:
-            return f"NVDEC gives even sizes only, not {info.width} x {info.height}"
+            return f"NVDEC gives only even sizes, not {info.width} x {info.height}"
         if info.interlaced:
-            return "DALI takes each field of an interlaced video for a frame"
+            return "DALI treats each field of an interlaced video as a frame"
         number, name = NVDEC_CODECS[info.codec]
         caps = _nvdec_limits(number)
         if not caps.supported:
@@ -161,7 +161,7 @@ class DaliBackend:
                 raise VideoError(
                     path, f"DALI gives {shape[2]} x {shape[1]}, not {info.width} x {info.height}"
                 )
-            times = times[times >= 0]  # the last chunk is filled up; its fill has time -1
+            times = times[times >= 0]  # the last chunk is padded; its padding has time -1
             kept = [i for i, time in enumerate(times) if keep(index + i, float(time))]
             with _blame(path):
                 jpegs = dict(zip(kept, self._encode(squares, images, kept, quality), strict=True))
@@ -179,7 +179,7 @@ class DaliBackend:
             batch_size=1,
             num_threads=self._threads,
             device_id=0 if self._gpu else None,
-            prefetch_queue_depth=1,  # the reader decodes ahead; more would decode twice at the end
+            prefetch_queue_depth=1,  # the reader decodes ahead itself; more would waste work
         )
         with pipe:
             frames, times = fn.experimental.readers.video(
@@ -187,12 +187,12 @@ class DaliBackend:
                 device=device,
                 filenames=[str(path)],
                 sequence_length=CHUNK,
-                pad_mode="constant",  # "none" would drop the frames after the last whole chunk
+                pad_mode="constant",  # "none" would drop the frames after the last full chunk
                 enable_timestamps=True,
                 image_type=types.YCbCr if self._gpu else types.RGB,
             )
             if self._gpu:
-                # YCbCr is NVDEC's surface with the chroma scaled up: Y is untouched.
+                # YCbCr is NVDEC's surface with upsampled chroma; Y is unchanged.
                 luma = fn.slice(frames, start=0, shape=1, axis_names="C")
                 if not info.full_range:
                     table = expand_limited(np.arange(256, dtype=np.uint8)[None])[0]
@@ -200,12 +200,12 @@ class DaliBackend:
                         luma, keys=list(range(256)), values=table.tolist(), dtype=types.UINT8
                     )
             else:
-                # YCbCr fails in DALI's CPU decoder; its RGB is in full range.
+                # DALI's CPU decoder fails on YCbCr; its RGB has full range.
                 luma = fn.color_space_conversion(
                     frames, image_type=types.RGB, output_type=types.GRAY
                 )
-            # DALI repeats the outermost pixels beyond the border, prepare() ignores what is
-            # beyond: a black border and division by the share that lay inside come to the same.
+            # Beyond the border DALI repeats the outermost pixels, while prepare() ignores them.
+            # A black border and division by the filter weight inside give prepare()'s result.
             rows, row_share = _inside(info.height, height)
             columns, column_share = _inside(info.width, width)
             bordered = fn.slice(
@@ -237,7 +237,7 @@ class DaliBackend:
         return pipe
 
     def _encode(self, squares, images: np.ndarray, kept: list[int], quality: int) -> list[bytes]:
-        """JPEG of the kept frames, by the device that holds them."""
+        """The kept frames as JPEG, encoded on the device that holds them."""
         from nvidia import nvimgcodec as codec
 
         if not kept:
@@ -272,8 +272,8 @@ class _OnGpu:
 
 
 def _inside(length: int, new_length: int) -> tuple[int, np.ndarray]:
-    """How many pixels a triangle filter reaches beyond the border, and, for each output pixel,
-    the share of its weight that lies inside (new_length,)."""
+    """How many pixels a triangle filter reaches beyond the border, and for each output pixel the
+    share of the filter weight that lies inside, (new_length,)."""
     scale = length / new_length
     reach = max(1.0, scale)
     border = int(np.ceil(reach))
@@ -303,13 +303,13 @@ def _blame(path: Path):
 
 
 def _check_packets(path: Path) -> None:
-    """DALI takes for granted that a packet is a frame, shown at its time stamp.
+    """Raise VideoError unless every packet is one frame, shown at its timestamp, as DALI assumes.
 
-    It sorts frames by the stamps, in 32 bits, and skips negative ones. Where the file has none,
-    or none that count, frames would come in the wrong order, or more or fewer than are shown. An
-    AVI has none: FFmpeg works them out, DALI's demuxer does not, and where frames are reordered
-    FFmpeg's may be wrong. On a GPU the stamps wait in a queue, and each picture decoded takes the
-    next: where a packet gives none, all later frames get another's.
+    DALI sorts frames by their timestamps, in 32 bits, and skips negative ones. Without usable
+    timestamps, frames would come in the wrong order, or too many or too few of them. An AVI has
+    none: FFmpeg infers them (sometimes wrongly, where frames are reordered), DALI's demuxer does
+    not. On a GPU, timestamps wait in a queue and each decoded image takes the next one: if a packet
+    gives no image, all later frames get wrong timestamps.
     """
     import av
 
@@ -322,7 +322,7 @@ def _check_packets(path: Path) -> None:
                 if not packet.size:
                     continue
                 if not stamps and not _begins(packet, stream):
-                    raise VideoError(path, "pictures that lean on others before it, cut off")
+                    raise VideoError(path, "pictures that refer to earlier ones, which are cut off")
                 if not _shows_its_own(codec, packet):
                     raise VideoError(path, "packets that show no new picture, which DALI counts")
                 stamps.append(packet.pts)
@@ -334,32 +334,32 @@ def _check_packets(path: Path) -> None:
             reordered = stream.codec_context.has_b_frames
     except av.FFmpegError as e:
         raise VideoError(path, f"cannot be read ({e.strerror or e})") from e
-    if not first:  # a cover picture stands before it
-        raise VideoError(path, "another picture before the video, which DALI would take")
+    if not first:  # a cover image comes before it
+        raise VideoError(path, "an image before the video, which DALI would use")
     if None in stamps or (guessed and (reordered or stamps != sorted(stamps))):
-        raise VideoError(path, "no time stamps to put the frames in order, which DALI needs")
+        raise VideoError(path, "no timestamps to order the frames by, which DALI needs")
     order = [dts for dts in order if dts is not None]
     if order != sorted(order):
-        raise VideoError(path, "time stamps that start anew, by which DALI would mix the frames")
+        raise VideoError(path, "timestamps that start again, which would mix DALI's frames")
     if len(set(stamps)) < len(stamps) or max(stamps, default=0) >= 1 << 31:
-        raise VideoError(path, "repeated time stamps, or more than 32 bits, which mislead DALI")
+        raise VideoError(path, "timestamps repeated or over 32 bits, which mislead DALI")
     if edited:
         raise VideoError(path, "an edit list or negative times, which DALI does not follow")
     if not whole:
-        raise VideoError(path, "damaged packets, of which DALI would say nothing")
+        raise VideoError(path, "damaged packets, which DALI would not report")
 
 
 def _begins(packet, stream) -> bool:
-    """Whether NVDEC gives a picture from this packet on, the first of a file.
+    """Whether NVDEC gives images from this packet on, the first of a file.
 
-    Of H.264 it gives none before an IDR picture, of HEVC none that lean on what was before.
+    For H.264 it gives none before an IDR picture, for HEVC none that refer to earlier ones.
     """
     codec = stream.codec_context.name
     if codec not in ("h264", "hevc"):
         return packet.is_keyframe
     from av.bitstream import BitStreamFilterContext
 
-    own = type(packet)(bytes(packet))  # a filter empties what it is given
+    own = type(packet)(bytes(packet))  # a filter empties the packet it is given
     units = b"".join(map(bytes, BitStreamFilterContext(f"{codec}_mp4toannexb", stream).filter(own)))
     heads = [head[0] for head in re.findall(rb"\x00\x00\x01(.)", units, re.DOTALL)]
     if codec == "h264":
@@ -368,18 +368,18 @@ def _begins(packet, stream) -> bool:
 
 
 def _shows_its_own(codec: str, packet) -> bool:
-    """Whether a packet of VP8 or VP9 shows a picture that it holds."""
+    """Whether a packet of VP8 or VP9 shows an image that it holds."""
     if codec == "vp8":
         return bool(memoryview(packet)[0] & 0x10)  # show_frame, RFC 6386, section 9.1
     # show_existing_frame, VP9 bitstream, section 6.2: NVDEC has nothing to decode then.
     return codec != "vp9" or not memoryview(packet)[0] & 0x08
 
 
-# --- what the driver can do, asked without a CUDA toolkit ---------------------------------------
+# --- what the driver supports, without a CUDA toolkit --------------------------------------------
 
 
 class _Limits(ctypes.Structure):
-    """CUVIDDECODECAPS of NVIDIA's Video Codec SDK (cuviddec.h): the first four go in."""
+    """CUVIDDECODECAPS of NVIDIA's Video Codec SDK (cuviddec.h); the first four are inputs."""
 
     _fields_ = [
         ("codec", ctypes.c_int),
@@ -414,7 +414,7 @@ def _nvdec():
         cuvid = ctypes.CDLL("libnvcuvid.so.1")
     except OSError as e:
         raise InputError(
-            "the driver's video part is missing (libnvcuvid.so.1; in a container set"
+            "the driver's video library is missing (libnvcuvid.so.1; in a container set"
             f" NVIDIA_DRIVER_CAPABILITIES=all){otherwise}"
         ) from e
     context = ctypes.c_void_p()
@@ -426,7 +426,7 @@ def _nvdec():
 
 @cache
 def _nvdec_limits(codec: int) -> _Limits:
-    """What this GPU decodes of a codec, 8 bit 4:2:0."""
+    """What this GPU decodes of a codec, in 8-bit 4:2:0."""
     cuda, cuvid, context = _nvdec()
     limits = _Limits(codec=codec, chroma=1, bit_depth_minus_8=0)
     cuda.cuCtxPushCurrent_v2(context)

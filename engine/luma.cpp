@@ -1,4 +1,4 @@
-// sslus.engine._luma: what happens to every pixel between the decoder and the JPEG encoder.
+// sslus.engine._luma: the pixel operations between the decoder and the JPEG encoder.
 //
 // Integer arithmetic throughout, so every compiler, vector width and machine gives the same
 // bytes: shards can be compared by their digest.
@@ -13,8 +13,8 @@
 
 namespace nb = nanobind;
 
-// One wheel runs everywhere: the loader picks the widest version that the processor has.
-// noinline, because an inlined function is inlined in its default version.
+// One wheel runs everywhere: the loader picks the widest version that the processor supports.
+// noinline, because inlining would take the default version.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define SSLUS_CLONES __attribute__((noinline, target_clones("avx2", "default")))
 #else
@@ -40,7 +40,7 @@ void require(bool ok, const char* message) {
 // The division by 219 is the multiplication by 19152 / 2^22, exact for every y (tested).
 SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
   for (int64_t x = 0; x < width; ++x) {
-    // Every step in the narrowest type: that is how many pixels fit into a register.
+    // Every step uses the narrowest type, so that most pixels fit into a register.
     const uint8_t y = std::min<uint8_t>(std::max<uint8_t>(src[x], 16), 235);
     const auto numerator = static_cast<uint16_t>(static_cast<uint16_t>(y - 16) * 255 + 109);
     const auto high = static_cast<uint16_t>((numerator * 19152u) >> 16);
@@ -48,7 +48,7 @@ SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
   }
 }
 
-// Eight pixels at a time, in the compilers' own vector notation: AVX2 or two SSE registers.
+// Eight pixels at a time, with compiler vector extensions: one AVX2 or two SSE registers.
 typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef uint16_t Words __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint32_t Longs __attribute__((vector_size(32)));
@@ -61,7 +61,7 @@ SSLUS_CLONES void widen(const uint8_t* src, uint16_t* out, int64_t n) {
 }
 
 // row[x] = sum_k weights[k] * src[k][x], with kMiddleBits of fraction.
-// Reads whole groups of eight: the last group of a row starts early and overlaps.
+// Processes groups of eight; the last group of a row starts early and overlaps the one before.
 SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t* weights,
                               int64_t taps, uint16_t* row) {
   constexpr int shift = kWeightBits - kMiddleBits;
@@ -190,7 +190,7 @@ void expand(Rows src, Image out) {
   require(src.stride(1) == 1, "expand: the pixels of a row must be adjacent");
   nb::gil_scoped_release release;
   const auto width = static_cast<int64_t>(src.shape(1));
-  // Whole groups, then the last group once more: no slow remainder at the end of each row.
+  // Whole groups, then one overlapping last group, so that rows have no slow scalar remainder.
   constexpr int64_t group = 32;
   const int64_t whole = width < group ? width : width / group * group;
   for (int64_t y = 0; y < static_cast<int64_t>(src.shape(0)); ++y) {
@@ -225,7 +225,7 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
                   static_cast<size_t>(width));
     return;
   }
-  // Kept by the thread between calls: no allocation a frame.
+  // Kept per thread between calls, to avoid an allocation per frame.
   thread_local std::vector<uint16_t> wide, rows_of_lanes, middle, shrunk;
   rows_of_lanes.resize(static_cast<size_t>(width * kLanes));
   middle.resize(static_cast<size_t>(width * kLanes));
@@ -265,7 +265,7 @@ nb::tuple moments(Rows image) {
 
 }  // namespace
 
-// noconvert everywhere: nanobind would else copy a wrong-dtype output and lose the result.
+// noconvert everywhere: otherwise nanobind would copy an output of the wrong dtype and lose it.
 NB_MODULE(_luma, m) {
   m.doc() = "Compiled pixel work of the decoder. Call it through sslus.engine.prepare.";
   m.def("expand", &expand, nb::arg("src").noconvert(), nb::arg("out").noconvert(),

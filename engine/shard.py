@@ -1,9 +1,9 @@
 """Videos to shards: decode, prepare, select, write.
 
-Two passes. First every video is decoded by itself into a spool (its JPEGs and its ledger line);
-a finished spool survives an interruption. Then the frames of all spools, in an order drawn by a
-hash, are written into shards. So memory does not grow with the videos (some 40 bytes a frame do),
-any order of work gives the same bytes, and one bad file costs only itself.
+There are two passes. First, every video is decoded into a spool of its own (its JPEGs and its
+ledger line); finished spools survive an interruption. Then the frames of all spools are written to
+shards, in an order given by a hash. So memory use does not grow with the videos (except for some 40
+bytes per frame), any order of work gives the same bytes, and a bad file affects only itself.
 """
 
 import contextlib
@@ -43,21 +43,21 @@ from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
-DECODING = 3  # raised when a file would give other frames or times than by the version before
+DECODING = 3  # increased when some file would give other frames or times than before
 KEY_BYTES = 32
-ID_BYTES = 8  # 2^32 videos before two of them are likely to share an id; checked all the same
-# Matroska, FLV and ASF round time stamps to a millisecond: two of them, a frame's and the first
-# one's, are wrong by up to one. And half of that, so that rounding here cannot decide.
+ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
+# Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
+# the first one's) is off by up to 1 ms. Half a millisecond more absorbs our own rounding.
 GRACE_SECONDS = 1.5e-3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of the shards. Checks itself."""
+    """What determines the bytes of the shards. Raises InputError for values out of range."""
 
     size: int = 256
     stride: int | None = 5  # every stride-th frame ...
-    rate_hz: float | None = None  # ... or at most so many a second
+    rate_hz: float | None = None  # ... or at most this many per second
     quality: int = 95
     frames_per_shard: int = FRAMES_PER_SHARD
 
@@ -76,15 +76,15 @@ class Settings:
             raise InputError(f"--frames-per-shard: want at least 1, got {self.frames_per_shard}")
 
     def selector(self) -> Callable[[int, float], bool]:
-        """A fresh keep(index, time_seconds) for one video, to be asked in order."""
+        """A new keep(index, time_seconds) for one video, to be called in frame order."""
         if self.stride is not None:
             return lambda index, time_seconds: index % self.stride == 0
         last = -1
         grace = min(GRACE_SECONDS * self.rate_hz, 0.5)  # in periods
 
         def keep(index: int, time_seconds: float) -> bool:
-            # The first frame of each period of the clock, whatever the video's own rate. Without
-            # grace, one whose time stamp was rounded down would count to the period before.
+            # The first frame in each period of the clock, whatever the video's own rate. Without
+            # grace, a timestamp that was rounded down would fall into the period before.
             nonlocal last
             period = int(time_seconds * self.rate_hz + grace)
             due, last = period > last, max(period, last)
@@ -98,15 +98,15 @@ class ShardReport:
     out: Path
     manifest: Manifest
     ledger: list[dict]
-    ignored: Counter  # files passed over, by extension, and links to folders
+    ignored: Counter  # skipped files by extension, and links to folders
     unlabelled: int = 0  # videos without a row in the labels
-    resumed: int = 0  # videos that an earlier, interrupted run had decoded
-    already: bool = False  # nothing was to be done
+    resumed: int = 0  # videos already decoded by an earlier, interrupted run
+    already: bool = False  # there was nothing to do
     seconds: float = 0.0
 
     @property
     def problems(self) -> list[dict]:
-        """The ledger lines of files that were refused or gave another number of frames."""
+        """The ledger lines of files that were refused or incomplete."""
         return [r for r in self.ledger if r["status"] != "ok"]
 
 
@@ -126,18 +126,19 @@ def shard(
 ) -> ShardReport:
     """Decode the videos under `paths` into WebDataset shards in the folder `out`.
 
-    `labels` is a CSV file (engine.labels); its labels go into the shards, its patients as keyed
-    hashes. `key` is a file with 64 hex digits from which the ids are made, to give videos the
-    ids they have elsewhere; by default a random key is made and kept in `out`/local. `jobs`
-    worker processes (default: one a core); `device` and `decoder` as in choose_backends.
-    `strict` writes nothing if any file is refused or incomplete; `force` replaces shards that
-    were made otherwise. `report(done, total, note)` is called after each video.
+    `labels` is a CSV file (see engine.labels); its labels go into the shards, its patients as
+    keyed hashes. `key` is a file with 64 hex digits from which ids are made, so that videos can
+    get the ids they have elsewhere; by default a random key is made and kept in `out`/local.
+    `jobs` is the number of worker processes (default: one per core); `device` and `decoder` are
+    those of choose_backends. With `strict`, no shards are written if any file is refused or
+    incomplete; with `force`, shards that were made otherwise are replaced. `report(done, total,
+    note)` is called after each video.
 
-    A second call goes on where the first was stopped, or returns at once if all is done; files
-    that were refused are then tried again with `force` only, since their frames would change
-    shards that may be in use. Until new shards are complete, old ones, their key and their ledger
-    stay as they are; the ledger of a run that was stopped or refused is in local/work.
-    Raises InputError, OSError (a full disk), Interrupted; what is decoded by then is kept.
+    A second call continues where the first was stopped, or returns at once if all is done. It
+    retries refused files only with `force`, since their frames would change shards that may be
+    in use. Until the new shards are complete, the old ones, their key and their ledger stay as
+    they are; the ledger of a run that was stopped or refused is in local/work. Raises InputError,
+    OSError (a full disk) or Interrupted; videos decoded by then are kept.
     """
     start = time.monotonic()
     settings = settings or Settings()
@@ -157,19 +158,19 @@ def shard(
         wanted = {s.name: [ids[s.name], *_stamp(s.path)] for s in sources}
         done = _finished(out, request, wanted, marks)
         if done or not (out / manifests.NAME).exists():
-            _keep_key(local, secret)  # or the same command would make other ids
+            _keep_key(local, secret)  # else the same command would make other ids
         if done and not force:
-            shutil.rmtree(local / "work", ignore_errors=True)  # of a --force that was given up
+            shutil.rmtree(local / "work", ignore_errors=True)  # of an abandoned --force
             manifest, ledger = done
             ledger = _moved(local, ledger, {ids[s.name]: str(s.path) for s in sources})
             return ShardReport(out, manifest, ledger, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
             raise InputError(
-                f"{out}: holds shards of other videos, labels or settings, damaged or of another"
-                " version; --force makes them anew, -o writes elsewhere"
+                f"{out}: the shards there are of other videos, labels or settings, damaged, or of"
+                " another version; --force replaces them, -o writes elsewhere"
             )
         work = _work_folder(local, request, anew=bool(done))
-        _keep_key(work, secret)  # a new one that is not yet the folder's
+        _keep_key(work, secret)  # a new key, which is not yet the folder's
         job = _Job(sources, ids, marks, secret, settings, work, _resume(sources, ids, work))
         resumed = len(job.records)
         num_workers = min(jobs, len(sources))
@@ -196,22 +197,22 @@ def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
     problems = [r for r in ledger if r["status"] != "ok"]
     if not problems:
         return
-    first = f"The first: {problems[0]['source']}: {problems[0]['why']}; all are in {path}"
+    first = f"The first: {problems[0]['source']}: {problems[0]['why']}; see {path} for all"
     if strict:
         raise InputError(
-            f"{len(problems)} of {len(ledger)} files are not whole, and --strict was given;"
-            f" no shards written. {first}"
+            f"{len(problems)} of {len(ledger)} files were refused or incomplete, and --strict was"
+            f" given; no shards written. {first}"
         )
     if not any(r["kept_frames"] for r in ledger):
         raise InputError(f"none of the {len(ledger)} files gave a frame. {first}")
 
 
-# ---------------------------------------------------------------- who is who
+# ---------------------------------------------------------------- keys, ids, labels
 
 
 def _key(local: Path, given: Path | None) -> bytes:
     """The secret from which ids are made: the one given, the one kept in local/, or a new one."""
-    kept = (local / "key", local / "work" / "key")  # work: of new shards that are not complete
+    kept = (local / "key", local / "work" / "key")  # work: of new, incomplete shards
     path = given or next((p for p in kept if p.exists()), None)
     try:
         text = secrets.token_hex(KEY_BYTES) if path is None else Path(path).read_text().strip()
@@ -227,7 +228,7 @@ def _key(local: Path, given: Path | None) -> bytes:
 
 
 def _keep_key(folder: Path, key: bytes) -> None:
-    """So that a second run makes the same ids."""
+    """Store the key, so that a second run makes the same ids."""
     path, text = folder / "key", key.hex() + "\n"
     if not path.exists() or path.read_bytes() != text.encode():
         with atomic_file(path, "w") as f:
@@ -235,7 +236,7 @@ def _keep_key(folder: Path, key: bytes) -> None:
 
 
 def _keyed_hash(key: bytes, kind: str, name: str) -> str:
-    """Names cannot be read off or guessed from it without the key (BLAKE2b in keyed mode)."""
+    """A hash from which names cannot be guessed without the key (BLAKE2b in keyed mode)."""
     return hashlib.blake2b(
         name.encode("utf-8", "surrogateescape"),
         key=key,
@@ -280,15 +281,15 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
 
 @dataclass(frozen=True)
 class _Job:
-    """One call of `shard`: what its two passes know of the videos."""
+    """One call of `shard`: what its two passes share about the videos."""
 
     sources: list[Source]
-    ids: dict[str, str]  # by the sources' names, as marks and records
+    ids: dict[str, str]  # by the sources' names, like marks and records
     marks: dict[str, _Mark] | None
     key: bytes
     settings: Settings
     work: Path  # where the spools are
-    records: dict[str, dict]  # of the videos that are decoded
+    records: dict[str, dict]  # of the decoded videos
 
     def told(self) -> str:
         return f"{len(self.records)} of {len(self.sources)} videos are decoded"
@@ -299,7 +300,7 @@ def _unmarked(marks: dict[str, _Mark] | None) -> int:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change: a file that was replaced is decoded again."""
+    """Size and modification time, so that a replaced file is decoded again."""
     try:
         stat = path.stat()
     except OSError:
@@ -312,7 +313,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[Path]:
-    """Make `out`/local (mode 700) and hold its lock: two runs in one folder would mix."""
+    """Create `out`/local (mode 700) and hold its lock, so that two runs cannot mix."""
     local = out / "local"
     local.mkdir(parents=True, exist_ok=True)
     local.chmod(0o700)
@@ -328,7 +329,7 @@ def _marks_digest(marks: dict[str, _Mark] | None) -> str | None:
 
 
 def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, list[dict]] | None:
-    """Manifest and ledger, if `out` holds just what is asked for, whole and of this version."""
+    """Manifest and ledger, if `out` is complete and holds exactly what is asked for."""
     now = {**request, "sources": wanted, "labels": _marks_digest(marks)}
     if _read_json(out / "local" / "request.json") != json.loads(json.dumps(now)):
         return None
@@ -336,7 +337,7 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
         manifest = read_manifest(out)
         lines = (out / "local" / LEDGER).read_text().splitlines()
         ledger = [json.loads(line) for line in lines]
-    except (OSError, ValueError):  # with it InputError and what is no UTF-8 or no JSON
+    except (OSError, ValueError):  # ValueError: InputError, or neither UTF-8 nor JSON
         return None
     if len(ledger) != len(wanted):
         return None
@@ -348,7 +349,7 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
 
 
 def _moved(local: Path, ledger: list[dict], places: dict[str, str]) -> list[dict]:
-    """The ledger with the places, by id, where the videos lie now: evaluation finds them by it."""
+    """The ledger with the current paths of the videos, by id; evaluation looks them up there."""
     now = [line | {"source": places[line["id"]]} for line in ledger]
     if now != ledger:
         _write_ledger(local, now)
@@ -356,7 +357,7 @@ def _moved(local: Path, ledger: list[dict], places: dict[str, str]) -> list[dict
 
 
 def _read_json(path: Path):
-    """None where there is no such file or it is damaged."""
+    """None if the file does not exist or is damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -369,8 +370,8 @@ def _write_ledger(folder: Path, ledger: list[dict]) -> None:
 
 
 def _work_folder(local: Path, request: dict, anew: bool) -> Path:
-    """Where the spools lie; those made for another request are thrown away, as are, if a finished
-    folder is made `anew`, those that are not of an earlier attempt at that."""
+    """The folder of the spools. Spools of another request are deleted; so are, when a finished
+    folder is made `anew`, spools that do not come from an earlier attempt at that."""
     work, stamp = local / "work", local / "work" / "request.json"
     usable = [request | {"anew": a} for a in {True, anew}]
     if work.exists() and _read_json(stamp) not in usable:
@@ -383,7 +384,7 @@ def _work_folder(local: Path, request: dict, anew: bool) -> Path:
 
 
 def _remove_halves(work: Path) -> None:
-    """The files that stopped workers have begun."""
+    """Delete files that interrupted workers have left incomplete."""
     for half in work.rglob("*.tmp"):
         half.unlink()
 
@@ -394,14 +395,14 @@ def _remove_halves(work: Path) -> None:
 def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
     """The decoders to try for each file, in order, as (decoder, device).
 
-    device "cpu" or "cuda" is used or InputError says why not; "auto" takes the GPU where there
-    is one that decodes. decoder "pyav" reads every format on the CPU; "dali" reads what NVDEC
-    reads on the GPU, or MJPEG, VP8 and VP9 on the CPU; "auto" is dali on a GPU, pyav for the
+    device: "cpu" or "cuda" (InputError if it cannot be used), or "auto", which uses a GPU if there
+    is one that decodes. decoder: "pyav" reads every format, on the CPU; "dali" reads what NVDEC
+    supports on a GPU, or MJPEG, VP8 and VP9 on the CPU; "auto" is dali on a GPU, and pyav for the
     rest.
     """
     if decoder == "pyav":
         if device == "cuda":
-            raise InputError("--decoder pyav runs on the CPU; take --decoder dali with cuda")
+            raise InputError("--decoder pyav runs on the CPU; with cuda use --decoder dali")
         return [("pyav", "cpu")]
     if decoder == "auto" and device == "cpu":
         return [("pyav", "cpu")]
@@ -416,7 +417,7 @@ def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
 
 
 def _gpu_decodes() -> bool:
-    """Whether DALI is installed and a GPU answers."""
+    """Whether DALI is installed and there is a GPU that decodes."""
     from sslus.engine.dali import why_not
 
     return why_not("cuda") is None
@@ -450,11 +451,11 @@ def _spool_video(
 ) -> dict:
     """Decode one video into <id>.jpegs and <id>.json in `work`. Returns what the latter holds.
 
-    Neither is synced to the disk, which took some 20 ms a video: a later run that
-    goes on from them looks whether they are whole.
+    Neither file is synced to disk, which would take some 20 ms per video: a later run that
+    resumes from them checks that they are complete.
 
-    A file that cannot be decoded is a record with status "refused"; only errors in writing are
-    raised. `by_last`: the last of the worker's decoders alone is tried.
+    A file that cannot be decoded gives a record with status "refused"; only write errors are
+    raised. `by_last`: try only the last of the worker's decoders.
     """
     start = time.monotonic()
     record = {**_refusal(path), "frames": []}
@@ -474,7 +475,7 @@ def _spool_video(
         for backend in able:
             tried = _decode_video(path, video_id, info, backend, settings, work)
             whole = tried["decoded_frames"] == info.num_frames and not tried["corrupt_frames"]
-            # A decoder that loses frames gives way to the next; the last one's word stands.
+            # If a decoder loses frames, the next one is tried; the result of the last one counts.
             if whole or backend is able[-1]:
                 break
         record |= tried
@@ -489,7 +490,7 @@ def _spool_video(
 
 
 def _refusal(path: Path, why: str = "") -> dict:
-    """The record of a file of which nothing is known."""
+    """The record of a file about which nothing is known."""
     return {
         "codec": None, "width": None, "height": None, "rate_hz": None, "other_streams": 0,
         "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
@@ -500,7 +501,7 @@ def _refusal(path: Path, why: str = "") -> dict:
 
 @contextlib.contextmanager
 def _blamed(path: Path) -> Iterator[None]:
-    """Around what only reads a file: whatever it throws is that file's refusal."""
+    """For code that only reads a file: whatever it raises means that this file is refused."""
     try:
         yield
     except InputError:
@@ -566,7 +567,7 @@ def _judge(record: dict) -> None:
 
 
 def _resume(sources, ids, work) -> dict[str, dict]:
-    """The records, by name, of the videos that an earlier run decoded and nobody changed since."""
+    """The records, by name, of videos that an earlier run decoded and that did not change since."""
     records = {}
     for s in sources:
         record = _whole_spool(work, ids[s.name])
@@ -576,7 +577,7 @@ def _resume(sources, ids, work) -> dict[str, dict]:
 
 
 def _whole_spool(work: Path, video_id: str) -> dict | None:
-    """The record of a spool, or None where there is none that a power cut has left whole."""
+    """The record of a spool; None if it is missing or, after a power cut, incomplete."""
     try:
         record = json.loads(_spool_path(work, video_id).read_text())
         crc32 = 0
@@ -589,19 +590,19 @@ def _whole_spool(work: Path, video_id: str) -> dict | None:
 
 
 def _without_frames(record: dict) -> dict:
-    """What of a spool stays in memory: nothing that grows with the frames."""
+    """The part of a record that stays in memory: nothing that grows with the frames."""
     return {k: v for k, v in record.items() if k != "frames"}
 
 
 def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: bool) -> None:
     """Add the records of the sources that have none yet.
 
-    A decoder on a GPU may end its process over a file. Where there are `several` decoders, such
-    a file is given to the last of them, as one of which frames were lost is.
+    A decoder on a GPU may crash its process on some file. If there are `several` decoders, the
+    last one is tried on such a file, as on one that has lost frames.
     """
     records = job.records
     todo = [s for s in job.sources if s.name not in records]
-    # Long ones first, so that no worker is left alone with one at the end.
+    # Large files first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
     frames = sum(r["decoded_frames"] for r in records.values())
 
@@ -628,7 +629,7 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
 
 def _crashed(path: Path, video_id: str, work: Path) -> dict:
     Path(f"{_jpegs_path(work, video_id)}.tmp").unlink(missing_ok=True)
-    return _refusal(path, "the decoder crashed on it (or was killed, for want of memory perhaps)")
+    return _refusal(path, "the decoder crashed on it (or was killed, perhaps for lack of memory)")
 
 
 def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
@@ -641,16 +642,16 @@ def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
 
 
 def _write_all(job: _Job, workers: Workers) -> Manifest:
-    """Shuffle the frames of all spools into shards in work/new, return their manifest."""
+    """Shuffle the frames of all spools into shards in work/new; return their manifest."""
     kept = [s for s in job.sources if job.records[s.name]["kept_frames"]]
     facts = [_facts(job, s) for s in kept]
-    tables = []  # 40 bytes a frame: all that is held of it
+    tables = []  # 40 bytes per frame, all that is kept in memory
     for video_id, _, _ in facts:
         frames = json.loads(_spool_path(job.work, video_id).read_text())["frames"]
         tables.append(np.array(frames, np.float64))
     video = np.repeat(np.arange(len(kept), dtype=np.int32), [len(t) for t in tables])
     table = np.concatenate(tables)
-    # Sorted by the hash of its key, a frame's place depends on nothing but itself and the others.
+    # Sorting by the hash of the key makes the order a function of the frames alone.
     hashes = (
         _hash64(_frame_key(facts[v][0], int(frame)))
         for v, frame in zip(video, table[:, 0], strict=True)
@@ -751,11 +752,10 @@ def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict
 
 
 def _swap(out: Path, work: Path, key: bytes) -> None:
-    """Put the new shards, their key and their ledger in the old ones' place. Without a manifest a
-    folder counts as unfinished, and the spools are still there: a crash in here costs nothing but
-    this second pass."""
+    """Replace the old shards, key and ledger by the new ones. Without a manifest, a folder counts
+    as unfinished, and the spools still exist: a crash in here costs only the second pass."""
     (out / manifests.NAME).unlink(missing_ok=True)
-    shutil.rmtree(out / "store", ignore_errors=True)  # training makes one of the new shards
+    shutil.rmtree(out / "store", ignore_errors=True)  # training builds one from the new shards
     for old in [*out.glob("shard-*.tar"), *out.glob("shard-*.idx")]:
         old.unlink()
     for path in sorted((work / "new").iterdir()):

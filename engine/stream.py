@@ -1,9 +1,9 @@
-"""Frames straight from the shards, for data that outgrows the disk: no frame store is built.
+"""Frames streamed from the shards, for data that outgrows the disk, without a frame store.
 
-Shards are read whole, one after the other, from a folder or a URL; what is decoded is thrown away.
-Not with webdataset's own pipeline: there the order of an epoch is known only by reading it, so a
-resume would read and decode what it skips, and a URL may be a shell command, a member a pickle.
-Here the order is arithmetic on the manifest's frame counts, and only .jpg and .json are looked at.
+Shards are read whole, one after the other, from a folder or a URL; decoded frames are not kept.
+webdataset's own pipeline is not used: it knows the order of an epoch only by reading it, so that a
+resume would read and decode what it skips; and its URLs may be shell commands, its members pickles.
+Here the order is computed from the manifest's frame counts, and only .jpg and .json are read.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.tar import BLOCK, NAME_BYTES
 
-BUFFER = 8192  # frames that an epoch's order mixes: 160 MB as JPEG at 256 px
-LANES = 8  # runs of shards that are read side by side, so that up to 8 ranks read their own only
-FETCHES = 8  # shards on their way at a time
-WAITS_SECONDS = (1, 5)  # before a URL is tried again
-# Each is a plain transfer of bytes. Not: pipes, chains ("::"), archives, other machines' shells.
+BUFFER = 8192  # frames shuffled together: 160 MB as JPEG at 256 px
+LANES = 8  # sequences of shards read in parallel, so that up to 8 ranks read only their own
+FETCHES = 8  # shards fetched at a time
+WAITS_SECONDS = (1, 5)  # before each retry of a URL
+# Each just transfers bytes. Excluded: pipes, chains ("::"), archives, shells of other machines.
 PROTOCOLS = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
 
 
@@ -39,14 +39,15 @@ PROTOCOLS = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs",
 class StreamPlan(Plan):
     """A plan whose batches come from few shards at a time.
 
-    The shards of an epoch, in an order drawn anew, are one long row of frames; it is cut into
-    LANES runs of equal length, and every batch takes as many frames from each. Within a lane,
-    frames are shuffled in blocks: BUFFER frames in all. As in every plan a batch is the global
-    one and (seed, epoch) decide it, whatever the number of ranks; with 2, 4 or 8 of them each
-    reads a part of the shards (where the batch is a multiple of 8), with others some twice.
+    In every epoch the shards, in a new random order, form one long sequence of frames. It is cut
+    into LANES lanes of equal length, and every batch takes the same number of frames from each.
+    Within a lane, frames are shuffled in blocks, which hold BUFFER frames over all lanes. As in
+    every plan, a batch is global and depends only on (seed, epoch), not on the number of ranks.
+    With 2, 4 or 8 ranks and a batch size that is a multiple of 8, each rank reads its own part of
+    the shards; otherwise some shards are read by several ranks.
     """
 
-    shards: tuple[int, ...] = ()  # frames in each
+    shards: tuple[int, ...] = ()  # number of frames in each
 
     def order(self, epoch: int) -> np.ndarray:
         """(steps_per_epoch * batch_size,) int64: the frames of one epoch in their order."""
@@ -81,18 +82,18 @@ class StreamPlan(Plan):
 
 @dataclass(frozen=True)
 class StreamStore:
-    """What a folder or URL of shards holds; `Reader` gives its frames.
+    """What a folder or URL of shards holds; `Reader` reads its frames.
 
-    A frame's number is its place in the shards, in the manifest's order.
+    A frame's number is its position in the shards, in the order of the manifest.
     """
 
     where: str
     manifest: Manifest
-    why: str = "as asked"  # it is streamed
+    why: str = "as asked"  # why it is streamed
 
     @staticmethod
     def open(where: str | Path, why: str = "as asked") -> "StreamStore":
-        """Raises InputError where there are no finished shards, or none that can be read."""
+        """Raises InputError if there are no finished shards, or they cannot be read."""
         where = str(where)
         if not is_url(where):
             return StreamStore(where, read_manifest(Path(where)), why)
@@ -138,12 +139,13 @@ class StreamStore:
 
 
 class Reader:
-    """Reads frames of a StreamStore by their numbers, in any order; a plan's is the fast one.
+    """Reads frames of a StreamStore by their numbers, in any order; a plan's order is the fast one.
 
-    A shard is fetched when `read_ahead` first names one of its frames, and dropped when all that
-    were named are read. Frames and labels do not depend on `threads`, which decode. `device`:
-    "cpu" for simplejpeg; "cuda" for nvJPEG on GPU `number`, whose values may be a grey level off,
-    where DALI is installed: else `gpu` is None, and it is simplejpeg. For one thread.
+    A shard is fetched when `read_ahead` first names one of its frames, and dropped when all named
+    frames are read. Frames and labels do not depend on `threads`, the number of decoder threads.
+    `device`: "cpu" decodes with simplejpeg; "cuda" with nvJPEG on GPU `number`, whose values may
+    differ by one grey level, if DALI is installed; otherwise `gpu` is None and simplejpeg decodes.
+    Only one thread may use a Reader.
     """
 
     def __init__(self, store: StreamStore, threads: int = 1, device: str = "cpu", number: int = 0):
@@ -162,12 +164,12 @@ class Reader:
         self.decoding = ThreadPoolExecutor(threads, thread_name_prefix="jpeg")
 
     def close(self) -> None:
-        """Waits for what is on its way."""
+        """Stop; waits for fetches and decoding under way."""
         for pool in (self.fetching, self.decoding):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def read_ahead(self, indices: np.ndarray) -> None:
-        """Start to fetch the shards of these frames; every one of them is to be read once."""
+        """Start fetching the shards of these frames; each frame must then be read once."""
         self.wanted.update(self._shard_of(indices).tolist())
         for number in self.wanted:
             if number not in self.shards:
@@ -203,13 +205,13 @@ class Reader:
         data = _fetch(where, entry["name"])
         if len(data) != entry["bytes"]:
             raise InputError(
-                f"{name}: has {len(data)} bytes, the manifest says {entry['bytes']}; it was cut"
+                f"{name}: has {len(data)} bytes, but the manifest says {entry['bytes']}; it was cut"
                 " off or replaced. Copy it again, or make the shards again: sslus shard --force"
             )
-        if number not in self.checked:  # once: it costs a twentieth of the decoding
+        if number not in self.checked:  # only once: it costs a twentieth of the decoding
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise InputError(
-                    f"{name}: its digest is wrong; copy the shards again, or make them:"
+                    f"{name}: its digest is wrong; copy the shards again, or make them again:"
                     " sslus shard --force"
                 )
             self.checked.add(number)
@@ -230,7 +232,7 @@ class Reader:
             try:
                 return self.gpu([s.part(x.jpg) for s, x in zip(shards, samples, strict=True)])
             except RuntimeError as e:
-                failure = e  # DALI does not say which: the CPU finds it
+                failure = e  # DALI does not say which frame failed; the CPU will find it
         if len(self.frames) < num:
             self.frames = np.empty((num, *self.frames.shape[1:]), np.uint8)
         frames = self.frames[:num]
@@ -245,12 +247,12 @@ class Reader:
             edges = np.linspace(0, num, self.threads + 1).astype(int).tolist()
             list(self.decoding.map(some, edges[:-1], edges[1:]))
         if self.gpu:
-            raise InputError(f"nvJPEG: {str(failure).splitlines()[0]}; take --device cpu")
+            raise InputError(f"nvJPEG: {str(failure).splitlines()[0]}; use --device cpu")
         return frames
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether it is a URL of a kind that is read; a folder is not. Refuses what could be a shell's.
+    """Whether `where` is a URL of a supported protocol rather than a folder.
 
     Raises InputError for `pipe:`, for chains of protocols and for any protocol not in PROTOCOLS.
     """
@@ -266,7 +268,7 @@ def is_url(where: str | Path) -> bool:
 
 
 def _fetch(where: str, name: str):
-    """The bytes of a file of the folder or URL `where`: bytes, or a memory map."""
+    """The content of a file in the folder or URL `where`, as bytes or a memory map."""
     full = f"{where.rstrip('/')}/{name}"
     if not is_url(where):
         try:
@@ -275,7 +277,7 @@ def _fetch(where: str, name: str):
         except (OSError, ValueError) as e:  # ValueError: it is empty
             why = getattr(e, "strerror", None) or e
             raise InputError(
-                f"{full}: {why}; copy the shards again, or make them: sslus shard --force"
+                f"{full}: {why}; copy the shards again, or make them again: sslus shard --force"
             ) from e
     import fsspec
 
@@ -284,15 +286,15 @@ def _fetch(where: str, name: str):
             files, path = fsspec.core.url_to_fs(full)
             return files.cat_file(path)
         except ImportError as e:
-            raise InputError(f"{full}: {e}; pip install it, or copy the shards here") from e
+            raise InputError(f"{full}: {e}; pip install it, or copy the shards to a disk") from e
         except FileNotFoundError as e:
-            raise InputError(f"{full}: there is no such file; is it a URL of shards?") from e
-        except Exception as e:  # what is raised is the protocol's own: botocore's, aiohttp's, ...
+            raise InputError(f"{full}: no such file; is it a URL of shards?") from e
+        except Exception as e:  # every protocol has its own errors: botocore's, aiohttp's, ...
             if wait is None:
                 why = next(iter(str(e).splitlines()), "") or "no reason given"
                 raise InputError(
-                    f"{full}: cannot be read ({type(e).__name__}: {why}); is the network there,"
-                    " and are you allowed to?"
+                    f"{full}: cannot be read ({type(e).__name__}: {why}); check the network and"
+                    " your permissions"
                 ) from e
             time.sleep(wait)
 
@@ -305,7 +307,7 @@ class _Sample:
 
 
 class _Shard:
-    """A tar in memory or mapped, and where its samples lie."""
+    """A tar file, in memory or memory-mapped, and the positions of its samples."""
 
     def __init__(self, name: str, data, num_frames: int):
         self.name, self.data, self.samples = name, memoryview(data), []
@@ -317,12 +319,12 @@ class _Shard:
             try:
                 length = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
             except ValueError as e:
-                raise InputError(f"{name}: no tar header where {member!r} begins") from e
+                raise InputError(f"{name}: no valid tar header at {member!r}") from e
             offset += BLOCK
             if not 0 <= length <= len(data) - offset:
                 raise InputError(f"{name}: ends inside {member}")
             key, _, extension = member.partition(".")
-            if extension in ("jpg", "json"):  # nothing else is looked at, or ever unpickled
+            if extension in ("jpg", "json"):  # nothing else is read, let alone unpickled
                 found.setdefault(key, {})[extension] = (offset, length)
             offset += -(-length // BLOCK) * BLOCK
         for key, parts in found.items():
@@ -331,7 +333,7 @@ class _Shard:
             self.samples.append(_Sample(key, parts["jpg"], parts["json"]))
         if len(self.samples) != num_frames:
             raise InputError(
-                f"{name}: holds {len(self.samples)} frames, the manifest says {num_frames}"
+                f"{name}: holds {len(self.samples)} frames, but the manifest says {num_frames}"
             )
 
     def part(self, place: tuple[int, int]) -> memoryview:
@@ -343,7 +345,7 @@ def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
 
     try:
         jpeg = shard.part(sample.jpg)
-        shape = simplejpeg.decode_jpeg_header(jpeg)[:2]  # before memory is taken for it
+        shape = simplejpeg.decode_jpeg_header(jpeg)[:2]  # before allocating memory for it
         if shape != (size, size):
             raise ValueError(f"its size is {shape}")
         return simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0]
@@ -357,15 +359,15 @@ def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
 def _has_dali() -> bool:
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the folder that it would be in
+    except ModuleNotFoundError:  # not even the `nvidia` folder exists
         return False
 
 
 class _GpuDecoder:
-    """DALI with nvJPEG: a list of JPEGs in, (B, S, S, 1) uint8 on the GPU out, for from_dlpack.
+    """DALI with nvJPEG: takes a list of JPEGs, gives (B, S, S, 1) uint8 on the GPU for from_dlpack.
 
-    DALI's own reader of shards has an order of its own, which cannot start in the middle; so
-    `Reader` reads, and DALI decodes.
+    DALI's own shard reader has its own order and cannot start in the middle, so `Reader` reads
+    and DALI only decodes.
     """
 
     def __init__(self, threads: int, number: int = 0, device: str = "mixed"):

@@ -1,6 +1,6 @@
-"""Video files: find them, look into them, decode their luma on the CPU (PyAV).
+"""Video files: find them, probe them, decode their luma on the CPU (PyAV).
 
-Luma is taken from the decoder's own plane; no frame is ever converted to RGB and back.
+Luma is taken directly from the decoder's plane, without conversion to RGB and back.
 """
 
 import contextlib
@@ -18,34 +18,34 @@ import numpy as np
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, prepare
 
-# Names by which a file in a folder is taken for a video. A file named by the user is tried
-# whatever its name.
+# A file in a folder counts as a video if it has one of these extensions. A file named by the user
+# is always tried.
 EXTENSIONS = frozenset(
     ".264 .265 .3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf .m1v .m2p .m2ts"
     " .m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .ts"
     " .vob .webm .wmv .y4m".split()
 )
-# Formats that make the demuxer open other files or addresses than the one it was given.
+# Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
 
-# Formats whose packets carry no time of presentation, only their order: FFmpeg guesses one, and
-# guesses wrong where H.264 has B-frames.
+# Formats whose packets have no presentation time, only an order: FFmpeg guesses one, wrongly where
+# H.264 has B-frames.
 UNTIMED_FORMATS = frozenset({"avi", "asf", "mxf", "mxf_opatom"})
-# Formats that say in their header how long they are, counted from time 0. Of others FFmpeg
-# measures it, so that a part that is cut off is in neither count.
+# Formats whose header states the duration, counted from time 0. For others FFmpeg measures it, so
+# that the duration of a truncated file does not reveal what is missing.
 ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
 
-REORDERED = 16  # frames that a decoder may hold back at most: a guess is not further off
+REORDERED = 16  # most frames that a decoder may hold back, and so the largest error of a guess
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-FOLDER_LINKS = "links to folders"  # what find_videos counts them under
+FOLDER_LINKS = "links to folders"  # the name under which find_videos counts them
 
 
-# Quarter turns counterclockwise, and whether it is mirrored, left to right, before that.
+# Counterclockwise quarter turns, and whether the image is mirrored left to right before that.
 Turn = tuple[int, bool]
 
 
 class VideoError(InputError):
-    """A file that cannot be decoded: `path` and `why`, one line."""
+    """A file that cannot be decoded: `path`, and `why` in one line."""
 
     def __init__(self, path: Path | str, why: str):
         super().__init__(f"{path}: {why}")
@@ -54,10 +54,10 @@ class VideoError(InputError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the file says of itself.
+    """What the file says about itself.
 
-    `num_frames` is what a complete decode should give: the container's own count or the number
-    of its packets, whichever is larger, so that a truncated file shows.
+    `num_frames` is what a complete decode should give: the container's frame count or the number
+    of its packets, whichever is larger, so that truncated files are detected.
     """
 
     codec: str
@@ -68,37 +68,37 @@ class VideoInfo:
     num_frames: int
     pixel_aspect: float = 1.0  # width of a pixel over its height
     full_range: bool = False  # luma in 0..255, else 16..235
-    rotation_degrees: int = 0  # how far a player turns the picture, counterclockwise
-    mirrored: bool = False  # left to right, before it is turned
-    other_streams: int = 0  # further videos in the file, which nobody decodes
+    rotation_degrees: int = 0  # how far players rotate the image, counterclockwise
+    mirrored: bool = False  # left to right, before rotation
+    other_streams: int = 0  # further videos in the file, which are not decoded
     interlaced: bool = False  # its first frame holds two fields
 
 
 @dataclass(frozen=True)
 class Frame:
-    index: int  # count of the frames decoded before it
-    time_seconds: float  # after the first frame
+    index: int  # number of frames decoded before it
+    time_seconds: float  # since the first frame
     luma: np.ndarray  # (H, W) uint8, full range, owned by the receiver
-    corrupt: bool  # the decoder had to invent parts of it
+    corrupt: bool  # the decoder had to make up parts of it
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One decoded frame on its way into a shard. `image` is None where it was not kept."""
+    """One decoded frame on its way into a shard. `image` is None if it was not kept."""
 
     index: int
     time_seconds: float
     corrupt: bool = False
     image: np.ndarray | None = None  # (S, S) uint8
-    jpeg: bytes | None = None  # where the backend encodes it itself
+    jpeg: bytes | None = None  # if the backend encodes it itself
 
 
-# keep(index, time_seconds): whether a frame goes into the shards; asked once a frame, in order.
+# keep(index, time_seconds): whether a frame goes into the shards; called once per frame, in order.
 Keep = Callable[[int, float], bool]
 
 
 class Backend(Protocol):
-    """A way of decoding. One instance lives in one worker; it is not shared by threads."""
+    """A decoder. Each worker has its own instance; threads must not share one."""
 
     name: str
 
@@ -114,30 +114,29 @@ class Backend(Protocol):
         quality: int,
     ) -> Iterator[Prepared]:
         """Every decoded frame of the file in order; those that keep(index, time_seconds) accepts
-        scaled into (size, size). Raises VideoError; what was yielded before stays good."""
+        are scaled into (size, size). Raises VideoError; frames yielded before it remain valid."""
 
 
 @dataclass(frozen=True)
 class Source:
     path: Path  # absolute
-    name: str  # relative to the folder that was searched: what the video's id is made of
+    name: str  # relative to the searched folder; the video's id is made from it
 
 
 def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[Source], Counter]:
     """The videos under `paths` (files and folders, searched recursively), sorted by name.
 
-    Returns the sources and a count, by extension, of the files that were passed over because
-    their name is not a video's. Links to folders are counted under FOLDER_LINKS and not followed:
-    they may lead in a circle, or to a folder that is searched anyway; one that is given by name
-    is. `skip` is a folder not to look into. Raises InputError where a path does not exist, where
-    no video is found, and where two paths lead to different files of the same name, which would
-    get the same id.
+    Returns the sources and a count, by extension, of the files that were skipped because of their
+    names. Links to folders are counted under FOLDER_LINKS but not followed, since they may lead in
+    a circle or to a folder that is searched anyway; links in `paths` itself are followed. `skip`
+    is a folder that is not searched. Raises InputError if a path does not exist, if no video is
+    found, or if two paths lead to different files of the same name, which would get the same id.
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
     seen: set[Path] = set()
 
-    def refuse(e: OSError) -> None:  # os.walk would pass over the folder in silence
+    def refuse(e: OSError) -> None:  # os.walk would silently skip the folder
         raise InputError(
             f"{e.filename}: the folder cannot be read ({e.strerror}); make it readable or move it"
         )
@@ -181,24 +180,25 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
 
 
 def open_video(path: Path):
-    """Open a container without letting it reach for anything but the file itself.
+    """Open a container without letting it access anything but the file itself.
 
-    Returns the container and the stream in it to decode: the one that FFmpeg takes for the best.
+    Returns the container and the stream to decode, the one that FFmpeg considers best. Raises
+    VideoError.
     """
     import av
 
-    # Absolute, so that no name is read as a protocol; no nested address is followed.
+    # Absolute, so that no name is taken for a protocol; nested addresses are not followed.
     try:
-        if not path.is_file():  # reading from a pipe could wait forever
+        if not path.is_file():  # reading from a pipe could block forever
             path.stat()
             raise VideoError(path, "not a regular file")
         if path.stat().st_size == 0:
             raise VideoError(path, "the file is empty")
         container = av.open(
             str(path.absolute()),
-            # Not `options`: PyAV before 17.1 frees those twice where a stream is found late.
+            # Not `options`: PyAV before 17.1 frees them twice if a stream is found late.
             container_options={"protocol_whitelist": "file"},
-            # A title in Latin-1 says nothing about the pictures. PyAV 19 has no such option.
+            # A title in Latin-1 must not make a video unreadable. PyAV 19 has no such option.
             **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}),
         )
     except av.FFmpegError as e:
@@ -207,7 +207,7 @@ def open_video(path: Path):
         raise VideoError(path, f"cannot be read ({e.strerror})") from e
     try:
         if REFERRING_FORMATS & _formats(container):
-            raise VideoError(path, "a playlist that points to other files; give those themselves")
+            raise VideoError(path, "a playlist that refers to other files; give those instead")
         stream = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "no video stream in it")
@@ -220,12 +220,12 @@ def open_video(path: Path):
 
 
 def is_untimed(container) -> bool:
-    """Whether the times of presentation that FFmpeg gives for its packets are guesses."""
+    """Whether the presentation times that FFmpeg gives for its packets are guesses."""
     return bool(UNTIMED_FORMATS & _formats(container))
 
 
 def _formats(container) -> set[str]:
-    """The names of its format: FFmpeg says "matroska,webm"."""
+    """The names of its format, which FFmpeg gives like "matroska,webm"."""
     return set(container.format.name.split(","))
 
 
@@ -234,9 +234,9 @@ def _reason(e: Exception) -> str:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Read what the file says of itself: its packets are counted, one frame is decoded.
+    """Read what the file says about itself; this counts its packets and decodes one frame.
 
-    Raises VideoError for what is no video, is empty, or does not give a single frame.
+    Raises VideoError for a file that is not a video, is empty or gives no frame.
     """
     import av
     from av.stream import Disposition
@@ -249,7 +249,7 @@ def probe(path: Path) -> VideoInfo:
         frame = None
         try:
             for packet in container.demux(stream):
-                if packet.size:  # "discard" marks what lies outside the clip's edit list
+                if packet.size:  # "discard" marks packets outside the clip's edit list
                     hidden += packet.is_discard
                     shown += not packet.is_discard
                     if packet.pts is not None:
@@ -259,7 +259,7 @@ def probe(path: Path) -> VideoInfo:
                     try:
                         frame = next(iter(packet.decode()), None)
                     except av.FFmpegError:
-                        continue  # a damaged packet; the next may do, and decode() counts them
+                        continue  # a damaged packet; try the next, decode() will count them
         except av.FFmpegError as e:
             if frame is None:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
@@ -295,30 +295,31 @@ def probe(path: Path) -> VideoInfo:
 def _empty_chunks(path: Path, stream: int) -> int:
     """How many chunks of a stream are empty in an AVI.
 
-    Such a chunk repeats the picture before it. It is counted as a frame in the header, but FFmpeg
-    makes no packet of it. From one chunk's head to the next, since the index at the end of an AVI
-    knows its first GB alone, and that of a file that is cut off is missing.
+    An empty chunk repeats the previous image. The header counts it as a frame, but FFmpeg makes no
+    packet of it. This walks from chunk header to chunk header, since the index at the end of an
+    AVI covers only its first GB and is missing in truncated files.
     """
-    name, num_empty = b"%02dd" % stream, 0  # d, then b or c: a picture, and no change of palette
+    name, num_empty = b"%02dd" % stream, 0  # d, then b or c: an image, not a palette change
     with path.open("rb") as f:
         while len(head := f.read(8)) == 8 and any(head[:4]):
             length = int.from_bytes(head[4:], "little")
             if head[:4] in (b"RIFF", b"LIST"):
-                f.seek(4, os.SEEK_CUR)  # its type; what it is a list of follows
+                f.seek(4, os.SEEK_CUR)  # its type; its items follow
             else:
                 num_empty += head[:3] == name and not length
                 f.seek(length, os.SEEK_CUR)
-                if length % 2 and f.read(1) not in (b"\0", b""):  # not padded, as it should be
+                if length % 2 and f.read(1) not in (b"\0", b""):  # the padding byte is missing
                     f.seek(-1, os.SEEK_CUR)
     return num_empty
 
 
 def _missing(container, stream, end: int, duration: int) -> int:
-    """How many frames a file without a frame count is short of the duration it announces.
+    """How many frames a file without a frame count lacks of the duration it announces.
 
-    Matroska and WebM say how long they are but not how many frames they hold: when such a file
-    is cut off, only its duration tells. In time base units, `end` is the end of the last packet
-    and `duration` a packet's, or 0 where they have none, in which case `end` is its beginning.
+    Matroska and WebM state their duration but not their number of frames, so only the duration
+    reveals that such a file was truncated. In time base units: `end` is the end of the last
+    packet, `duration` that of a packet; where packets have none it is 0, and `end` is the start
+    of the last packet.
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
@@ -331,17 +332,17 @@ def _missing(container, stream, end: int, duration: int) -> int:
     minutes, _, seconds = rest.partition(":")
     try:
         announced = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except ValueError:  # not said of this stream; the file's own is its only stream's
+    except ValueError:  # not stated for this stream; use the file's if it has no other stream
         if len(container.streams) > 1 or container.duration is None:
             return 0
         announced = container.duration / 1e6
     short = (announced - float(end * stream.time_base)) / period - (not duration)
-    # ASF announces one frame more than there is where frames are reordered. And half of one.
+    # With reordered frames ASF announces one frame too many. And half a frame for rounding.
     return round(short) if short > 1.5 else 0
 
 
 def _is_full_range(frame) -> bool:
-    """Unmarked grey and RGB are full range, unmarked YUV is limited: FFmpeg's own convention."""
+    """FFmpeg's convention: unmarked grey and RGB are full range, unmarked YUV is limited."""
     name = frame.format.name
     if name.startswith("yuvj") or frame.format.is_rgb or frame.format.has_palette:
         return True
@@ -351,10 +352,10 @@ def _is_full_range(frame) -> bool:
 
 
 def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
-    """The luma of a PyAV frame as (H, W) uint8 in full range, a new array, turned upright.
+    """The luma of a PyAV frame as a new array, (H, W) uint8 in full range, turned upright.
 
-    Limited range is expanded exactly, deeper than 8 bits is rounded; RGB and palettes give
-    BT.601 luma, round(.299 R + .587 G + .114 B), which leaves grey pictures as they are.
+    Limited range is expanded exactly, more than 8 bits are rounded to 8. RGB and palettes give
+    BT.601 luma, round(.299 R + .587 G + .114 B), which leaves grey images unchanged.
     """
     kind = frame.format
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
@@ -363,7 +364,7 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     else:
         first = kind.components[0]
         alone = all(c.plane != first.plane for c in kind.components[1:])
-        if not alone:  # packed 4:2:2 and the like: the same luma in planes of its own
+        if not alone:  # packed 4:2:2 and similar: move the same luma to a plane of its own
             target = "gray" if kind.name.startswith("ya") else "yuv422p"
             frame = frame.reformat(format=target if first.bits == 8 else f"{target}16le")
             first = frame.format.components[0]
@@ -387,10 +388,11 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
 
 
 def _turn(frame) -> Turn:
-    """How a player shows a video, by its first frame: its side data and the frame refer to each
-    other, so that one whose side data was looked at stays in memory for long.
+    """How players turn a video, by its first frame. FFmpeg's display matrix moves (x, y) to
+    (a x + c y, b x + d y).
 
-    FFmpeg's display matrix moves (x, y) to (a x + c y, b x + d y).
+    Not asked of every frame: a frame and its side data refer to each other, so that a frame whose
+    side data was read stays in memory for long.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -405,11 +407,11 @@ def _turn(frame) -> Turn:
 def decode(path: Path) -> Iterator[Frame]:
     """Every frame of a video that the decoder gives, in order, on one thread.
 
-    A damaged packet costs its own frames only: the count of what comes is to be compared with
-    VideoInfo.num_frames. Times are the file's own time stamps, 0 at the first frame, and never
-    fall back: a frame without one comes a period after the one before it, as does a frame at
-    which the clock starts anew, where recordings were joined. A single absurd one, more than
-    REORDERED frames away from both its neighbours, counts as halfway between them. Raises
+    A damaged packet loses only its own frames: compare the number of frames with
+    VideoInfo.num_frames. Times are the file's timestamps, shifted to 0 at the first frame, and
+    never decrease: a frame without a timestamp comes one period after the previous frame, as does
+    a frame at which the clock restarts because recordings were joined. A single absurd timestamp,
+    more than REORDERED frames away from both its neighbours, is replaced by their midpoint. Raises
     VideoError if the file cannot be opened.
     """
     for index, time_seconds, frame, turn in _decoded(Path(path)):
@@ -419,7 +421,7 @@ def decode(path: Path) -> Iterator[Frame]:
 def _decoded(path: Path) -> Iterator[tuple[int, float, object, Turn]]:
     container, stream = open_video(path)
     with container:
-        # The workers are the parallelism; a second thread here would only take their core.
+        # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
         frames, turn = chain.from_iterable(_batches(container, stream)), None
@@ -429,12 +431,12 @@ def _decoded(path: Path) -> Iterator[tuple[int, float, object, Turn]]:
 
 
 class _Clock:
-    """clock(frame, following): the frame's time in seconds after the first, for frames in the
-    order they are shown, of which the next one is known, or None.
+    """clock(frame, following): the frame's time in seconds since the first frame, for frames in
+    display order; following: the next frame, or None.
 
-    That is its time of presentation (pts), or, `in_order`, the time in the file of the packet
-    that brought it out of the decoder (dts). That is taken too from where the former falls back
-    and the latter does not: in such a file it was guessed.
+    The time is that of presentation (pts) or, with `in_order`, that of the packet which made the
+    decoder output the frame (dts). If pts falls back where dts does not, pts was guessed, and dts
+    is used from there on.
     """
 
     def __init__(self, stream, in_order: bool):
@@ -442,7 +444,7 @@ class _Clock:
         self.period_seconds = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         self.far = REORDERED * self.period_seconds / self.tick_seconds
         self.in_order = in_order
-        self.zero_seconds = None  # what the stamps say at time 0
+        self.zero_seconds = None  # the timestamp at time 0
         self.last_seconds = None
         self.last_stamps = None, None
 
@@ -466,7 +468,7 @@ class _Clock:
         return self.last_seconds
 
     def settled(self, last: int | None, stamp: int | None, after: int | None) -> int | None:
-        """A stamp; where it is absurd, what lies halfway between those before and after it."""
+        """The timestamp; if it is absurd, the midpoint of those before and after it."""
         if last is None or stamp is None or after is None or last > after:
             return stamp
         return stamp if last - self.far <= stamp <= after + self.far else (last + after) // 2
@@ -477,14 +479,14 @@ def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
 
 
 def _batches(container, stream) -> Iterator[list]:
-    """The frames of one packet after the other; a damaged packet gives none."""
+    """The frames of each packet in turn; a damaged packet gives none."""
     import av
 
     packets = container.demux(stream)
     while True:
         try:
             packet = next(packets, None)
-        except av.FFmpegError:  # the file breaks off: what the decoder still holds is good
+        except av.FFmpegError:  # the file breaks off; frames still in the decoder are good
             with contextlib.suppress(av.FFmpegError):
                 yield stream.codec_context.decode(None)
             return
@@ -498,7 +500,7 @@ def _batches(container, stream) -> Iterator[list]:
 
 
 class PyavBackend:
-    """FFmpeg's decoders on the CPU, one thread: every format that PyAV opens."""
+    """FFmpeg's decoders on one CPU thread, for every format that PyAV opens."""
 
     name = "pyav"
 

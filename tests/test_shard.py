@@ -539,7 +539,7 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
             (out / name).write_bytes(what((out / name).read_bytes()))
         else:
             (out / name).unlink()
-        with pytest.raises(InputError, match="damaged or of another version; --force") as e:
+        with pytest.raises(InputError, match="damaged, or of another version; --force") as e:
             make(clips, out, key)
         assert "\n" not in str(e.value)
         (out / "local" / "work").mkdir()

@@ -195,7 +195,7 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, made):
     for change, words in [
         (cut, f"ends inside {name}"), (header, f"{name} is damaged"),
         (larger, rf"{name} is damaged \(its size is \(65, 64\)"), (wrong_label, "json is damaged"),
-        (wrong_json, f"{facts} is damaged"), (no_header, f"no tar header where '{name}' begins"),
+        (wrong_json, f"{facts} is damaged"), (no_header, f"no valid tar header at '{name}'"),
         (renamed, "has no jpg"),
     ]:  # fmt: skip
         forge(shards, change)
