@@ -19,14 +19,14 @@ from sslus.engine.errors import InputError
 def build(name: str, image_size: int, seed: int) -> nn.Module:
     """The backbone `name` for (B, 1, image_size, image_size) -> (B, F), F = `num_features`.
 
-    Its random weights depend on (name, image_size, seed) only; the caller's random state is
-    left as it was.
+    Its random weights depend only on (name, image_size, seed); the caller's random state is not
+    changed. Raises InputError for unknown names and impossible sizes.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise InputError(
             f"backbone {name!r}: timm has no such model"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -35,13 +35,13 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
             width = model.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1]
         except (AssertionError, RuntimeError, ValueError) as e:
             raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {e}") from e
-    model.num_features = width  # timm's is the last map's, which some models widen after pooling
+    model.num_features = width  # timm's is that of the last map; some models widen after pooling
     return model.train()
 
 
 def _options(name: str, image_size: int | None) -> dict:
     config = timm.models.get_pretrained_cfg(name)
-    fixed = config is not None and config.fixed_input_size  # vision transformers fix their grid
+    fixed = config is not None and config.fixed_input_size  # vision transformers with a fixed grid
     return {"num_classes": 0} | ({"img_size": image_size} if fixed and image_size else {})
 
 
@@ -56,9 +56,10 @@ def initialise(
 ) -> None:
     """Give `backbone`, a timm model `name`, the weights `init`: random, imagenet or a file.
 
-    image_size: that it was built for. grey: mean and standard deviation of the values 0..1, by
-    which its input is normalised; a stem for three channels is folded for them (see `fold`).
-    `say` gets a line that tells what matched. InputError for what cannot be read, fetched or used.
+    image_size: the size it was built for. grey: mean and standard deviation (of values in 0..1)
+    with which its input is normalised; needed to fold a three-channel stem (see `fold`). `say`
+    gets a line that says what matched. Raises InputError for weights that cannot be read,
+    downloaded or used.
     """
     if init == "random":
         return
@@ -70,25 +71,25 @@ def initialise(
 
 
 def _pretrained(name: str, image_size: int | None) -> dict[str, Tensor]:
-    """The weights that timm has of a model, its three-channel stem among them."""
+    """timm's pretrained weights of a model, including its three-channel stem."""
     try:
         model = timm.create_model(name, pretrained=True, **_options(name, image_size))
-    except Exception as e:  # the download's errors are those of three libraries
+    except Exception as e:  # a download can raise errors of three libraries
         raise InputError(
-            f"--init imagenet: the weights of {name} cannot be fetched ({type(e).__name__});"
+            f"--init imagenet: the weights of {name} cannot be downloaded ({type(e).__name__});"
             " run once with a network, which fills the cache, or give --init FILE"
         ) from e
     return model.state_dict()
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: safetensors, or torch.save's with tensors only (a state dict, or
-    one under `state_dict`, `model` or `backbone`; `method` in a run's checkpoint). InputError if
-    it cannot be read."""
+    """The tensors of a file: safetensors, or a torch.save file that holds only tensors (a state
+    dict, or one under `state_dict`, `model` or `backbone`; `method` in a run's checkpoint).
+    Raises InputError if it cannot be read."""
     if not path.is_file():
         raise InputError(
-            f"--init {path}: there is no such file; want random, imagenet or a file, of a run its"
-            " backbone.safetensors"
+            f"--init {path}: no such file; want random, imagenet or a file, such as the"
+            " backbone.safetensors of a run"
         )
     try:
         if path.suffix == ".safetensors":
@@ -104,7 +105,7 @@ def read(path: Path) -> dict[str, Tensor]:
             f"--init {path}: cannot be read as weights: damaged, or more than tensors; save the"
             " state_dict() alone"
         ) from e
-    except Exception as e:  # both readers raise a dozen kinds; to the user they are one
+    except Exception as e:  # the two readers raise a dozen kinds of errors
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise InputError(f"--init {path}: cannot be read as weights: {reason}") from e
 
@@ -115,16 +116,16 @@ def fill(
     source: str,
     grey: tuple[float, float] | None = None,
 ) -> str:
-    """Fill `backbone`, a timm model, in place; returns a line that says what matched.
+    """Load `weights` into `backbone`, a timm model, in place; returns a line on what matched.
 
-    A tensor matches if name and shape are the same, after a prefix that the file puts before all
-    names (`module.`, `backbone.`) is taken off, and a stem for three channels is folded into one.
-    Raises InputError if nothing matches, or such a stem cannot be folded.
+    A tensor matches if name and shape are equal, after removing a prefix of all names in the file
+    (`module.`, `backbone.`) and folding a three-channel stem into one channel. Raises InputError if
+    nothing matches or the stem cannot be folded.
     """
     own = backbone.state_dict()
     prefix = _prefix(own, weights)
     weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    notes = [f"`{prefix}` taken off their names"] if prefix else []
+    notes = [f"`{prefix}` removed from their names"] if prefix else []
     colours = [k for k in weights if k in own and _is_stem(weights[k], own[k])]
     if colours:
         weights = fold(backbone, colours, weights, grey)
@@ -148,7 +149,7 @@ def fill(
 
 
 def _prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """What stands before the names in the file: the prefix with which most of them match."""
+    """The prefix of the names in the file with which most of them match."""
     first = next(iter(own))
     found = (k.removesuffix(first) for k in weights if k.endswith(first))
     prefixes = ["", *(p for p in found if p.endswith("."))]
@@ -174,21 +175,22 @@ def fold(
     colours: the names of the stem's weights. grey: mean and std of our pixels.
 
     A grey value g is the colour (g, g, g). The three-channel model gets x_c = (g - m_c) / s_c, with
-    the m and s that timm has of it; ours y = (g - mean) / std. So the stem's sum_c w_c * x_c is
+    timm's m and s for it; ours gets y = (g - mean) / std. So the stem's sum_c w_c * x_c is
     w' * y + b with
 
         w' = sum_c w_c std / s_c        b = sum_c w_c (mean - m_c) / s_c, summed over the window
 
-    b goes into the stem's bias, or where it has none into the mean of the BatchNorm after it.
-    Equal wherever the window lies inside the picture. Where it hangs over the edge, zeros stand
-    for the mean of our pixels, as they stood for the mean of the other ones' colours; no
-    one-channel convolution could keep those.
+    b goes into the stem's bias or, if it has none, into the running mean of the BatchNorm after
+    it. The result is equal wherever the window lies inside the image. At the edge, zero padding
+    now stands for the mean of our pixels instead of the mean of each colour, which no one-channel
+    convolution can reproduce.
 
-    InputError where no BatchNorm follows a stem without bias, or the stem changes its weights.
+    Raises InputError if no BatchNorm follows a stem without bias, or if the stem transforms its
+    weights.
     """
     stem = colours[0].removesuffix(".weight")
     if grey is None:
-        raise ValueError(f"{stem} has three channels in the file: say how the grey values are")
+        raise ValueError(f"{stem} has three channels in the file: give the mean and std (grey)")
     (mean, std), rgb = grey, backbone.pretrained_cfg
     conv = backbone.get_submodule(stem)
     w = weights[f"{stem}.weight"].double()
@@ -205,11 +207,11 @@ def fold(
         names = [n for n, _ in backbone.named_modules()]
         after = names[names.index(stem) + 1]
         key, sign = f"{after}.running_mean", -1
-    linear = type(conv) in (nn.Conv2d, Conv2dSame)  # others normalise their weights first
+    linear = type(conv) in (nn.Conv2d, Conv2dSame)  # others transform their weights first
     if len(colours) > 1 or not linear or key not in weights:
         raise InputError(
             f"--init: the three-channel stem {stem} of {type(backbone).__name__} cannot be"
-            " folded into one channel; take another backbone, or weights for one channel"
+            " folded into one channel; use another backbone, or weights for one channel"
         )
     old = weights[key]
     return weights | {
@@ -219,19 +221,19 @@ def fold(
 
 
 def add_to_digest(digest, backbone: nn.Module) -> None:
-    """Add the weights, which are on the CPU, and their names to a hash of hashlib."""
+    """Add the weights, which must be on the CPU, and their names to a hashlib digest."""
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())
 
 
 def step_of(path: Path) -> int | None:
-    """The step of the run at which `save` has written `path`; None where it is not there."""
+    """The step of the run at which `save` wrote `path`; None if the file does not exist."""
     return step_in(path.read_bytes()) if path.exists() else None
 
 
 def step_in(data: bytes) -> int | None:
-    """The same of the file's bytes: 8 with the length of its header, then that, as JSON."""
+    """The same from the bytes of the file: 8 bytes of header length, then the JSON header."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return json.loads(header.get("__metadata__", {}).get("step", "null"))
 

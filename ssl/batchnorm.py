@@ -1,7 +1,7 @@
 """BatchNorm with the statistics of the batch joined over all ranks, on the CPU too.
 
-PyTorch's SyncBatchNorm runs on GPUs only; where there are none, this one takes its place, so
-that the loss of W ranks is that of one process with the whole batch.
+PyTorch's SyncBatchNorm runs only on GPUs. On CPUs this one replaces it, so that the loss of W ranks
+equals that of one process with the whole batch.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every BatchNorm over the joined batch; weights and their names stay."""
+    """`module` with every BatchNorm over the joint batch; weights and their names do not change."""
     if device.type == "cuda":
         return convert_sync_batchnorm(module)
     for child in module.modules():
@@ -22,7 +22,7 @@ def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Joined:
-    """The forward pass of one BatchNorm; a callable object, so that a module with it copies."""
+    """The forward pass of one BatchNorm; an object, so that the module can be deep-copied."""
 
     def __init__(self, module: _BatchNorm):
         self.module = module
@@ -38,7 +38,7 @@ class _Joined:
 def normalised(x: Tensor, m: _BatchNorm) -> Tensor:
     """Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1, over the rows of all ranks.
 
-    x: (B, C, ...). Biased variance to normalise, unbiased for the running one, as PyTorch's.
+    x: (B, C, ...). Normalises with the biased variance; the running one is unbiased, as in PyTorch.
     """
     dims = [0, *range(2, x.ndim)]
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -60,7 +60,7 @@ def normalised(x: Tensor, m: _BatchNorm) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks. Their losses are one joint loss, so its gradient is a sum too."""
+    """Sum over the ranks. Their losses are one joint loss, so the gradient is a sum as well."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

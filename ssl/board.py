@@ -1,4 +1,4 @@
-"""The metrics in TensorBoard, where it is installed."""
+"""Metrics for TensorBoard, if it is installed."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from pathlib import Path
 class Board:
     """Writes the lines of metrics.jsonl after `step` as scalars into <run>/tensorboard.
 
-    Does nothing where TensorBoard is not installed.
+    Does nothing if TensorBoard is not installed.
     """
 
     def __init__(self, run: Path, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # an extra that a user may install
+        except ImportError:  # an optional package
             self.writer = None
             return
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

@@ -1,4 +1,4 @@
-"""Checkpoints and the metrics file: what a run needs to go on as if it had never stopped."""
+"""Checkpoints and the metrics file: what a run needs to resume exactly."""
 
 import io
 import json
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 def save(path: Path, state: dict) -> None:
-    """Write tensors and plain values so that `path` holds the old or the new state, whole."""
+    """Atomically write tensors and plain values to `path`."""
     # Serialised in memory first: torch reports a full disk as a RuntimeError without the cause.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -24,10 +24,11 @@ def save(path: Path, state: dict) -> None:
 
 
 def keep(path: Path, step: int, num: int, score: float | None) -> None:
-    """Keep the checkpoint `path` of `step` as one of the last `num`, and as the best if it is.
+    """Keep the checkpoint `path` of `step` among the last `num`, and as the best if it is that.
 
-    In the folder checkpoints/ beside it: step-<step>.pt, best.pt, and best.json with the best's
-    score (higher is better; None: unknown). Links, so a checkpoint kept twice is stored once.
+    They go to the folder checkpoints/ beside it: step-<step>.pt, best.pt, and best.json with the
+    score of the best (higher is better; None: unknown). These are hard links, so a checkpoint
+    that is kept twice is stored once.
     """
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -54,22 +55,22 @@ def _link(path: Path, to: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """The state that `save` wrote; raises InputError for anything else. Runs no code from it."""
+    """The state that `save` wrote; raises InputError for anything else. Never unpickles code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
-    except Exception as e:  # a dozen kinds; to the user they are one
+    except Exception as e:  # torch.load raises a dozen kinds of errors
         raise InputError(
             f"checkpoint {path}: cannot be read ({type(e).__name__}); delete the run's folder"
             " and start again, or put back a copy"
         ) from e
     if found != FORMAT:
-        raise InputError(f"checkpoint {path}: format {found}, this version reads {FORMAT}")
+        raise InputError(f"checkpoint {path}: format {found}, but this version reads {FORMAT}")
     return state
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """The lines of metrics.jsonl, without a last line that a crash has truncated."""
     if not path.exists():
         return []
     found = []
@@ -83,6 +84,6 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    """Drop the lines after `step`: the run resumes there and writes them again."""
     with atomic_file(path, "w") as f:
         f.writelines(json.dumps(m) + "\n" for m in read_metrics(path) if m["step"] <= step)

@@ -1,4 +1,4 @@
-"""curves.png: what the metrics of a run look like over its steps."""
+"""curves.png: the metrics of a run over its steps."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ ONLINE = ("knn_accuracy", "knn_macro_f1", "probe_macro_f1")
 
 
 def draw(metrics: list[dict], path: Path) -> None:
-    """Loss and its terms, learning rate and gradient, health, speed, memory, what labels say.
+    """Plot loss and terms, learning rate, gradient norm, health, speed, memory, online evaluation.
 
-    metrics: lines of metrics.jsonl. Keys that are not known here count as terms of the loss. A
-    panel that has nothing to show is left out.
+    metrics: lines of metrics.jsonl. Unknown keys count as terms of the loss. Panels without data
+    are left out. Writes `path` as PNG.
     """
     figure = plot(metrics)
     with atomic_file(path) as f:
@@ -24,7 +24,7 @@ def draw(metrics: list[dict], path: Path) -> None:
 
 def plot(metrics: list[dict]):
     """The matplotlib Figure of `draw`."""
-    from matplotlib.figure import Figure  # 0.5 s, and not needed before the first picture
+    from matplotlib.figure import Figure  # takes 0.5 s, not needed before the first figure
 
     seen = {key for m in metrics for key in m}
     terms = [k for k in next((m for m in metrics if "loss" in m), {}) if k not in KNOWN]
@@ -55,7 +55,7 @@ def plot(metrics: list[dict]):
         line(loss, name, label=name, **({"color": "black"} if name == "loss" else {}))
     loss.set_title("Loss and its unweighted terms")
     loss.set_yscale("log")
-    loss.set_ylabel("mean since the line before")
+    loss.set_ylabel("mean since the previous line")
     if metrics:
         loss.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes, (title, *sides) in zip(others, pairs, strict=False):

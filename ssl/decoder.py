@@ -1,4 +1,4 @@
-"""From what a backbone sees back to a picture: for any timm model and any image size."""
+"""From a backbone's feature map back to an image, for any timm model and image size."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sslus.engine.errors import InputError
 
-MAX_WIDTH = 256  # channels at the map; with them the decoder costs a tenth of a ResNet
+MAX_WIDTH = 256  # channels at the feature map; the decoder then costs a tenth of a ResNet
 MIN_WIDTH = 16
 
 
 def encode(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1, H, W) -> the backbone's last map (B, C, h, w), and its features (B, F).
+    """(B, 1, H, W) -> the backbone's last feature map (B, C, h, w) and its features (B, F).
 
     One forward pass; the features are those that `backbone(x)` returns.
     """
@@ -22,10 +22,11 @@ def encode(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_map(backbone: nn.Module, seen: Tensor, size: tuple[int, int]) -> Tensor:
-    """What timm's `forward_features` returns, as (B, C, h, w), for images of H x W = size.
+    """The output of timm's `forward_features` as (B, C, h, w), for images of H x W = size.
 
-    It is that already for convolutional nets, (B, h, w, C) for the Swin family, and for vision
-    transformers (B, prefix + h * w, C): class tokens and registers first, then the grid.
+    Convolutional networks give that already, the Swin family (B, h, w, C), and vision transformers
+    (B, prefix + h * w, C): first class tokens and registers, then the grid. Raises InputError if
+    the tokens do not form a grid.
     """
     if seen.ndim == 4:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
@@ -35,22 +36,22 @@ def to_map(backbone: nn.Module, seen: Tensor, size: tuple[int, int]) -> Tensor:
     height = max(1, round(math.sqrt(num * size[0] / size[1])))
     if num % height:
         raise InputError(
-            f"reconstruction: the {num} tokens of {type(backbone).__name__} are no grid for"
-            f" {size[0]} x {size[1]} px; take another backbone"
+            f"reconstruction: the {num} tokens of {type(backbone).__name__} form no grid for"
+            f" {size[0]} x {size[1]} px; use another backbone"
         )
     return tokens.transpose(1, 2).unflatten(2, (height, num // height))
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w) and (B, F) -> (B, 1, H, W), the backbone's halvings in reverse.
+    """(B, C, h, w) and (B, F) -> (B, 1, H, W), reversing the backbone's downsampling.
 
-    The map is narrowed, then enlarged step by step to H x W, with a convolution at each size and
-    half the channels at the next. The sizes are H x W halved again and again, rounded up, as
-    strided convolutions do: 50 px come from 2, 4, 7, 13, 25. Enlarging before convolving leaves
-    no checkerboard (Odena et al. 2016).
+    A 1 x 1 convolution reduces the channels of the map, which is then upsampled step by step to
+    H x W, with a convolution at each size and half the channels at the next. The sizes are H x W
+    halved repeatedly, rounded up like the output of strided convolutions: 50 px come from 2, 4, 7,
+    13, 25. Upsampling before convolving avoids checkerboard artefacts (Odena et al. 2016).
 
-    The features enter everywhere alike. So the loss reaches all that they are made of (a class
-    token, a norm after the pooling), and what is kept of the run is what was trained.
+    The features are added at every position alike, so that the loss trains everything they are
+    made from (a class token, a norm after the pooling).
     """
 
     def __init__(self, backbone: nn.Module, image_size: int):
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
         self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """size: H x W of the picture."""
+        """size: H x W of the image."""
         x = self.narrow(x) + self.spread(features)[:, :, None, None]
         for step, block in enumerate([*self.blocks, self.last], 1):
             part = 1 << (self.steps - step)
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def _map_shape(backbone: nn.Module, image_size: int) -> tuple[int, int, int]:
-    """C, h, w of the map: measured, because timm does not tell it for all models."""
+    """C, h, w of the map, measured because timm does not state it for all models."""
     training = backbone.training
     x = torch.zeros(1, 1, image_size, image_size, device=next(backbone.parameters()).device)
     shape = to_map(backbone.eval(), backbone.forward_features(x), x.shape[-2:]).shape

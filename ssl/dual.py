@@ -1,8 +1,8 @@
-"""The dual task: learn from the labelled frames in the same loop.
+"""The dual task: learn from the labelled frames in the same training loop.
 
     L = L_method + weight * mean over labelled frames of cross-entropy(W h + b, label)
 
-h: the backbone's features of the first view. Frames without a label take no part in the second
+h: the backbone's features of the first view. Frames without a label are ignored in the second
 term. Migliorelli et al. 2024, Comput Biol Med 174:108430, on SimCLR; here on any method.
 """
 
@@ -16,14 +16,14 @@ from sslus.ssl.methods import Output
 
 
 class DualTask(nn.Module):
-    """A method with a classifier beside it; used like the method."""
+    """A method with an additional classifier; used like the method."""
 
     def __init__(self, method: nn.Module, num_classes: int, weight: float):
         super().__init__()
         if num_classes < 2:
             raise InputError(
-                f"--dual-task: the shards know {num_classes} labels, it wants two at least;"
-                " make them with `sslus shard ... --labels labels.csv`"
+                f"--dual-task: want at least two labels in the shards, got {num_classes};"
+                " make the shards with `sslus shard ... --labels labels.csv`"
             )
         self.method, self.weight = method, weight
         self.classifier = nn.Linear(method.backbone.num_features, num_classes)
@@ -39,7 +39,7 @@ class DualTask(nn.Module):
         ranks = Ranks.named(group_name(None))
         labelled = ranks.sum_((views.labels >= 0).sum())
         mean = total / labelled.clamp(min=1)
-        # The joint mean on every rank, with the gradient of this rank's part.
+        # The joint mean on every rank, with the gradient of this rank's terms.
         own = mean.detach()
         joint = mean + (ranks.sum_(own.clone()) - own)
         terms = terms | {"cross_entropy": joint.detach()}

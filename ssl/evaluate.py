@@ -1,7 +1,7 @@
-"""What is a backbone worth? Linear probe, nearest neighbours, fine-tuning; patients kept apart.
+"""What is a backbone worth? Linear probe, nearest neighbours, fine-tuning; split by patient.
 
-The trained backbone, the same backbone at its random initialisation and the majority class
-are judged on the same frames, folds and subsets of labels.
+The trained backbone, the same backbone at random initialisation and the majority class are
+evaluated on the same frames, folds and subsets of labels.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from sslus.ssl.world import pick_device
 
 RANDOM = "random init"  # the same backbone, never trained
 FEATURE_BATCH = 64
-SETTLED_BY = 1024  # frames, at most, that give a random backbone its BatchNorm statistics
-# Chosen once, for standardised features, and the same for every backbone: picking it on the
-# test folds would flatter, and an inner search costs ten times the fits.
+SETTLED_BY = 1024  # most frames from which a random backbone gets its BatchNorm statistics
+# Chosen once, for standardised features, and the same for every backbone: tuning it on the test
+# folds would bias the result, and an inner search would take ten times as many fits.
 INVERSE_REGULARISATION = 0.01
 MAX_ITERATIONS = 1000
 
@@ -53,12 +53,12 @@ Stage = Callable[[str, str], contextlib.AbstractContextManager]
 
 @dataclass(frozen=True)
 class Task:
-    """What one fit learns from and what it is asked: positions in LabelledFrames."""
+    """What one fit is trained and tested on, as positions in LabelledFrames."""
 
     backbone: str
     percent: float
     seed: int
-    train: np.ndarray  # (n,) int64, the share of the training part
+    train: np.ndarray  # (n,) int64, a share of the training part
     test: np.ndarray  # (T,) int64
 
 
@@ -75,42 +75,41 @@ def evaluate(
     device: str = "auto",
     stage: Stage | None = None,
 ) -> Evaluation:
-    """Judge the backbone of `run` by one of PROTOCOLS and write the report.
+    """Evaluate the backbone of `run` by one of PROTOCOLS and write the report.
 
-    Features: the whole frame at the run's image size, backbone in eval mode, computed once. The
-    random backbone's BatchNorm has the statistics of these frames.
-    linear: logistic regression on features standardised over the training frames, classes
-    weighted by their frequency there. knn: see sslus.ssl.neighbours. finetune: the backbone learns
-    too, see sslus.ssl.finetune; `steps` of every training are 100 on a CPU and 1000 on a GPU,
-    if not given.
+    Features are computed once, from whole frames at the run's image size, with the backbone in
+    eval mode. The random backbone's BatchNorm gets the statistics of these frames.
+    linear: logistic regression on features standardised over the training frames, with balanced
+    class weights. knn: see sslus.ssl.neighbours. finetune: the backbone is trained too, see
+    sslus.ssl.finetune; `steps` is that of each training (default: 100 on a CPU, 1000 on a GPU).
     Split: the column `split` of `labels`; without it, for each seed, stratified folds by patient,
     whose predictions are pooled. No patient is ever on both sides. A share of p percent keeps
     ceil(p/100 x videos), so at least one, of each class's training videos, patient by patient in
-    random order; smaller shares are subsets of larger ones, and the seeds draw both the folds
+    random order; smaller shares are subsets of larger ones. The seed determines both the folds
     and the order.
 
-    Writes results.json, report.md and confusion.png: of the linear probe into `out`, of another
-    protocol into the folder of its name in there. Beside them stays what the next call uses again:
-    features in `out`, what each fine-tuning has found in finetune/.
-    Reports are passed on, so no path, file name or patient stands in them; classes do.
-    `shards` defaults to those the run was trained on; their local/ folder must be there.
-    Raises InputError for a run, labels or shards that cannot be used, and while another process
-    writes into `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
+    Writes results.json, report.md and confusion.png: for the linear probe to `out`, for another
+    protocol to the subfolder of its name. Results that the next call can reuse stay beside them:
+    features in `out`, predictions of each fine-tuning in finetune/. Reports are meant to be
+    shared: they contain the class names, but no path, file name or patient.
+    `shards` defaults to those the run was trained on; their local/ folder must exist. Raises
+    InputError for a run, labels or shards that cannot be used, and while another process writes
+    to `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
     """
     run = Path(run)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     check_protocol(protocol)
     if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
         raise InputError(
-            "evaluate: want at least one seed, and fractions above 0 up to 100 percent"
+            "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
         )
     source = _read_run(run)
     settings = source.config["settings"]
     shards = shards or source.config["shards"]["path"]
     if is_url(shards):
         raise InputError(
-            f"{shards}: is a URL, and only the local/ folder of shards says which video a frame is"
-            " from; copy the shards to a disk and name them with --shards"
+            f"{shards}: is a URL, but only the local/ folder of shards tells which video a frame"
+            " comes from; copy the shards to a disk and name them with --shards"
         )
     shards = Path(shards)
     if not shards.exists():
@@ -140,7 +139,7 @@ def evaluate(
         notes += _warnings(source, store, frames, tasks)
         if slow:
             notes.append(
-                f"{slow} fits stopped at {MAX_ITERATIONS} iterations before they converged"
+                f"{slow} fits stopped at {MAX_ITERATIONS} iterations, before they converged"
             )
         result = Evaluation(
             protocol=protocol,
@@ -168,16 +167,16 @@ def check_protocol(name: str) -> None:
 
 @contextlib.contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock: two processes would write the same files."""
+    """Create the folder and hold its lock, since two processes would write the same files."""
     out.mkdir(parents=True, exist_ok=True)
-    busy = "another `sslus evaluate` is writing here; wait for it, or give another folder with -o"
+    busy = "another `sslus evaluate` is writing here; wait for it, or choose another folder with -o"
     with alone(out / ".lock", f"{out}: {busy}"):
         yield
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What is judged. A training that goes on may write other weights meanwhile."""
+    """What is evaluated, read once: a training under way may write other weights meanwhile."""
 
     path: Path
     config: dict
@@ -193,7 +192,7 @@ def _read_run(run: Path) -> _Run:
             )
     try:
         config = json.loads((run / "config.json").read_text())
-        config["settings"]["backbone"], config["shards"]["path"]  # they are there
+        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
@@ -210,7 +209,7 @@ def _features_of_both(
     cache: Path,
     stage: Stage,
 ) -> dict[str, np.ndarray]:
-    """The features of the trained and of the random backbone, under the names in the table."""
+    """The features of the trained and the random backbone, by their names in the table."""
     config, num, features = run.config, len(frames), {}
     with stage("features", "frames") as report:
         for i, name in enumerate([config["settings"]["method"], RANDOM]):
@@ -229,7 +228,7 @@ def _features_of_both(
 
 
 def _build(run: _Run, name: str) -> nn.Module:
-    """The backbone of the run, or RANDOM: the same with random weights of the run's seed."""
+    """The backbone of the run or, for RANDOM, the same with random weights from the run's seed."""
     settings = run.config["settings"]
     backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
     if name == RANDOM:
@@ -246,22 +245,25 @@ def _build(run: _Run, name: str) -> nn.Module:
 
 
 def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Predictions of a logistic regression, and whether it converged."""
+    """Predictions of a logistic regression, (T,), and whether it converged.
+
+    x_train: (n, F) float32; y_train: (n,) int64; x_test: (T, F) float32.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
         return np.full(len(x_test), y_train[0]), True
-    # In float64: summed as float32, a constant feature has a mean beside it and a deviation. It
-    # says nothing, and dividing by its rounding error would make it shout.
+    # In float64: a constant feature, summed in float32, would have a wrong mean and a nonzero
+    # deviation, and dividing by that rounding error would blow it up.
     mean, std = (f(x_train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
     scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-12), 1 / np.maximum(std, 1e-30), 0)
     mean, scale = mean.astype(x_train.dtype), scale.astype(x_train.dtype)
     model = LogisticRegression(
         C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=MAX_ITERATIONS
     )
-    # A fit is hundreds of products of small matrices: a second BLAS thread makes it slower.
+    # A fit is hundreds of products of small matrices, which a second BLAS thread slows down.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit((x_train - mean) * scale, y_train)
@@ -269,17 +271,17 @@ def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple
 
 
 def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Macro-F1, balanced accuracy and each class's F1 of a confusion matrix (truth, guess)."""
+    """Macro-F1, balanced accuracy and per-class F1 of a confusion matrix (truth, prediction)."""
     hit, truth, guess = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     f1 = 2 * hit / np.maximum(truth + guess, 1)
     return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
 
 
 def settle_batch_norm(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Give BatchNorm the mean statistics of `batches` instead of a new network's; no weight moves.
+    """Give BatchNorm the mean statistics of `batches` instead of initial ones; weights stay.
 
-    Those, mean 0 and variance 1, hold random features down so far that a backbone of which nothing
-    but the statistics has ever changed looks trained. Leaves the backbone in eval mode.
+    The initial ones, mean 0 and variance 1, make random features so poor that a backbone would
+    look trained if only its statistics had changed. Leaves the backbone in eval mode.
     """
     backbone.eval()
     for module in backbone.modules():
@@ -330,9 +332,9 @@ def _features(
             report(min(start + FEATURE_BATCH, len(index)))
     features = np.concatenate(parts)
     if not np.isfinite(features).all():
-        raise InputError("the backbone gives features that are not finite; train it again")
+        raise InputError("the backbone's features are not finite; train it again")
     content = io.BytesIO()
-    np.save(content, features)  # which on a full disk would not say that the disk is full
+    np.save(content, features)  # in memory: on a full disk, np.save would not name the cause
     with atomic_file(path) as f:
         f.write(content.getbuffer())
     return features
@@ -351,7 +353,7 @@ def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterato
 def _fit_all(
     protocol: str, tasks: list[Task], frames: LabelledFrames, features, report
 ) -> tuple[list[np.ndarray], int]:
-    """Each task's classes of its test part, (T,), and how many fits did not converge."""
+    """Each task's predicted classes, (T,), and how many fits did not converge."""
     guesses, slow, num_seeds = [], 0, tasks[-1].seed + 1
     for done, t in enumerate(tasks, start=1):
         x, y = features[t.backbone], frames.y[t.train]
@@ -375,7 +377,7 @@ def _finetune(
     cache: Path,
     stage: Stage,
 ) -> tuple[list[np.ndarray], int]:
-    """Each task's classes of its test part, (T,), and how many trainings that took."""
+    """Each task's predicted classes, (T,), and how many trainings that took."""
     starts = {name: _build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
     size, shards = run.config["settings"]["image_size"], run.config["shards"]
     pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
@@ -391,7 +393,7 @@ def _finetune(
 
 
 def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], deals) -> list[Row]:
-    """The table: the folds of a seed pooled, a backbone's shares together, the majority last."""
+    """The table: folds of a seed pooled, grouped by backbone, the majority class last."""
     num_classes, num_seeds = len(frames.names), len(deals)
     cells: dict[tuple[str, float], list] = {}
     for t, guess in zip(tasks, guesses, strict=True):
@@ -400,7 +402,7 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
     cells[name, 100.0] = []
     for seed, pairs in enumerate(deals):
         for train, test in pairs:
-            # One guess for all folds: each fold's own training majority is rare in its test part.
+            # One class for all folds: a fold's majority in training is rare in its test part.
             seen = train if frames.test is not None else slice(None)
             guess = np.bincount(frames.y[seen]).argmax()
             cells[name, 100.0].append((Task(name, 100.0, seed, train, test), guess))
@@ -451,30 +453,30 @@ def _warnings(
     ]
     if unseen:
         yield (
-            f"class {', '.join(unseen)}: some folds have no patient to learn it from, which"
-            " lowers its scores; its patients are too few or share other classes, label more"
+            f"class {', '.join(unseen)}: some folds have no training patient with it, which"
+            " lowers its scores; it has too few patients, or they share other classes: label more"
         )
     tested = np.unique(np.concatenate([t.test for t in tasks]))
     num = np.count_nonzero(store.label[frames.index[tested]] >= 0)
     if num and settings.get("dual_task") and store.digest == shards.get("digest"):
         yield (
-            f"the run has learned the labels of {num} of the {len(tested)} frames it is tested on"
-            " (--dual-task), so its scores are not those for new patients: train it on shards that"
-            " hold the labels of other patients alone"
+            f"the run learned the labels of {num} of the {len(tested)} frames that it is tested on"
+            " (--dual-task), so its scores do not hold for new patients: train it on shards that"
+            " contain the labels of other patients only"
         )
     if frames.moved:
         yield (
-            "the videos are not where they were sharded: they were found by their places below"
-            " labels.csv, so make sure that these are the labels of those shards"
+            "the videos are not where they were sharded; they were found by their positions"
+            " relative to labels.csv, so make sure that these are the labels of those shards"
         )
     if frames.num_without_frames:
         yield (
             f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
-            " (why: local/ledger.jsonl of the shards)"
+            " (see local/ledger.jsonl of the shards)"
         )
     done, steps = backbones.step_in(run.weights), settings.get("max_steps")
     if done and steps and done < steps:
-        yield f"the run is not finished: its backbone is that of step {done} of {steps}"
+        yield f"the run is not finished: its backbone is from step {done} of {steps}"
 
 
 def _write(result: Evaluation, frames, store: FrameStore, run: _Run) -> None:

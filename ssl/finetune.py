@@ -1,9 +1,10 @@
-"""Fine-tuning: backbone and linear head learn from labelled frames, then judge other patients'.
+"""Fine-tuning: train backbone and linear head on labelled frames, test on other patients.
 
     L = mean over the batch of w_y * cross-entropy(W h + b, y),    w_c = n / (classes * n_c)
 
-the probe's loss, with the backbone moving: every training has the same number of steps and of
-frames a step, however few labels it sees. Its result is kept, so that what was interrupted goes on.
+This is the probe's loss, but the backbone is trained too. Every training has the same number of
+steps and of frames per step, however few labels it uses. Results are cached, so that an interrupted
+evaluation can resume.
 """
 
 import copy
@@ -33,15 +34,15 @@ from sslus.ssl.views import ViewConfig, draw, parse, whole
 from sslus.ssl.world import pays_bf16
 
 BATCH_SIZE = 32
-# Mild, because labels depend on what a strong crop or blur takes away.
+# Mild, because strong crops or blur may remove what a label depends on.
 VIEWS = "ultrasound,min_area=0.6,p_blur=0,p_speckle=0"
 TEST_BATCH = 64
-CHECK_EVERY = 10  # steps, at most, between looks at the loss, for which a GPU is waited for
+CHECK_EVERY = 10  # most steps between checks of the loss, each of which waits for the GPU
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The same for every backbone, share of the labels, fold and seed."""
+    """Settings, the same for every backbone, share of the labels, fold and seed."""
 
     backbone: str
     steps: int
@@ -69,9 +70,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One training and its test. It does not know what is right in the test."""
+    """One training and its test; it does not contain the labels of the test."""
 
-    backbone: str  # whose weights it starts from
+    backbone: str  # the weights to start from
     seed: int
     num_classes: int
     train: np.ndarray  # (n,) int64 indices into the frame store
@@ -81,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Frames as the backbone wants them, (B, 1, size, size) float32 on `device`."""
+    """Frames as input for the backbone, (B, 1, size, size) float32 on `device`."""
 
     store: FrameStore
     size: int
@@ -90,16 +91,16 @@ class Pictures:
     device: torch.device
 
     def whole(self, frames: np.ndarray) -> Tensor:
-        """As the probe sees them."""
+        """Whole frames, as for the probe."""
         pictures = whole(self.store.frames[frames], self.size, self.mean, self.std)
         return pictures.to(self.device)
 
     def views(self, frames: np.ndarray, epoch: np.ndarray, preset: ViewConfig, seed: int) -> Tensor:
-        """A frame looks otherwise in each epoch; epoch: (B,)."""
+        """Augmented views, different for a frame in every epoch; epoch: (B,)."""
         table = draw(preset, frames, 0, epoch, seed, self.store.size, self.size)
         pictures = torch.from_numpy(np.ascontiguousarray(self.store.frames[frames]))
         inputs = pictures, torch.arange(len(frames)), torch.from_numpy(table)
-        # Made where they are wanted: bytes go to a GPU, not views.
+        # Computed on the device: it receives uint8 frames, not float32 views.
         inputs = (t.to(self.device) for t in inputs)
         return views(*inputs, size=self.size, mean=self.mean, std=self.std)
 
@@ -112,13 +113,12 @@ def finetune(
     cache: Path,
     report: Callable[[int, int, str], None],
 ) -> tuple[list[np.ndarray], int]:
-    """The classes of each job's test frames, (T,) int64, and how many trainings that took.
+    """The predicted classes of each job's test frames, (T,) int64, and how many trainings it took.
 
-    starts: the backbones by name; they stay as they are. What a training has found is kept in the
-    folder `cache`, under a digest of all that it depends on; equal jobs are done once (two small
-    shares may keep the same videos).
-    On Ctrl-C and SIGTERM the training under way is lost, and Interrupted raised. InputError where
-    a loss is no longer finite.
+    starts: the backbones by name; they are not changed. The predictions of each training are kept
+    in the folder `cache`, under a digest of everything they depend on; equal jobs are done only
+    once (two small shares may keep the same videos). Ctrl-C and SIGTERM lose the training under
+    way and raise Interrupted. Raises InputError if a loss is no longer finite.
     """
     if pictures.device.type == "cpu":
         keep_freed_memory()
@@ -134,7 +134,7 @@ def finetune(
                 if signals.seen:
                     raise Interrupted(
                         f"stopped after {done} of {num} trainings, which are kept; the same"
-                        " command goes on",
+                        " command resumes",
                         signals.seen,
                     )
                 report(done * steps + step, num * steps, f"training {done + 1} of {num}")
@@ -149,7 +149,7 @@ def finetune(
 def _names(
     jobs: list[Job], starts: dict[str, nn.Module], pictures: Pictures, settings: Settings
 ) -> list[str]:
-    """The file of each job: named by all that its result depends on."""
+    """The file of each job, named by a digest of everything its result depends on."""
     p, common = pictures, {}
     for start, backbone in starts.items():
         facts = [
@@ -175,7 +175,7 @@ def tune(
     settings: Settings,
     tick: Callable[[int], None],
 ) -> np.ndarray:
-    """The classes of the job's test frames, (T,) int64, by the fine-tuned model.
+    """The classes that the fine-tuned model predicts for the job's test frames, (T,) int64.
 
     tick(step) is called after every step and every batch of the test.
     """
@@ -184,7 +184,7 @@ def tune(
     device, s = pictures.device, settings
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(job.seed)  # for the head, and dropout where there is any
+        torch.manual_seed(job.seed)  # for the head, and for dropout if there is any
         model = nn.Sequential(
             copy.deepcopy(start), nn.Linear(start.num_features, job.num_classes)
         ).to(device, memory_format=torch.channels_last)
@@ -212,7 +212,7 @@ def _train(
     optimizer = optimizers.make(s.optimizer, model, s.lr, s.weight_decay)
     weight = class_weights(job.y, job.num_classes).to(device)
     at, epoch = batches(len(job.train), s.batch_size, s.steps, job.seed)
-    total = torch.zeros((), device=device)  # of the losses: a NaN stays in a sum
+    total = torch.zeros((), device=device)  # the sum of the losses, in which a NaN persists
     for step in range(s.steps):
         x = pictures.views(job.train[at[step]], epoch[step], preset, job.seed)
         y = torch.from_numpy(job.y[at[step]]).to(device)
@@ -236,7 +236,7 @@ def _train(
 
 
 def class_weights(y: np.ndarray, num_classes: int) -> Tensor:
-    """Those of the probe, (num_classes,) float32; 0 for a class that `y` does not have."""
+    """The probe's class weights, (num_classes,) float32; 0 for a class missing in `y`."""
     count = np.bincount(y, minlength=num_classes)
     weight = np.where(count > 0, len(y) / np.maximum(count, 1) / np.count_nonzero(count), 0)
     return torch.from_numpy(weight.astype(np.float32))
@@ -245,10 +245,10 @@ def class_weights(y: np.ndarray, num_classes: int) -> Tensor:
 def batches(
     num_frames: int, batch_size: int, num_steps: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which frames a step sees, and in which epoch of theirs: (num_steps, batch_size) int64 each.
+    """The frames of each step and their epochs: (num_steps, batch_size) int64 each.
 
-    The epochs follow each other without a gap, so that a few frames too fill every batch, in
-    other views each time.
+    Epochs follow each other without a gap, so that even a few frames fill every batch, with
+    different views each time.
     """
     place = np.arange(num_steps * batch_size).reshape(num_steps, batch_size)
     epoch = place // num_frames

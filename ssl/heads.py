@@ -1,4 +1,4 @@
-"""What stands around a backbone while it is trained: projectors, predictors and EMA teachers."""
+"""Projectors, predictors and EMA teachers, which accompany a backbone during training."""
 
 import copy
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from sslus.kernels.ranks import Ranks, group_name
 
 
 def mlp(*widths: int, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
-    """Linear-BN-ReLU blocks, then a bare linear: (B, widths[0]) -> (B, widths[-1]).
+    """Linear-BN-ReLU blocks, then a linear layer: (B, widths[0]) -> (B, widths[-1]).
 
     norm=False: Linear-ReLU blocks. last_norm: a BatchNorm without scale or shift at the end.
     """
@@ -40,22 +40,22 @@ def widths(text: str) -> list[int]:
 
 
 def teacher_of(*modules: nn.Module) -> nn.Sequential:
-    """A copy of `modules`, one after the other, that no optimiser trains: see `follow`."""
+    """A copy of `modules` in sequence, without gradients; updated by `follow`."""
     return nn.Sequential(*copy.deepcopy(modules)).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: Iterable[nn.Module], rate: float) -> None:
-    """teacher += rate (student - teacher), every weight of it: an exponential moving average.
+    """teacher += rate (student - teacher) for every weight: an exponential moving average.
 
-    Statistics of BatchNorm are the teacher's own: in training it uses those of its batch.
+    The teacher has its own BatchNorm statistics: in training mode, those of its batch.
     """
     weights = [p for module in student for p in module.parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), weights, rate)
 
 
 def joint_mean(rows: Tensor) -> Tensor:
-    """The mean of (B,) over the rows of all ranks, with the gradient at this rank's."""
+    """The mean of (B,) over the rows of all ranks, with the gradient at this rank's rows."""
     ranks = Ranks.named(group_name(None))
     own = rows.mean() / ranks.world
     rest = ranks.sum_(own.detach().clone()) - own.detach()

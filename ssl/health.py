@@ -1,4 +1,4 @@
-"""Is the representation alive? Numbers that fall when features collapse."""
+"""Health of the representation: metrics that reveal collapsing features, and divergence."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A collapsed backbone gives every frame the same feature, so that one direction is left. The
-# features of a trained or random ResNet lie on tens of directions.
+# A collapsed backbone gives every frame the same feature, which leaves one direction. The features
+# of a trained or random ResNet fill tens of directions.
 LEAST_RANKME = 2.0
 LEAST_SPREAD = 1e-3
 
@@ -18,10 +18,10 @@ def rankme(h: Tensor) -> float:
 
         exp(-sum_k p_k log p_k),    p = singular values / their sum
 
-    Garrido et al. 2023, arXiv:2210.02885, equation 1. Compare values at one B only: B is a
-    ceiling.
+    Garrido et al. 2023, arXiv:2210.02885, equation 1. Compare only values with the
+    same B, which is an upper bound.
     """
-    # The singular values from the smaller Gram matrix: 13 times faster at (256, 2048).
+    # Singular values from the smaller Gram matrix, which is 13 times faster at (256, 2048).
     h = h.double()
     gram = h @ h.T if len(h) <= h.shape[1] else h.T @ h
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
@@ -31,14 +31,14 @@ def rankme(h: Tensor) -> float:
 
 @torch.no_grad()
 def feature_std(h: Tensor) -> tuple[float, float]:
-    """The mean over dimensions of the std over rows, and the same relative to h's RMS."""
+    """The std over rows, averaged over dimensions; and the same relative to the RMS of h."""
     std = h.float().std(dim=0).mean()
     return std.item(), (std / h.float().square().mean().sqrt().clamp_min(1e-12)).item()
 
 
 @torch.no_grad()
 def dead_features(h: Tensor) -> float:
-    """The share of dimensions whose std over rows is below LEAST_SPREAD of the mean one."""
+    """The share of dimensions whose std over rows is below LEAST_SPREAD times the mean std."""
     std = h.float().std(dim=0)
     return (std <= LEAST_SPREAD * std.mean()).float().mean().item()
 
@@ -60,14 +60,14 @@ def uniformity(h: Tensor) -> float:
     Wang and Isola 2020, section 4.2.
     """
     u = F.normalize(h.float(), dim=1)
-    # A pair's distance from its cosine; the diagonal, no pair, is taken out.
+    # The distance of each pair from its cosine; the diagonal holds no pairs and is removed.
     close = torch.exp(4 * (u @ u.T) - 4)
     n = len(u)
     return math.log((close.sum().item() - close.diagonal().sum().item()) / (n * (n - 1)))
 
 
 def look(features: Tensor) -> tuple[dict[str, float], str | None]:
-    """All of it for (V, B, F) features of one or two views, and a line of warning or None."""
+    """All metrics for features (V, B, F) of one or two views, and a one-line warning or None."""
     ha = features[0]
     std, spread = feature_std(ha)
     found = {
@@ -80,7 +80,7 @@ def look(features: Tensor) -> tuple[dict[str, float], str | None]:
 
 
 def collapse(rank: float, spread: float, num: int) -> str | None:
-    """A line of warning for a RankMe and a relative std of `num` frames, or None."""
+    """A one-line warning, given RankMe and relative std of `num` frames, or None."""
     # Two frames have no more than two directions.
     if rank >= min(LEAST_RANKME, (1 + num) / 2) and spread >= LEAST_SPREAD:
         return None
@@ -92,8 +92,9 @@ def collapse(rank: float, spread: float, num: int) -> str | None:
 
 
 class Divergence:
-    """Says once when the loss has run away: three times that of the first line, or ten times the
-    lowest and more than half the first. (BYOL's and MoCo's rise by less while they learn.)"""
+    """Warns once when the loss diverges: above three times that of the first line, or above ten
+    times the lowest and half the first. (In BYOL and MoCo the loss rises by less while they
+    learn.)"""
 
     def __init__(self, losses: list[float]):
         self.first = self.lowest = math.inf
@@ -110,7 +111,7 @@ class Divergence:
             return None
         self.said = True
         return (
-            f"the loss runs away: {loss:.4g}, after {self.first:.4g} at the start and"
+            f"the loss diverges: {loss:.4g}, after {self.first:.4g} at the start and"
             f" {self.lowest:.4g} at its lowest. Try a lower --lr, a longer --warmup-steps or"
             " --clip-norm"
         )

@@ -1,4 +1,4 @@
-"""Batches of views, made while the step before them runs."""
+"""Batches of views, prepared in the background while the previous step runs."""
 
 import math
 import shutil
@@ -24,10 +24,10 @@ from sslus.kernels.augment import COLUMNS, views
 from sslus.ssl.memory import large_pages
 from sslus.ssl.views import ViewConfig, draw
 
-# Share of the memory that is free which the whole store may take: the rest is the model's.
+# Share of the free GPU memory that the whole store may take; the rest is for the model.
 GPU_SHARE = 0.5
-DISK_SHARE = 0.9  # of the free disk that a new frame store may take
-DRAWN = 512  # views are drawn for so many frames at a time: fewer take as long
+DISK_SHARE = 0.9  # share of the free disk space that a new frame store may take
+DRAWN = 512  # view parameters are drawn for this many frames at a time; fewer take as long
 TIERS = ("auto", "gpu", "ram", "disk", "stream")
 
 Store = FrameStore | StreamStore
@@ -35,8 +35,8 @@ Store = FrameStore | StreamStore
 
 @dataclass(frozen=True)
 class Batch:
-    """The frames of one step. first, second: (B,) int64 indices into the store, which differ
-    where a view comes from a nearby frame; weights: (B,) float32 of the pairs, or None."""
+    """The frames of one batch. first, second: (B,) int64 indices into the store, which differ if
+    the second view comes from a nearby frame; weights: (B,) float32 of the pairs, or None."""
 
     epoch: int
     first: np.ndarray
@@ -45,21 +45,21 @@ class Batch:
 
 
 class Views(NamedTuple):
-    """Two views of the frames of one step, on the training device."""
+    """Two views of the frames of one batch, on the training device."""
 
     va: Tensor  # (B, 1, h, w) float32, normalised by the store's mean and std
     vb: Tensor  # the same
     weights: Tensor | None  # (B,) float32, of the pairs
     ids: Tensor  # (B,) int64, `sample_ids`
-    labels: Tensor  # (B,) int64, of the frame of the first view; -1 without one
+    labels: Tensor  # (B,) int64, of the first view's frame; -1 without a label
 
 
 def sample_ids(seed: int, epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """A number of its own for each (seed, epoch, frame), (B,) int64: a counter for random draws.
+    """A distinct number for each (seed, epoch, frame), (B,) int64: a counter for random draws.
 
-    What is drawn for a sample from it (a mask, say) is the same in every batch size, on every
-    rank and after a resume, as the views are. epoch * 2^40 + frame: 2^40 frames of 256 x 256
-    would be 72 PB; the seed is spread over all bits by the finaliser of splitmix64.
+    What is drawn from it for a sample (a mask, for example) does not depend on batch size, rank
+    or resuming, like the views. It is epoch * 2^40 + frame (2^40 frames of 256 x 256 would be
+    72 PB), XORed with the seed, which the finaliser of splitmix64 has spread over all bits.
     """
     mask = 2**64 - 1
     z = (seed + 0x9E3779B97F4A7C15) & mask
@@ -70,11 +70,11 @@ def sample_ids(seed: int, epoch: int | np.ndarray, frames: np.ndarray) -> np.nda
 
 
 def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **options) -> Store:
-    """The frames of a folder or URL of shards: decoded once, or streamed where that cannot be.
+    """The frames of a folder or URL of shards: decoded once or, if that cannot be, streamed.
 
-    tier: "stream" or another that is forced; "auto" streams a URL and what the disk has no room
-    for. options: of FrameStore.open. Raises InputError where a forced tier or `pairs` "nearby"
-    cannot be, and what FrameStore.open does.
+    tier: one of TIERS; "auto" streams URLs, and shards whose frames do not fit on the disk.
+    options: those of FrameStore.open. Raises InputError if the tier or `pairs` "nearby" is
+    impossible, and the errors of FrameStore.open.
     """
     if tier not in TIERS:
         raise InputError(f"--tier {tier!r}: want one of {', '.join(TIERS)}")
@@ -88,16 +88,16 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         size = manifest.num_frames * manifest.settings["size"] ** 2
         free = shutil.disk_usage(shards).free
         if size > DISK_SHARE * free:
-            why = f"{_gb(size)} of frames do not fit on the disk, {_gb(free)} are free"
+            why = f"{_gb(size)} of frames do not fit on the disk, with {_gb(free)} free"
     if why is None:
         return FrameStore.open(Path(shards), **options)
     if tier not in ("auto", "stream"):
-        raise InputError(f"--tier {tier}: {why}; use --tier stream, or bring the shards to a disk"
+        raise InputError(f"--tier {tier}: {why}; use --tier stream, or copy the shards to a disk"
                          " with room")  # fmt: skip
     if pairs == "nearby":
         raise InputError(
-            f"--pairs nearby: frames are streamed ({why}), and a video's are spread over all"
-            " shards; use --pairs same, or bring the shards to a disk with room for them"
+            f"--pairs nearby: frames are streamed ({why}), but those of a video are spread over all"
+            " shards; use --pairs same, or copy the shards to a disk with room for the frames"
         )
     return StreamStore.open(shards, why)
 
@@ -111,7 +111,7 @@ def _gb(size: float) -> str:
 
 
 def plan_of(store: Store, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Plan:
-    """The order of the frames that the store's tier is fast at."""
+    """The plan (order of frames) that is fast for this kind of store."""
     if isinstance(store, StreamStore):
         return store.plan(batch_size, seed, rank, world)
     return Plan(len(store), batch_size, seed, rank, world)
@@ -120,9 +120,9 @@ def plan_of(store: Store, batch_size: int, seed: int, rank: int = 0, world: int 
 def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str, str]:
     """Where the frames are kept during training, and why: ("gpu" | "ram" | "disk" | "stream", ...).
 
-    gpu: all of them in the GPU's memory, only indices and parameters cross the bus. ram: memory-
-    mapped and read ahead at the start. disk: memory-mapped, each batch read ahead. stream:
-    nowhere, each is decoded anew. Raises InputError where the `wanted` one cannot be.
+    gpu: all in GPU memory, so that only indices and parameters cross the bus. ram: memory-mapped,
+    and read ahead at the start. disk: memory-mapped, and read ahead batch by batch. stream: not
+    kept, but decoded each time. Raises InputError if the `wanted` tier is impossible.
     """
     if wanted not in TIERS:
         raise InputError(f"--tier {wanted!r}: want one of {', '.join(TIERS)}")
@@ -136,8 +136,8 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
         free, _ = torch.cuda.mem_get_info(device)
         on_gpu = size <= GPU_SHARE * free
     if wanted == "gpu" and not on_gpu:
-        why = f"{_gb(size)} of frames do not fit" if device.type == "cuda" else "there is none"
-        raise InputError(f"--tier gpu: {why} on the {device.type}; use --tier auto")
+        why = f"{_gb(size)} of frames do not fit" if device.type == "cuda" else "there is no GPU"
+        raise InputError(f"--tier gpu: {why}; use --tier auto")
     if wanted == "ram" and not in_ram:
         raise InputError(f"--tier ram: {_gb(size)} of frames do not fit into memory; use auto")
     if wanted == "stream":
@@ -154,10 +154,10 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
 class Loader:
     """Iterating yields `Views`: two views of every frame of every batch, on `device`.
 
-    A background thread makes them `ahead` batches before they are asked for (one to hand over,
-    one in the making); what it raises, the next batch asked for raises. Order and values do not
-    depend on `threads`, `ahead` or the tier. Leaving the loop or the `with` ends the thread's
-    work. A batch's memory is used again when nothing refers to it.
+    A background thread makes them `ahead` batches early (by default one that is ready and one in
+    progress); its exceptions are raised when the next batch is requested. Order and values do not
+    depend on `threads`, `ahead` or the tier. Leaving the loop or the `with` block ends the
+    thread's work. The memory of a batch is reused once nothing refers to it.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Loader:
             if device.type == "cuda" and not self.reader.gpu:
                 self.why += "; DALI is not installed: decoded on the CPU"
         else:
-            with warnings.catch_warnings():  # the map is read-only, which PyTorch cannot express
+            with warnings.catch_warnings():  # the memory map is read-only, unlike PyTorch tensors
                 warnings.simplefilter("ignore", UserWarning)
                 self.frames = torch.from_numpy(store.frames)
         if self.tier == "gpu":
@@ -213,7 +213,7 @@ class Loader:
             while True:
                 for job in jobs:
                     if job.done():
-                        job.result()  # what a later batch raised, at once
+                        job.result()  # raise the errors of later batches at once
                 batch = jobs.popleft().result()
                 if batch is None:
                     return
@@ -224,7 +224,7 @@ class Loader:
                 job.cancel()
 
     def at_once(self, batch: Batch) -> Views:
-        """The views of one batch, made now: for a trial."""
+        """The views of one batch, made immediately, for a trial."""
         ((index, table, ids),) = self._prepare([batch])
         job = self.pool.submit(self._make, batch, index, table, ids)
         return self._hand_over(*job.result())
@@ -237,7 +237,7 @@ class Loader:
                 yield self._make(batch, *prepared)
 
     def _groups(self) -> Iterator[list[Batch]]:
-        """Batches of DRAWN frames or more together, told in advance to what reads ahead."""
+        """Groups of batches with DRAWN frames or more, announced to the read-ahead in advance."""
         horizon = {"disk": DRAWN, "stream": BUFFER}.get(self.tier, 0)  # frames
         waiting: deque[list[Batch]] = deque()
         num_waiting, group, num = 0, [], 0
@@ -263,10 +263,10 @@ class Loader:
             yield group
 
     def _prepare(self, group: list[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each batch, first views before second ones: frames (2B,), table, ids (2B,).
+        """For each batch, first views before second views: frames (2B,), table, ids (2B,).
 
-        Both views' draws are the first frame's own: one that is nearby two others is shown to
-        each in another view.
+        The draws of both views belong to the first frame, so that a frame which is the partner of
+        two others gives each of them a different view.
         """
         lengths = [2 * len(batch.first) for batch in group]
         index = np.concatenate([x for b in group for x in (b.first, b.second)]).astype(np.int64)
@@ -289,7 +289,7 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         if self.tier == "stream":
             if batch.second is not batch.first and (batch.second != batch.first).any():
-                raise ValueError("loader: in the stream tier both views are of the same frame")
+                raise ValueError("loader: in the stream tier, both views must be of the same frame")
             frames, labels = self.reader.read(batch.first)
             frames = self._on_gpu(frames) if self.reader.gpu else torch.from_numpy(frames)
             index = torch.arange(num).repeat(2)
@@ -303,12 +303,12 @@ class Loader:
         options = {"size": self.size, "mean": self.store.mean, "std": self.store.std}
         if not frames.is_cuda:
             shape = (len(index), 1, self.size, self.size)
-            # Pinned memory lets the copy to the GPU run beside its work.
+            # Pinned memory lets the copy overlap with the GPU's work.
             out = torch.empty(shape, pin_memory=True) if on_gpu else self.memory.tensor(shape)
             views(frames, index, params, out=out, threads=self.threads, **options)
             if not on_gpu:
                 return out, rest, None
-        with torch.cuda.stream(self.stream):  # beside the step that runs on the main stream
+        with torch.cuda.stream(self.stream):  # concurrent with the step on the main stream
             if frames.is_cuda:
                 out = views(frames, self._send(index), self._send(params), **options)
             else:
@@ -317,11 +317,11 @@ class Loader:
         return out, rest, ready
 
     def _send(self, x: Tensor) -> Tensor:
-        """To the GPU without waiting for it, which needs pinned memory."""
+        """Copy to the GPU asynchronously, which needs pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True)
 
     def _on_gpu(self, frames) -> Tensor:
-        """A copy of what DALI has decoded, whose memory it will use again."""
+        """A copy of frames that DALI has decoded, since it will reuse their memory."""
         with torch.cuda.stream(self.stream):
             frames = torch.from_dlpack(frames)[..., 0].clone()
         self.stream.synchronize()
@@ -330,7 +330,7 @@ class Loader:
     # ------------------------------------------------------------ in the caller's thread
 
     def gpu_waits(self) -> list[tuple]:
-        """Pairs of CUDA events since the last call: between them the GPU had no views yet."""
+        """Pairs of CUDA events since the last call, between which the GPU waited for views."""
         waits, self._gpu_waits = self._gpu_waits, []
         return waits
 
@@ -344,22 +344,22 @@ class Loader:
             self._gpu_waits.append((before, after))
             for x in (out, *rest):
                 if x is not None:
-                    x.record_stream(current)  # its memory is kept until the step is done
-        return Views(*out.chunk(2), *rest)  # one channel: channels_last too
+                    x.record_stream(current)  # keeps its memory until the step is done
+        return Views(*out.chunk(2), *rest)  # with one channel this is channels_last too
 
 
 class _Memory:
-    """Memory for batches. The pages of a new block cost up to four times what the views do."""
+    """Reuses memory for batches: page faults in new blocks cost up to four times the views."""
 
     def __init__(self):
         self.free: deque[np.ndarray] = deque()
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """Float32, anything in it; its memory comes back when no tensor refers to it."""
+        """An uninitialised float32 tensor; its memory comes back when no tensor refers to it."""
         length = math.prod(shape)
         block = self.free.pop() if self.free else np.empty(0, np.float32)
         if len(block) < length:
             block = large_pages(length)
-        lent = block[:length]  # an object of its own, which the tensor keeps
+        lent = block[:length]  # an object of its own, kept alive by the tensor
         weakref.finalize(lent, self.free.append, block).atexit = False
         return torch.from_numpy(lent).view(shape)

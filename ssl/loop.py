@@ -1,4 +1,4 @@
-"""The loop: batches in, updates, and everything that is told and kept on the way."""
+"""The training loop: batches, updates, and everything that is logged and kept on the way."""
 
 import json
 import math
@@ -29,13 +29,13 @@ CURVES_EVERY_SECONDS = 120.0  # drawing takes about a second
 
 @dataclass(frozen=True)
 class Options:
-    """What is logged and kept of a run; its result does not depend on them. Counts in steps."""
+    """What is logged and kept of a run, in steps. Its result does not depend on these."""
 
     log_every: int = 10
-    health_every: int = 50  # a multiple of log_every, or it happens at the next line
+    health_every: int = 50  # if not a multiple of log_every, delayed to the next log line
     checkpoint_every: int = 200
-    keep: int = 2  # how many checkpoints stay in checkpoints/, beside the best one
-    online_every: int = 0  # epochs from one kNN and linear probe to the next; 0: never
+    keep: int = 2  # checkpoints to keep in checkpoints/, besides the best one
+    online_every: int = 0  # epochs between online evaluations (kNN, linear probe); 0: never
     time_limit: float | None = None  # seconds, after which the run saves and stops
 
 
@@ -63,11 +63,11 @@ class Loop:
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
         self.warnings: list[str] = []
         self.note = ""
-        self.signum = 0  # of a signal that came when there was nothing left to stop
+        self.signum = 0  # of a signal that arrived when there was nothing left to stop
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):
-            raise InputError("--online-every: frames are streamed, their labels are not known yet")
-        if options.online_every:  # every rank judges alike, the first one looks
+            raise InputError("--online-every: frames are streamed, so labels are not known yet")
+        if options.online_every:  # every rank checks the labels; only rank 0 evaluates
             online = Online(store, settings.image_size, settings.seed, self.device)
             if online.why_not:
                 raise InputError(f"--online-every: {online.why_not}")
@@ -97,9 +97,9 @@ class Loop:
             self.say(f"frames: {loader.tier} ({loader.why})")
             batches = iter(loader)
             update = step.choose(state, s, lambda: self.first_views(loader), self.say)
-            loader.gpu_waits()  # the trial's
+            loader.gpu_waits()  # discard those of the trial
             self.log.restart()
-            if self.online_is_due() and not self.has_looked():  # stopped before it could
+            if self.online_is_due() and not self.has_looked():  # it was stopped before
                 self.look(saved=True)
             while state.step < s.max_steps:
                 before = time.monotonic()
@@ -136,7 +136,7 @@ class Loop:
         self.check_finite()
         found = self.online(self.state.backbone)
         self.log.best = found["knn_accuracy"]
-        if saved:  # before the line is there, with which a run would not look again
+        if saved:  # before the line is written, after which a resumed run would not repeat this
             self.keep()
         self.log.add(found)
 
@@ -152,23 +152,23 @@ class Loop:
         return limit is not None and time.monotonic() - self.started > limit
 
     def online_is_due(self) -> bool:
-        """Whether the step that was made last is the first of an epoch with a look."""
+        """Whether the last step was the first of an epoch with an online evaluation."""
         if not self.options.online_every or self.state.step == 0:
             return False
         every = self.options.online_every * self.per_epoch
         return int(self.state.step / every) > int((self.state.step - 1) / every)
 
     def view_threads(self) -> int:
-        """On the CPU the step needs the cores, and one thread makes views far faster than it."""
+        """1 on the CPU: the step needs the cores, and one thread keeps up with it easily."""
         cores = len(os.sched_getaffinity(0)) // self.local_size()
         return 1 if self.device.type == "cpu" else max(1, cores - 1)
 
     def local_size(self) -> int:
-        """How many processes share this machine's cores."""
+        """The number of processes that share this machine's cores."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """What every step from `step` to the end of the run is made of, `accumulate` a step."""
+        """The batches of all steps from `step` to the end of the run, `accumulate` per step."""
         left = (self.settings.max_steps - step) * self.settings.accumulate
         epoch, start = divmod(step * self.settings.accumulate, self.plan.steps_per_epoch)
         while left > 0:
@@ -230,7 +230,7 @@ class Loop:
 
     def stopped(self, signum: int) -> None:
         if self.world.is_main:
-            self.export_backbone()  # drawing takes seconds, which a scheduler may not give
+            self.export_backbone()  # not the curves: a scheduler may not give the seconds they take
         self.world.barrier()
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.settings.max_steps}; everything is saved",
@@ -238,7 +238,7 @@ class Loop:
         )
 
     def export(self) -> None:
-        """Write what others read: the backbone and the curves."""
+        """Write the backbone and the curves."""
         self.export_backbone()
         self.draw()
 
@@ -265,7 +265,7 @@ class Loop:
 
 @dataclass
 class _Pending:
-    """A line of metrics whose numbers may still be on their way from the GPU."""
+    """A line of metrics whose numbers may not have arrived from the GPU yet."""
 
     line: dict
     names: tuple[str, ...]
@@ -273,18 +273,18 @@ class _Pending:
     steps: int
     features: Tensor | None
     arrived: object  # a CUDA event, or None
-    gpu_waits: list[tuple]  # pairs of CUDA events, between which the GPU waited for views
-    seconds: float  # that the line is about
+    gpu_waits: list[tuple]  # pairs of CUDA events between which the GPU waited for views
+    seconds: float  # covered by the line
 
 
 class _Log:
-    """metrics.jsonl and TensorBoard. A line is written when the GPU has finished its numbers,
-    while later steps run already; on the CPU at once."""
+    """Writes metrics.jsonl and TensorBoard. On a GPU a line is written when its numbers have
+    arrived, while later steps already run; on the CPU, at once."""
 
     def __init__(self, loop: Loop):
         self.loop, self.state = loop, loop.state
         self.pending: deque[_Pending] = deque()
-        self.best: float | None = None  # what the best checkpoint is chosen by: higher is better
+        self.best: float | None = None  # score of the newest checkpoint; higher is better
         self.last_health = self.state.step - self.state.step % loop.options.log_every
         self.collapsed = False
         past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
@@ -310,7 +310,7 @@ class _Log:
         self.gpu_waits: list[tuple] = []
 
     def line(self, features: Tensor) -> None:
-        """Begin a line with the means since the last one."""
+        """Begin a line with the means since the previous line."""
         loop, state, s = self.loop, self.state, self.loop.settings
         seconds = time.monotonic() - self.tick
         line = {
@@ -346,7 +346,7 @@ class _Log:
         self.flush(wait=False)
 
     def flush(self, wait: bool = True) -> None:
-        """Write the lines whose numbers are here; `wait` for the others."""
+        """Write the lines whose numbers have arrived; with `wait`, wait for the others."""
         while self.pending:
             p = self.pending[0]
             if p.arrived is not None:
@@ -382,7 +382,7 @@ class _Log:
         self.loop.say(f"Warning: step {line['step']}: {warning}")
 
     def add(self, found: dict[str, float]) -> None:
-        """A line of its own for what is measured between the others."""
+        """Write a line of its own for an online evaluation."""
         self._out({"step": self.state.step, **found})
         self.loop.say(
             f"step {self.state.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
@@ -397,7 +397,7 @@ class _Log:
 
 
 def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
-    """A line of metrics as it is read on a screen."""
+    """The parts of a line of metrics, for the screen."""
     terms = [n for n in names if n not in ("loss", "grad_norm")]
     yield f"loss {line['loss']:.4g}" + (
         f" ({', '.join(f'{n} {line[n]:.3g}' for n in terms)})" if terms else ""
@@ -418,4 +418,4 @@ def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
             yield f"{label} {line[name]:.3g}"
 
 
-_TIME_IS_UP = 1000  # beside the numbers of signals
+_TIME_IS_UP = 1000  # not the number of any signal

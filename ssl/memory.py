@@ -1,4 +1,4 @@
-"""Memory that costs less than what is given by default."""
+"""Memory that is cheaper than the default allocations."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Keep what tensors give back for the next ones, instead of returning it to the kernel.
+    """Keep freed memory for the next tensors, instead of returning it to the kernel.
 
-    A step on the CPU frees and takes the same gigabyte of activations again and again; by default
-    glibc maps each large one anew, and the kernel clears its pages (a tenth of a ResNet-18's step
-    at 96 px). The process stays as large as its largest moment. Nothing happens without glibc.
+    A step on the CPU frees and allocates the same gigabyte of activations over and over; by default
+    glibc maps every large block anew, and the kernel clears its pages (a tenth of a ResNet-18 step
+    at 96 px). The process stays at its peak size. Does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -24,12 +24,12 @@ def keep_freed_memory() -> None:
 
 
 def large_pages(length: int) -> np.ndarray:
-    """(length,) float32, zeros, in pages of 2 MiB where the system has them to give.
+    """(length,) float32 zeros, in huge pages (2 MiB) if the system provides them.
 
-    A view of 224 x 224 lies in 50 pages of 4 KiB, and to look those up is a tenth of the time in
-    which a CPU makes it.
+    A view of 224 x 224 spans 50 pages of 4 KiB; their TLB misses take a tenth of the time that a
+    CPU needs to make it.
     """
     block = mmap.mmap(-1, max(1, 4 * length), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # not on this system: small pages serve
+    with contextlib.suppress(AttributeError, OSError):  # not supported here: use normal pages
         block.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(block, np.float32, length)

@@ -1,7 +1,7 @@
-"""A look at the features while they are trained: kNN and a linear probe on labelled frames.
+"""Online evaluation during training: kNN and a linear probe on labelled frames.
 
-For the eye and for choosing the best checkpoint; `sslus evaluate` is the judge. The frames are a
-fixed sample, its patients are on one side only, and the backbone is left as it was.
+It serves to watch a run and to choose the best checkpoint; use `sslus evaluate` for results. The
+frames are a fixed sample, split by patient, and the backbone is not changed.
 """
 
 import numpy as np
@@ -15,15 +15,16 @@ from sslus.ssl.neighbours import knn
 from sslus.ssl.splits import LabelledFrames, folds, testable
 from sslus.ssl.views import whole
 
-NUM_FRAMES = 2000  # a ResNet-18 at 96 px sees them in some seconds on two cores
+NUM_FRAMES = 2000  # takes a ResNet-18 at 96 px a few seconds on two cores
 BATCH = 256
 
 
 class Online:
-    """Calling it with the backbone gives the scores of its features.
+    """Call it with the backbone to get the scores of its features.
 
-    store: with labels and patients. Of the labelled frames NUM_FRAMES are taken, evenly spaced
-    in each video, and the first fold by patient that has most classes is the test part.
+    store: must have labels and patients, else `why_not` says why it cannot be used. Uses at most
+    NUM_FRAMES labelled frames, evenly spaced; the test part is the fold by patient that has most
+    classes.
     """
 
     def __init__(self, store: FrameStore, image_size: int, seed: int, device: torch.device):
@@ -31,7 +32,7 @@ class Online:
         self.why_not: str | None = None
         labelled = np.flatnonzero((store.label >= 0) & (store.patient >= 0))
         if not len(labelled):
-            self.why_not = "the shards hold no labels: sslus shard --labels puts them in"
+            self.why_not = "the shards hold no labels; add them with sslus shard --labels"
             return
         step = max(1, -(-len(labelled) // NUM_FRAMES))
         index = labelled[::step]
@@ -48,15 +49,15 @@ class Online:
         try:
             self.frames, _ = testable(frames)
         except InputError as e:
-            self.why_not = f"the shards' labels do not allow it: {e}"
+            self.why_not = f"the labels in the shards cannot be used: {e}"
             return
-        # A class without a test frame would have an F1 of 0 in every look.
+        # A class without a test frame would always have an F1 of 0.
         self.train, self.test = max(
             folds(self.frames, seed), key=lambda pair: len(np.unique(self.frames.y[pair[1]]))
         )
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """knn_accuracy, knn_macro_f1 and probe_macro_f1 of the test part, 0 to 1."""
+        """knn_accuracy, knn_macro_f1 and probe_macro_f1 on the test part, 0 to 1."""
         x, y = self.features(backbone), self.frames.y
         num, seen = len(self.frames.names), y[self.test]
         guess = knn(x[self.train], y[self.train], x[self.test], num)
@@ -72,7 +73,7 @@ class Online:
 
     @torch.no_grad()
     def features(self, backbone: nn.Module) -> np.ndarray:
-        """(n, F) float32, by the running statistics of BatchNorm, which stay as they are."""
+        """(n, F) float32, with the running statistics of BatchNorm, which are not updated."""
         training = backbone.training
         backbone.eval()
         parts = []

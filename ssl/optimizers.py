@@ -11,15 +11,15 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling: each weight's step is a share of its own norm.
+    """Layer-wise adaptive rate scaling: the step of each weight is proportional to its norm.
 
         rate = trust |w| / (|g| + decay |w|)
         v <- momentum v + lr rate (g + decay w)
         w <- w - v
 
     You, Gitman, Ginsburg 2017, arXiv:1708.03888, algorithm 1. Groups with `adapt=False`
-    (biases and norms) take plain momentum steps, rate = 1. A weight whose norm or gradient is
-    zero also has rate 1, or it could never move.
+    (biases and norms) take plain momentum steps, with rate = 1. A weight whose norm or gradient is
+    zero also has rate 1; otherwise it could never move.
     """
 
     def __init__(self, params, lr: float, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -61,10 +61,11 @@ class LARS(torch.optim.Optimizer):
 
 
 def make(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """An optimiser of OPTIMIZERS over all weights of `module` that are trained.
+    """An optimiser of OPTIMIZERS over all trainable weights of `module`.
 
-    Biases, norms and what timm names for it (a transformer's class token and positions) get
-    neither decay nor adaptation. On a GPU the rate is a tensor there.
+    Biases, norms and weights that timm lists in `no_weight_decay` (a transformer's class token and
+    position embeddings) get neither weight decay nor LARS adaptation. On a GPU the learning rate
+    is a tensor there. Raises InputError for another name.
     """
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     params: list[Tensor] = list(named.values())
@@ -101,15 +102,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def default_weight_decay(name: str) -> float:
-    """Where none is given. SGD: MoCo's, arXiv:1911.05722."""
+    """The weight decay if none is given. SGD: that of MoCo, arXiv:1911.05722."""
     return {"adamw": 0.05, "lars": 1e-6, "sgd": 1e-4}[name]
 
 
 def default_lr(name: str, batch_size: int) -> float:
-    """The peak learning rate where none is given.
+    """The peak learning rate if none is given.
 
-    LARS: 0.2 B/256, VICReg's. SGD: 0.03 B/256, MoCo's. AdamW: 1e-3 sqrt(B/256), because Adam's
-    noise grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+    LARS: 0.2 B/256, as VICReg. SGD: 0.03 B/256, as MoCo. AdamW: 1e-3 sqrt(B/256), because Adam's
+    learning rate scales with the root of the batch size (Malladi et al. 2022, arXiv:2205.10287).
     """
     if name == "adamw":
         return 1e-3 * math.sqrt(batch_size / 256)
@@ -117,7 +118,7 @@ def default_lr(name: str, batch_size: int) -> float:
 
 
 def learning_rate(step: int, num_steps: int, warmup: int, peak: float, floor: float) -> float:
-    """The rate of step 0 .. num_steps - 1: linear to `peak`, then a cosine to `floor`.
+    """The learning rate of step 0 .. num_steps - 1: linear to `peak`, then a cosine to `floor`.
 
     Step `warmup - 1` is the first at the peak; the last step is at the floor exactly.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation has found, as a table, a page and a picture."""
+"""The results of an evaluation, as a table, a page and a figure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from sslus.engine.atomic import atomic_file
 
-PROTOCOLS = {  # -> what a report calls it
+PROTOCOLS = {  # -> its name in reports
     "linear": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning",
 }  # fmt: skip
 
@@ -25,11 +25,11 @@ class Row:
     num_seeds: int
     num_train_videos: float  # mean over folds and seeds
     num_train_patients: float
-    num_test_frames: int  # a seed; every frame is tested once where there are folds
+    num_test_frames: int  # per seed; with folds, every frame is tested once
     num_test_videos: int
     num_test_patients: int
     per_class_f1: dict[str, float]
-    confusion: list[list[float]]  # rows: truth; frames, mean over seeds
+    confusion: list[list[float]]  # frames, mean over seeds; rows: truth, columns: prediction
     macro_f1_of_seeds: list[float]
 
 
@@ -44,7 +44,7 @@ class Evaluation:
     num_frames: int
     num_videos: int
     num_patients: int
-    split: str  # how patients were put apart, in words
+    split: str  # how patients were split, in words
     warnings: list[str]
 
 
@@ -107,7 +107,7 @@ def markdown(result: Evaluation, settings: dict) -> str:
 
 
 def _in_words(result: Evaluation) -> list[str]:
-    """What the protocol does, where its name does not say it."""
+    """An explanation of the protocol, unless its name says it all."""
     s = result.settings
     if result.protocol == "knn":
         return [
@@ -143,7 +143,7 @@ def draw(result: Evaluation, path: Path) -> None:
                 j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
                 color="white" if part[i, j] > 0.5 else "black",
             )  # fmt: skip
-        # A dollar in a class's name is a dollar.
+        # A dollar sign in a class name must not start math mode.
         axes.set_xticks(range(k), result.names, rotation=45, ha="right", parse_math=False)
         sums = counts.sum(axis=1)
         axes.set_yticks(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard between two steps."""
+"""Ctrl-C and SIGTERM, handled between two steps."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 
 
 class Signals:
-    """Remembers SIGINT or SIGTERM; a second one acts as usual."""
+    """Remembers SIGINT or SIGTERM; a second signal has its usual effect."""
 
     def __init__(self):
         self.seen = 0
@@ -20,7 +20,7 @@ class Signals:
 
     def _note(self, signum, frame) -> None:
         self.seen = signum
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a terminal has sent
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats signals from a terminal
             self._restore()
 
     def _restore(self) -> None:

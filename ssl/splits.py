@@ -1,4 +1,4 @@
-"""Which frames are judged, and on which side their patients are."""
+"""Which frames are evaluated, and on which side of the split their patients are."""
 
 import dataclasses
 import math
@@ -13,23 +13,23 @@ from sslus.engine.errors import InputError
 from sslus.engine.labels import labelled_videos
 from sslus.engine.store import FrameStore
 
-NUM_FOLDS = 5  # fewer where a class has fewer patients
-NUM_DEALS = 100  # of patients, at most: twenty classes of two patients each can take that many
+NUM_FOLDS = 5  # fewer if a class has fewer patients
+NUM_DEALS = 100  # attempts, at most: twenty classes of two patients each can need that many
 
 
 @dataclass(frozen=True)
 class LabelledFrames:
-    """The frames of the labelled videos; the arrays have one entry a frame."""
+    """The frames of the labelled videos; the arrays have one entry per frame."""
 
     index: np.ndarray  # into the frame store
     y: np.ndarray  # index into names
     video: np.ndarray  # index into the store's video_ids
     patient: np.ndarray  # index into the sorted patients of labels.csv
-    test: np.ndarray | None  # bool: the split that labels.csv fixes
+    test: np.ndarray | None  # bool: the split given by labels.csv
     names: list[str]
-    num_unlabelled: int  # videos in the shards that labels.csv does not name
-    num_without_frames: int  # videos in labels.csv whose sharding gave no frame
-    moved: bool = False  # they lie elsewhere than when they were sharded
+    num_unlabelled: int  # videos in the shards that are not in labels.csv
+    num_without_frames: int  # videos in labels.csv that gave no frame when sharded
+    moved: bool = False  # the videos are not where they were when sharded
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,10 +66,10 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
 
 
 def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
-    """The frames of the classes that have patients on both sides of a split, and warnings.
+    """The frames of the classes that can have patients on both sides of a split, and warnings.
 
-    Without a fixed split that takes two patients. Raises InputError if fewer than two classes
-    are left.
+    Without a fixed split, a class needs two patients for that. Raises InputError if fewer than
+    two classes remain.
     """
     kept, notes = [], []
     for c, name in enumerate(frames.names):
@@ -111,13 +111,13 @@ def num_folds(frames: LabelledFrames) -> int:
 
 
 def folds(frames: LabelledFrames, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(train, test) positions, (n,) int64 each; a patient is on one side only.
+    """(train, test) positions, (n,) int64 each; every patient is on one side only.
 
-    Without a fixed split: every class's patients are dealt out over the folds in random order,
-    the rarest class first. Where patients have several classes, a class can lie in one fold as a
-    whole, and no other patient is left to learn it from: of NUM_DEALS deals the first without such
-    a class counts, or the one with the fewest. (scikit-learn's StratifiedGroupKFold loses a class
-    more often, and sorts the patients by size, so that its seed hardly changes the folds.)
+    Without a fixed split, the patients of each class are dealt to the folds in random order, the
+    rarest class first. If patients have several classes, all patients of a class may end up in one
+    fold, so that none is left to train on: of NUM_DEALS deals, the first without such a class is
+    used, or the one with the fewest. (scikit-learn's StratifiedGroupKFold loses classes more
+    often, and sorts patients by size, so that its seed hardly changes the folds.)
     """
     if frames.test is not None:
         pairs = [(np.flatnonzero(~frames.test), np.flatnonzero(frames.test))]
@@ -153,7 +153,7 @@ def _deal_once(of_class: list[np.ndarray], k: int, rng: np.random.Generator) -> 
         dealt = fold[patients] >= 0
         of_this = np.bincount(fold[patients[dealt]], minlength=k)
         for patient in rng.permutation(patients[~dealt]):
-            # Where this class has fewest patients, then where there are fewest at all.
+            # The fold with the fewest patients of this class, then with the fewest patients.
             chosen = np.lexsort((rng.random(k), of_all, of_this))[0]
             fold[patient] = chosen
             of_this[chosen] += 1
@@ -172,6 +172,6 @@ def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) 
         for patient in order:
             own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
             videos.extend(rng.permutation(own).tolist())
-        # Exact: as floats, 7 % of 100 are a little more than 7, and 8 would be kept.
+        # Exact fractions: as floats, 7 % of 100 is a little more than 7, and 8 would be kept.
         kept.extend(videos[: math.ceil(Fraction(str(percent)) * len(videos) / 100)])
     return train[np.isin(frames.video[train], kept)]

@@ -1,4 +1,4 @@
-"""Everything of a run that changes from step to step, saved and put back exactly."""
+"""Everything in a run that changes from step to step, saved and restored exactly."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from sslus.ssl.world import World
 
 @dataclass
 class State:
-    """method: all weights, the backbone's, a teacher's and a queue's among them. window: sums of
-    the loss, its terms and the gradient's norm over the steps since the last line of metrics."""
+    """method: all weights, including those of the backbone, a teacher and a queue. window: sums of
+    the loss, its terms and the gradient norm over the steps since the last line of metrics."""
 
     method: nn.Module
     optimizer: torch.optim.Optimizer
@@ -24,7 +24,7 @@ class State:
     window: Tensor | None = None
     window_names: tuple[str, ...] = ()
     window_steps: int = 0
-    step: int = 0  # updates done
+    step: int = 0  # number of updates done
 
     @classmethod
     def build(
@@ -36,9 +36,9 @@ class State:
         grey: tuple[float, float] = (0.0, 1.0),
         initialise: Callable[[nn.Module], None] | None = None,
     ) -> "State":
-        """settings: train.Settings, resolved. num_classes: of the labels in the shards. grey: the
-        mean and std, 0 to 1, that views are normalised by. initialise: gives the backbone its
-        first weights, before a method copies it for a teacher."""
+        """settings: resolved train.Settings. num_classes: number of labels in the shards. grey: the
+        mean and std (0 to 1) with which views are normalised. initialise: gives the backbone its
+        initial weights, before a method copies it as a teacher."""
         s = settings
         backbone = backbones.build(s.backbone, s.image_size, s.seed)
         if initialise:
@@ -55,7 +55,7 @@ class State:
             method = batchnorm.synchronise(method, world.device)
         method.train()
         optimizer = optimizers.make(s.optimizer, method, s.lr, s.weight_decay)
-        if world.size > 1:  # other ranks draw other numbers for dropout and its kin
+        if world.size > 1:  # ranks must draw different numbers for dropout and the like
             torch.manual_seed(s.seed + 1 + world.rank)
         return cls(method, optimizer, world)
 
@@ -64,7 +64,7 @@ class State:
         return self.method.backbone
 
     def save(self, path: Path) -> None:
-        """Every rank calls it; rank 0 writes."""
+        """Every rank must call it; rank 0 writes."""
         rng = self.world.gather(torch.get_rng_state())
         cuda_rng = []
         if self.world.device.type == "cuda":
@@ -89,24 +89,24 @@ class State:
         state = checkpoints.load(path)
         try:
             self.method.load_state_dict(state["method"])
-            # What belongs to the device stays: the rate's tensor, set before each step.
+            # Keep what belongs to the device: the learning rate's tensor, set before each step.
             groups = self.optimizer.param_groups
             own = [{k: g[k] for k in ("lr", "capturable") if k in g} for g in groups]
             self.optimizer.load_state_dict(state["optimizer"])
             for group, kept in zip(self.optimizer.param_groups, own, strict=True):
                 group.update(kept)
         except (KeyError, RuntimeError, ValueError) as e:
-            raise InputError(f"checkpoint {path}: is of another model: {e}") from e
+            raise InputError(f"checkpoint {path}: belongs to another model: {e}") from e
         window = state["window"]
         self.window = None if window is None else window.to(self.world.device)
         self.window_names = tuple(state["window_names"])
         self.window_steps, self.step = state["window_steps"], state["step"]
-        if self.world.rank < len(state["rng"]):  # a rank that was not there keeps its own seed
+        if self.world.rank < len(state["rng"]):  # a rank without a saved state keeps its own seed
             torch.set_rng_state(state["rng"][self.world.rank])
         if self.world.rank < len(state["cuda_rng"]) and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][self.world.rank], self.world.device)
 
     def add(self, names: tuple[str, ...], values: Tensor) -> None:
-        """Add one step's numbers to the window. A NaN stays in a sum: none is overlooked."""
+        """Add the numbers of one step to the window. As sums keep NaNs, none is overlooked."""
         self.window = self.window + values if self.window_steps else values.clone()
         self.window_names, self.window_steps = names, self.window_steps + 1

@@ -1,6 +1,6 @@
-"""One update of the weights, and three ways to run it: eager, compiled, or as a CUDA graph.
+"""One update of the weights, and three ways to execute it: eager, compiled or as a CUDA graph.
 
-Nothing in it waits for a GPU: the numbers it returns are read later.
+Nothing here waits for a GPU: the returned numbers are read later.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ TRIAL_STEPS = 8
 
 
 class Step:
-    """Calling it with the step's micro-batches and its rate makes one update.
+    """Call it with the micro-batches and the learning rate of a step to make one update.
 
-    Several micro-batches: their gradients are averaged, their losses too; a loss that compares
-    the samples of a batch compares those of one micro-batch. Returns the features of the
-    last one's views, (1 or 2, B, F).
+    With several micro-batches, their gradients and losses are averaged; a loss that compares the
+    samples of a batch compares only those of one micro-batch. Returns the features of the views of
+    the last one, (1 or 2, B, F).
     """
 
     def __init__(self, state: State, settings, way: str = "eager"):
@@ -37,7 +37,7 @@ class Step:
         self.device = state.world.device
         self.model: nn.Module = state.method
         if state.world.size > 1:
-            # Statistics of each rank stay its own; queues and teachers are equal anyway.
+            # Each rank keeps its own statistics; queues and teachers are equal anyway.
             known = inspect.signature(DistributedDataParallel).parameters
             new, old = "forward_sync_buffers", "broadcast_buffers"
             self.model = DistributedDataParallel(
@@ -48,7 +48,7 @@ class Step:
             )
         if way == "compile":
             self.model = torch.compile(self.model)
-        # What a graph can hold is not slower without one: PyTorch's AdamW warns that it might be.
+        # PyTorch's AdamW warns that capturable=True may be slower without a graph; it is not.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         self.graph: _Graph | None = None
         self.way = way
@@ -68,7 +68,7 @@ class Step:
         state.step += 1
         state.method.after_step(state.step, self.settings.max_steps)
         if self.device.type == "cuda":
-            # Two steps on their way at most: more would only hold memory, and signals up.
+            # At most two steps in flight: more would only hold memory and delay signals.
             self.running.append(torch.cuda.Event(blocking=True))
             self.running[-1].record()
             if len(self.running) > 2:
@@ -76,8 +76,8 @@ class Step:
         return features
 
     def update(self, batches: list[Views]) -> tuple[Tensor, Tensor]:
-        """Forward, backward, optimiser. Returns the loss, its terms and the gradient's norm,
-        (K,) float32 named by `names`, and the features."""
+        """Forward, backward, optimiser. Returns the loss, its terms and the gradient norm as (K,)
+        float32, named by `names`, and the features."""
         s, world = self.settings, self.state.world
         total = None
         for i, views in enumerate(batches):
@@ -88,8 +88,8 @@ class Step:
                     self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
                 ):
                     loss, terms, *features = self.model(views)
-                # The ranks' gradients are parts of one joint loss's: DDP's mean takes their sum
-                # apart again.
+                # The gradients of the ranks add up to that of the joint loss, but DDP averages
+                # them: the factor makes up for that.
                 (loss * (world.size / len(batches))).backward()
             numbers = torch.stack([loss.detach().float(), *(t.float() for t in terms.values())])
             total = numbers if total is None else total + numbers
@@ -105,10 +105,10 @@ class Step:
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """The length of all gradients joined, shape (). On a CPU by BLAS, in half of torch's time."""
+    """The norm of all gradients together, shape (). On a CPU by BLAS, in half of torch's time."""
     if grads[0].is_cuda or grads[0].dtype != torch.float32:
         return nn.utils.get_total_norm(grads)
-    # In the order in which they lie in memory.
+    # Flattened in memory order.
     flat = [g.as_strided((g.numel(),), (1,)) if _is_dense(g) else g.reshape(-1) for g in grads]
     return torch.stack([torch.dot(x, x) for x in flat]).sum().sqrt()
 
@@ -118,9 +118,9 @@ def _is_dense(x: Tensor) -> bool:
 
 
 class _Graph:
-    """The update as one CUDA graph: replayed with new views in the same memory.
+    """The update as one CUDA graph, replayed with new views in the same memory.
 
-    Capturing needs a few real updates first; they are undone.
+    Capturing needs a few real updates first, which are undone.
     """
 
     def __init__(self, step: Step, views: Views):
@@ -135,15 +135,15 @@ class _Graph:
         current.wait_stream(side)
         self.graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            # The loader's thread may allocate meanwhile, which is no business of the capture's.
+            # The loader's thread may allocate meanwhile, which must not break the capture.
             with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
                 self.out = step.update([self.views])
         except Exception:
-            # An invalid capture is left half open by torch: on its own stream, with memory that
-            # another stream has used never free again, and with a generator that refuses to draw
-            # ("offset increment outside graph capture"). A copy of its state draws.
+            # torch leaves an invalid capture half open: its stream stays current, memory that
+            # another stream has used is never freed, and the generator refuses to draw ("offset
+            # increment outside graph capture"). A generator with a copy of its state draws.
             torch.cuda.set_stream(current)
-            with contextlib.suppress(RuntimeError):  # it was not invalid
+            with contextlib.suppress(RuntimeError):  # the capture was not invalid
                 torch._C._cuda_endAllocateToPool(current.device_index, pool)
             generator = torch.cuda.default_generators[current.device_index]
             generator.graphsafe_set_state(generator.clone_state())
@@ -159,7 +159,7 @@ class _Graph:
 
 
 class Snapshot:
-    """The state as it is now, to be put back into the same memory after a trial."""
+    """A copy of the state, to be restored in place after a trial."""
 
     def __init__(self, state: State):
         self.state = state
@@ -174,10 +174,10 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         state = self.state
-        state.optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left some
+        state.optimizer.zero_grad(set_to_none=True)  # a failed trial may have left gradients
         for k, v in state.method.state_dict().items():
             v.copy_(self.method[k])
-        # Momenta that were not there yet are zero, from which all three optimisers begin.
+        # Momenta that did not exist yet become zero, where all three optimisers start.
         params = [p for g in state.optimizer.param_groups for p in g["params"]]
         for i, p in enumerate(params):
             for k, v in state.optimizer.state[p].items():
@@ -193,19 +193,19 @@ class Snapshot:
 def possible(way: str, settings, world) -> str | None:
     """Why the step cannot run in this way; None if it can."""
     if way == "graph" and world.device.type != "cuda":
-        return "CUDA graphs want a GPU"
+        return "CUDA graphs need a GPU"
     if way == "graph" and world.size > 1:
-        return "a graph holds one process's step"
+        return "a graph holds the step of one process"
     if way == "graph" and settings.accumulate > 1:
         return "a graph holds one micro-batch"
     return None
 
 
 def choose(state: State, settings, views: Callable[[], Views], say: Callable[[str], None]) -> Step:
-    """The step in the way that `settings.step` names; "auto" tries them all for a few steps.
+    """The step, executed as `settings.step` says; "auto" times all ways for a few steps.
 
-    views: makes one micro-batch. On the CPU "auto" is eager: compiling a ResNet-18 there costs
-    minutes that short runs do not win back. The trial leaves `state` as it was.
+    views: makes one micro-batch. On the CPU "auto" is eager: compiling a ResNet-18 takes minutes,
+    which short runs do not win back. The trial leaves `state` unchanged.
     """
     world = state.world
     if settings.step != "auto":
@@ -214,15 +214,15 @@ def choose(state: State, settings, views: Callable[[], Views], say: Callable[[st
         return Step(state, settings, settings.step)
     ways = [w for w in WAYS if possible(w, settings, world) is None]
     if world.device.type != "cuda" or world.size > 1:
-        why = "several processes" if world.size > 1 else "on a CPU compiling costs minutes"
-        say(f"step: eager ({why}; --step names another)")
+        why = "several processes" if world.size > 1 else "compiling on a CPU takes minutes"
+        say(f"step: eager ({why}; choose another with --step)")
         return Step(state, settings, "eager")
     before, batch = Snapshot(state), views()
     seconds: dict[str, float] = {}
     for way in ways:
         try:
             seconds[way] = _timed(Step(state, settings, way), batch)
-        except Exception as e:  # a compiler's errors are of any kind; eager does not need it
+        except Exception as e:  # compilers raise errors of any kind; eager needs no compiler
             if way == "eager":
                 raise
             why = str(e).partition("\n")[0]
@@ -230,12 +230,12 @@ def choose(state: State, settings, views: Callable[[], Views], say: Callable[[st
         before.restore()
     best = min(seconds, key=seconds.__getitem__)
     trial = ", ".join(f"{way} {1e3 * t:.1f} ms" for way, t in seconds.items())
-    say(f"step: {best} ({trial}; --step names another)")
+    say(f"step: {best} ({trial}; choose another with --step)")
     return Step(state, settings, best)
 
 
 def _timed(step: Step, batch: Views) -> float:
-    """Median seconds of a step, the first ones left out: they compile and capture."""
+    """Median seconds per step, without the first ones, which compile and capture."""
     for _ in range(3):
         step([batch], step.settings.lr)
     times = []

@@ -3,8 +3,8 @@
 runs/<name>/config.json             every setting, the shards' digest, versions
             metrics.jsonl           one line every `log_every` steps
             curves.png              the same, drawn
-            checkpoint.pt           everything that exact resume needs
-            checkpoints/            the last few of them, and the best
+            checkpoint.pt           everything that an exact resume needs
+            checkpoints/            the last few checkpoints, and the best one
             backbone.safetensors    the result
 """
 
@@ -48,36 +48,36 @@ ABOVE_0 = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of a run. None = chosen when the run starts, and recorded."""
+    """What determines the result of a run. None: chosen when the run starts, and recorded."""
 
     method: str = "vicreg"
     backbone: str | None = None  # resnet50 on CUDA, resnet18 on the CPU
     init: str = "random"  # random, imagenet, or a file of weights
     image_size: int | None = None  # side of a view in pixels: 224 on CUDA, 96 on the CPU
-    batch_size: int | None = None  # frames, on all ranks together: 256 on CUDA, 64 on the CPU
-    accumulate: int = 1  # batches a step, whose gradients are averaged
+    batch_size: int | None = None  # frames over all ranks: 256 on CUDA, 64 on the CPU
+    accumulate: int = 1  # batches per step, whose gradients are averaged
     epochs: int | None = None  # 100, if max_steps is not given either
     max_steps: int | None = None  # the run ends at whichever comes first
     optimizer: str | None = None  # adamw
-    lr: float | None = None  # at the peak; see optimizers.default_lr
-    base_lr: float | None = None  # where lr is not given: lr = base_lr x frames a step / 256
+    lr: float | None = None  # peak learning rate; see optimizers.default_lr
+    base_lr: float | None = None  # if lr is not given: lr = base_lr x frames per step / 256
     weight_decay: float | None = None  # see optimizers.default_weight_decay
     warmup_steps: int | None = None  # a tenth of the steps, at most 10 epochs
-    warmup_epochs: float | None = None  # where warmup_steps is not given
-    final_lr: float = 0.001  # where the cosine ends, as a share of the peak
+    warmup_epochs: float | None = None  # used if warmup_steps is not given
+    final_lr: float = 0.001  # end of the cosine schedule, as a fraction of the peak
     clip_norm: float | None = None  # gradients with a larger norm are scaled down to it
-    precision: str = "auto"  # bf16 autocast where it pays, see pays_bf16; else fp32
+    precision: str = "auto"  # bf16 autocast where that is faster, see pays_bf16; else fp32
     seed: int = 0
     views: str | None = None  # a preset of ssl/views.py, and fields of it: "simclr,p_blur=0"
     pairs: str = "same"  # both views from one frame, or the second from a "nearby" one
-    max_seconds: float = 1.5  # how far away nearby is; IVPP: VICReg 0.5, SimCLR 1.5, Barlow 3
-    pair_weights: bool = False  # nearby pairs count for less the further apart they are
+    max_seconds: float = 1.5  # largest distance of a pair; IVPP: VICReg 0.5, SimCLR 1.5, Barlow 3
+    pair_weights: bool = False  # weight nearby pairs less the further apart they are
     dual_task: float = 0.0  # weight of a cross-entropy on the labelled frames
-    batch_norm: str = "sync"  # statistics over the ranks' joined batch, or those "per-rank"
-    step: str = "auto"  # how an update runs: eager, compile, graph
+    batch_norm: str = "sync"  # statistics over the joint batch of all ranks, or "per-rank"
+    step: str = "auto"  # how an update is executed: eager, compile or graph
 
     def resolved(self, device: torch.device, num_frames: int) -> "Settings":
-        """The same with every None and `auto` decided; raises InputError for bad values."""
+        """These settings with every None and `auto` resolved; raises InputError for bad values."""
         self._check_numbers()
         cuda = device.type == "cuda"
         optimizer = self.optimizer or "adamw"
@@ -133,7 +133,7 @@ class Settings:
                 " --pair-weights"
             )
         if settings.pair_weights and settings.pairs == "same":
-            raise InputError("--pair-weights: weighs --pairs nearby, which is not given")
+            raise InputError("--pair-weights: needs --pairs nearby")
         if hasattr(module, "check_views"):
             module.check_views(*views)
         for name, choices in (
@@ -167,51 +167,51 @@ class TrainResult:
     step: int
     epoch: float
     seconds: float
-    metrics: list[dict]  # the lines of metrics.jsonl, from the run's first step on
+    metrics: list[dict]  # the lines of metrics.jsonl, from the first step of the run on
     warnings: list[str]
-    was_finished: bool  # before this call, which did nothing
-    stopped: bool  # by the time limit, before the end
-    signum: int  # of a signal that came during the last step, or 0
+    was_finished: bool  # already before this call, which did nothing
+    stopped: bool  # before the end, by the time limit
+    signum: int  # of a signal that arrived during the last step, or 0
 
 
 def open_run(run: Path, resume: bool, world: World) -> dict | None:
-    """The config.json of the run to resume, or None for a new one.
+    """The config.json of the run to resume, or None for a new run.
 
-    Processes that torchrun has started again resume without being told. Called by all of them.
-    Raises InputError where there is nothing to resume, or something that is not to be touched.
+    Every rank must call it. Processes that torchrun has restarted resume without being told to.
+    Raises InputError if there is nothing to resume, or an existing run would be overwritten.
     """
     recorded, why = None, None
     try:
         recorded = json.loads((run / "config.json").read_text())
         recorded["settings"]["method"]
         if recorded["format"] != FORMAT:
-            why = f"{run} was begun by another version of sslus, which would go on otherwise"
+            why = f"{run} was started by another version of sslus and cannot be continued exactly"
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, TypeError) as e:
         why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e})"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    # Only what this torchrun, the parent in all its attempts, has begun itself: the first process
-    # knows, since on other machines it has other numbers.
+    # Resume only a run that this very torchrun (the parent process in all its attempts) has begun.
+    # The first process decides: on other machines the parent has another process id.
     again = restarted and why is None and recorded and recorded.get("launcher") == os.getppid()
     resume = resume or bool(world.gather(torch.tensor(bool(again)))[0])
     if why and (resume or recorded is None):
-        raise InputError(f"{why}; start another with --run DIR")
+        raise InputError(f"{why}; start another run with --run DIR")
     if resume and recorded is None:
-        raise InputError(f"--resume: {run} holds no run; leave --resume out to start one")
+        raise InputError(f"--resume: {run} holds no run; leave out --resume to start one")
     if not resume and run.exists() and any(run.iterdir()):
         raise InputError(
-            f"{run} is there already; --resume continues it, --run DIR starts another one"
+            f"{run} already exists; --resume continues it, --run DIR starts another run"
         )
     return recorded
 
 
 def recorded_options(run: Path) -> dict:
-    """How a run was told to run, by its config.json; {} where there is none that can be read."""
+    """The options of a run recorded in its config.json; {} if that cannot be read."""
     try:
         return dict(json.loads((run / "config.json").read_text())["how"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # open_run says what is wrong with it
+        return {}  # open_run reports what is wrong with it
 
 
 def settings_from(config: dict) -> tuple[Settings, object]:
@@ -238,18 +238,18 @@ def train(
     report: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Pretrain a backbone on the frames of `shards` and leave it in the folder `run`.
+    """Pretrain a backbone on the frames of `shards` and write it to the folder `run`.
 
     shards: a folder or a URL; tier: where its frames are kept, see sslus.ssl.loader.
-    On the CPU the result is a function of the settings, the seed, the number of threads and of
-    processes, bit for bit, also across interruptions: SIGTERM and Ctrl-C save and raise
+    On the CPU the result depends only on the settings, the seed and the numbers of threads and
+    processes, bit for bit, even across interruptions: SIGTERM and Ctrl-C save and raise
     Interrupted, a killed run loses the steps since the last checkpoint, and `resume` continues
-    either. `settings` of a resumed run must be those of its config.json. `options` change what
-    is logged and kept, not the result. Where torchrun has started several processes, all call
-    this alike; a process that it started again goes on from the last checkpoint by itself.
-    `report(samples, total, note)` and `say(line)` tell how it goes, on rank 0.
+    either. The `settings` of a resumed run must be those of its config.json. `options` change what
+    is logged and kept, not the result. If torchrun has started several processes, all must call
+    this in the same way; a restarted process continues from the last checkpoint by itself.
+    `report(samples, total, note)` and `say(line)` report progress, on rank 0.
 
-    Raises InputError for what cannot be used, and when the loss is no longer finite.
+    Raises InputError for invalid input, and if the loss is no longer finite.
     """
     run, options = Path(run), options or Options()
     if threads:
@@ -267,13 +267,13 @@ def train(
         _check_config(method_config)
         store = _open_store(shards, tier, settings.pairs, world)
         if recorded is None:
-            tier_of(store, world.device, tier)  # what cannot be leaves no run behind
+            tier_of(store, world.device, tier)  # raises before a run folder is created
         settings = _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)
         if recorded is not None:
             _refuse_changes(run, recorded, config)
-            # Of a resumed run the beginning is told, but for what the next one takes from here.
+            # A resumed run keeps its recorded configuration, except where the shards are now.
             config = recorded | {"shards": config["shards"]}
         if settings.warmup_steps > settings.max_steps:  # a resumed run hears first what it changed
             raise InputError(
@@ -289,7 +289,7 @@ def train(
         )
         state = _state(run, settings, method_config, store, world, say)
         loop = Loop(run, store, plan, settings, state, options, tier, report, say)
-        world.barrier()  # all have looked at the folder before one changes it
+        world.barrier()  # all ranks have read the folder before one changes it
         if world.is_main:
             run.mkdir(exist_ok=True)
             if config != recorded:
@@ -318,12 +318,12 @@ def train(
 
 @contextlib.contextmanager
 def _alone_in(run: Path, world: World) -> Iterator[None]:
-    """Hold the lock of a run, on rank 0 for all."""
+    """Hold the lock of a run; rank 0 does it for all."""
     if not world.is_main:
         yield
         return
     run.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"{run}: another process is training there; wait for it, or give another --run"
+    busy = f"{run}: another process is training there; wait for it, or choose another --run"
     here = run.absolute()  # `.` has no name
     with alone(here.with_name(f".{here.name}.lock"), busy):
         yield
@@ -331,7 +331,7 @@ def _alone_in(run: Path, world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fastest_convolutions(world: World) -> Iterator[None]:
-    """On a GPU cuDNN tries all it has for each shape, once: a run's shapes do not change."""
+    """On a GPU, let cuDNN benchmark its algorithms, once per shape: shapes do not change."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or world.device.type == "cuda"
     try:
@@ -353,7 +353,7 @@ def _nothing(line: str) -> None:
 
 
 def _open_store(shards: str | Path, tier: str, pairs: str, world: World) -> Store:
-    """Built by rank 0 where it is not there yet; the others follow its choice."""
+    """Open the store; rank 0 builds it if it is missing, and the others follow its choice."""
     if world.is_main:
         store = open_store(shards, tier, pairs)
     world.barrier()
@@ -364,9 +364,9 @@ def _open_store(shards: str | Path, tier: str, pairs: str, world: World) -> Stor
 
 
 def _resolved(settings: Settings, num_frames: int, world: World) -> Settings:
-    """The same on all ranks; raises InputError for what cannot run here."""
+    """The resolved settings, the same on all ranks; raises InputError for what cannot run here."""
     settings = settings.resolved(world.device, num_frames)
-    # Machines may differ in what pays.
+    # Machines may differ in what is faster.
     mixed = world.gather(torch.tensor(settings.precision == "bf16"))[0]
     settings = dataclasses.replace(settings, precision="bf16" if mixed else "fp32")
     if why := settings.step != "auto" and possible(settings.step, settings, world):
@@ -377,7 +377,7 @@ def _resolved(settings: Settings, num_frames: int, world: World) -> Settings:
 def _state(
     run: Path, settings: Settings, method_config, store: Store, world: World, say: Callable
 ) -> State:
-    """That of the run's last checkpoint, or the first."""
+    """The state of the last checkpoint of the run, or the initial one."""
     grey = store.mean, store.std
 
     def initialise(backbone) -> None:
@@ -386,8 +386,8 @@ def _state(
             image_size=settings.image_size, grey=grey,
         )  # fmt: skip
 
-    saved = (run / "checkpoint.pt").exists()  # not so for a run stopped before its first one
-    if not saved and (run / "checkpoints").exists():  # it would begin anew, and write over it all
+    saved = (run / "checkpoint.pt").exists()  # false if stopped before the first one
+    if not saved and (run / "checkpoints").exists():  # it would start over and overwrite everything
         raise InputError(
             f"{run} has lost its checkpoint.pt; copy the newest of {run / 'checkpoints'} there, or"
             " start another run with --run DIR"
@@ -441,22 +441,22 @@ def _config(
 
 
 def _refuse_changes(run: Path, old: dict, new: dict) -> None:
-    """A resumed run must do what it would have done; device, threads and paths may change."""
+    """A resumed run must continue as it began; only device, threads and paths may change."""
     changed = [
         f"{key} was {was!r}, now {new[part].get(key)!r}"
         for part in ("settings", "method_config")
         for key, was in old[part].items()
-        if key != "step"  # how an update runs, not what it is
+        if key != "step"  # how an update is executed, not what it computes
         and json.loads(json.dumps(new[part].get(key))) != was
     ]
     if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
-        changed.append("frames were streamed or were not, which changes their order (--tier)")
+        changed.append("frames were streamed or not (--tier), which changes their order")
     if old["shards"]["digest"] != new["shards"]["digest"]:
         changed.append(f"the shards are not those of {old['shards']['path']}")
     if changed:
         raise InputError(
-            f"--resume: {run} was started otherwise: {'; '.join(changed)}."
-            " Give the same, or start another run with --run DIR"
+            f"--resume: {run} was started with other settings: {'; '.join(changed)}."
+            " Use the same, or start another run with --run DIR"
         )
 
 

@@ -1,8 +1,8 @@
-"""What a view is: presets of random crops and grey-value changes, drawn into a table.
+"""View presets: random crops and grey-value changes, drawn into a table of parameters.
 
-The random numbers are drawn first, into the table `params` of the op `sslus.kernels.augment`,
-one row a view. A row is a function of (seed, epoch, frame, view) alone, so a view does not change
-with the batch it is in, the number of threads or of processes, or the implementation of the op.
+The random numbers are drawn first, into the table `params` of the op `sslus.kernels.augment`, one
+row per view. A row depends only on (seed, epoch, frame, view), so a view does not depend on its
+batch, the number of threads or processes, or the implementation of the op.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from sslus.kernels.augment import COLUMNS, identity, views
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How far one view may be from its frame. Probabilities are p_..., the rest are ranges.
+    """How much one view may differ from its frame. p_... are probabilities, the others ranges.
 
-    Hue, saturation and grayscale are not here: they do nothing to a grey frame. Nor is a vertical
-    flip: near and far field have a meaning.
+    There is no hue, saturation or grayscale, which would not change a grey frame, and no vertical
+    flip, since near and far field differ in meaning. Raises InputError for values out of range.
     """
 
-    min_area: float = 0.08  # of the frame; the crop's share is uniform from here to max_area
+    min_area: float = 0.08  # share of the frame; the crop's is uniform from here to max_area
     max_area: float = 1.0
-    max_aspect: float = 4 / 3  # log-uniform from its inverse
-    p_flip: float = 0.5  # left and right
+    max_aspect: float = 4 / 3  # width / height is log-uniform between 1 / this and this
+    p_flip: float = 0.5  # horizontal
     p_jitter: float = 0.8  # of brightness, contrast and gamma together
     brightness: float = 0.4  # factor 1 +- this
     contrast: float = 0.4  # factor 1 +- this, about the view's mean
@@ -38,7 +38,7 @@ class ViewConfig:
     p_solarize: float = 0.0
     solarize: float = 0.5  # values from here up are inverted
     p_gain: float = 0.0
-    gain: float = 0.0  # factors 1 +- this at the near and at the far edge, linear between
+    gain: float = 0.0  # factors 1 +- this at the near and the far edge, linear in between
     p_speckle: float = 0.0
     speckle: float = 0.0  # largest standard deviation of the multiplicative noise
 
@@ -58,19 +58,20 @@ class ViewConfig:
 _WHOLE = ViewConfig(min_area=1, max_aspect=1, p_flip=0, p_jitter=0, p_blur=0)
 _TWIN = ViewConfig(p_blur=1.0)
 _ULTRASOUND = ViewConfig(
-    # Stretching by up to 1.2 is a change of depth or of probe; gain and its ramp are what a
-    # sonographer's hand does between two clips, gamma the machine's dynamic range.
+    # Stretching by up to 1.2 mimics a change of depth or probe; gain and its ramp, what a
+    # sonographer adjusts between two clips; gamma, the dynamic range of the machine.
     min_area=0.4, max_aspect=1.2, brightness=0.25, contrast=0.25, gamma=0.2, p_blur=0.3,
     max_sigma=1 / 224, p_gain=0.5, gain=0.3, p_speckle=0.5, speckle=0.15,
 )  # fmt: skip
 
 # (first view, second view)
 PRESETS: dict[str, tuple[ViewConfig, ViewConfig]] = {
-    # Global features of ultrasound: keeps what the image shows, changes what the machine does.
+    # For global features of ultrasound: keeps the anatomy, changes the machine's settings.
     "ultrasound": (_ULTRASOUND, _ULTRASOUND),
-    # SimCLR and MoCo v2 (arXiv:2002.05709, 2003.04297), without their colour.
+    # SimCLR and MoCo v2 (arXiv:2002.05709, 2003.04297), without their colour changes.
     "simclr": (ViewConfig(brightness=0.8, contrast=0.8),) * 2,
-    # BYOL, Barlow Twins and VICReg (2006.07733 table 6): the second view is solarised instead.
+    # BYOL, Barlow Twins, VICReg (2006.07733, table 6): the second view is rarely blurred but may be
+    # solarised.
     "barlowtwins": (_TWIN, dataclasses.replace(_TWIN, p_blur=0.1, p_solarize=0.2)),
     # A denoising autoencoder: the first view is the target, the second the input.
     "autoencoder": (
@@ -86,7 +87,7 @@ PRESETS: dict[str, tuple[ViewConfig, ViewConfig]] = {
 
 
 def parse(text: str) -> tuple[ViewConfig, ViewConfig]:
-    """`PRESET` or `PRESET,field=value,...`, the fields being those of ViewConfig in both views.
+    """`PRESET` or `PRESET,field=value,...`, where fields of ViewConfig change in both views.
 
     >>> parse("ultrasound,min_area=0.2,p_blur=0")
     """
@@ -118,12 +119,12 @@ def draw(
 ) -> np.ndarray:
     """The table of one view of each frame: (B, len(COLUMNS)) float32.
 
-    frames: (B,) indices into the frame store. view: 0 or 1. epoch: one, or (B,), that of each.
-    store, size: side of a stored frame and of a view, in pixels.
+    frames: (B,) indices into the frame store. view: 0 or 1. epoch: one number, or (B,). store,
+    size: side of a stored frame and of a view, in pixels.
 
     The random words of a row are those of Philox4x32-10 with counter (frame, view, epoch, block)
-    and the seed as its key: a counter-based generator (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"; also that of cuRAND), in which a word needs no word before it.
+    and the seed as key: a counter-based generator, which gives any word without the ones before it
+    (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; also used in cuRAND).
     """
     from sslus.kernels import _cpu
 
@@ -138,7 +139,8 @@ def draw(
 def picture(store, text: str, out, *, num: int, size: int, seed: int, max_seconds=None) -> None:
     """Write a PNG with `num` columns: a frame, its first view, its second view.
 
-    store: a FrameStore. text: as `parse` takes it. max_seconds: of a nearby second frame.
+    store: a FrameStore. text: see `parse`. max_seconds: if given, the second view is of a nearby
+    frame, at most this far away.
     """
     from PIL import Image
 
@@ -169,9 +171,9 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
 
 @torch.inference_mode()
 def whole(frames: np.ndarray, size: int, mean: float, std: float) -> Tensor:
-    """Whole frames as a backbone wants them: (B, S, S) uint8 -> (B, 1, size, size) float32.
+    """Whole frames as input for a backbone: (B, S, S) uint8 -> (B, 1, size, size) float32.
 
-    Resized and normalised like a view, nothing else: what the evaluation looks at.
+    They are only resized and normalised, like a view. Used for evaluation.
     """
     frames = torch.from_numpy(np.ascontiguousarray(frames))
     num, store = len(frames), frames.shape[-1]

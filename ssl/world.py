@@ -1,4 +1,4 @@
-"""The processes of one run: one a GPU, started by torchrun, or this one alone."""
+"""The processes of one run: one per GPU, started by torchrun, or this one alone."""
 
 import functools
 import importlib.metadata
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sslus.engine.errors import InputError
 
-# Rank 0 may decode for hours before the others' first step; a process that dies is noticed anyway.
+# Rank 0 may decode for hours while the others wait; dead processes are noticed anyway.
 WAIT = timedelta(days=1)
 
 
@@ -20,8 +20,8 @@ WAIT = timedelta(days=1)
 class World:
     """This process among those that train together.
 
-    rank: 0 .. size - 1; rank 0 alone prints and writes. `control` is a group on the CPU, so that
-    agreeing on something never waits for a GPU.
+    rank: 0 .. size - 1; only rank 0 prints and writes. `control` is a process group on the CPU, so
+    that agreeing on something never waits for a GPU.
     """
 
     device: torch.device
@@ -38,7 +38,7 @@ class World:
             dist.barrier(self.control)
 
     def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """A CPU tensor, of one shape on all ranks, from each of them in their order."""
+        """The CPU tensors of all ranks, in rank order; all must have the same shape."""
         if self.size == 1:
             return [value]
         parts = [torch.empty_like(value) for _ in range(self.size)]
@@ -47,10 +47,10 @@ class World:
 
 
 class Agreement:
-    """What one rank has been told, all ranks know one step later, in the same step.
+    """What one rank learns, all ranks know one step later, in the same step.
 
-    A signal reaches the ranks at different moments; were each to stop when it hears of it, the
-    others would wait for it forever. Costs no waiting: the answer is that of the step before.
+    A signal reaches the ranks at different times; if each stopped at once, the others would wait
+    for it forever. This does not wait, since the answer is that of the previous step.
     """
 
     def __init__(self, world: World):
@@ -58,7 +58,7 @@ class Agreement:
         self.asked: tuple | None = None
 
     def __call__(self, value: int) -> int:
-        """The largest value that any rank gave in the step before (alone: `value` itself)."""
+        """The largest value of any rank in the previous step (with one process: `value`)."""
         if self.world.size == 1:
             return value
         answer = 0
@@ -72,18 +72,18 @@ class Agreement:
         return answer
 
     def settle(self) -> None:
-        """Let the last question end before the group is given up."""
+        """Wait for the last exchange before the process group is destroyed."""
         if self.asked is not None:
             self.asked[1].wait()
             self.asked = None
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda -> a device; a named one that is not there raises InputError."""
+    """auto, cpu or cuda -> a device; raises InputError if it is not available."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {name!r}: want auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: there is none here (`sslus doctor` says why); or use cpu")
+        raise InputError("device cuda: not available here (`sslus doctor` says why); use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -92,14 +92,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _refuse_wrong_code() -> None:
-    """Triton 3.6 leaves a product of the losses out where it compiles for sm_100; 3.8 does not."""
+    """Triton 3.6 omits a product in the losses when compiling for sm_100; 3.8 does not."""
     major, minor = torch.cuda.get_device_capability()
     if major < 10:
         return
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return  # nothing is compiled by it
+        return  # without Triton nothing is compiled
     if tuple(map(int, re.findall(r"\d+", triton)[:2])) < (3, 8):
         raise InputError(
             f"device cuda: Triton {triton} compiles wrong code for such a GPU"
@@ -108,20 +108,19 @@ def _refuse_wrong_code() -> None:
 
 
 def pays_bf16(device: torch.device, backbone: str, image_size: int) -> bool:
-    """Whether mixed precision is faster: on a GPU, and on a CPU with AMX for convolutions.
+    """Whether mixed precision is faster: on GPUs, and on CPUs with AMX for ResNets.
 
-    Not for images below 32 px on a CPU: in oneDNN, as of torch 2.14, the gradient of a strided
-    convolution's weight is memory that nobody wrote to where the feature map is a single pixel.
-
-    Measured at 96 px: ResNets 1.3 to 2 times faster with AMX, ViT and ConvNeXt 1.1 times slower;
-    without AMX a ResNet-18 is 15 times slower.
+    Measured at 96 px: with AMX, ResNets are 1.3 to 2 times faster, ViT and ConvNeXt 1.1 times
+    slower; without AMX, a ResNet-18 is 15 times slower. Not below 32 px on a CPU: there oneDNN
+    (torch 2.14) returns uninitialised memory as the weight gradient of a strided convolution whose
+    feature map is a single pixel.
     """
     on_amx = has_amx() and backbone.startswith("resnet") and image_size >= 32
     return device.type == "cuda" or on_amx
 
 
 def has_amx() -> bool:
-    """Whether the CPU multiplies matrices of bf16. False where an older PyTorch does not tell."""
+    """Whether the CPU has AMX for bf16; False if an older PyTorch cannot tell."""
     tells = getattr(torch.cpu, "get_capabilities", None)
     return tells is not None and bool(tells().get("amx_bf16"))
 
@@ -130,8 +129,8 @@ def has_amx() -> bool:
 def enter(device: str) -> World:
     """Join the processes that torchrun started; one process alone needs none of it.
 
-    device: auto, cpu or cuda; with cuda each process takes the GPU of its local rank. Called
-    again it gives the same, until `leave`.
+    device: auto, cpu or cuda; with cuda each process uses the GPU of its local rank. Further calls
+    return the same World, until `leave`. Raises InputError if a device is not available.
     """
     where = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -142,13 +141,13 @@ def enter(device: str) -> World:
         if local >= gpus:
             raise InputError(
                 f"process {local} of this machine has no GPU: there are {gpus};"
-                f" start {gpus} processes a machine, or use --device cpu"
+                f" start {gpus} processes per machine, or use --device cpu"
             )
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        # torchrun may give a restarted process the store of the attempt before, with addresses
-        # where nobody listens any more: each attempt has its own part of it.
+        # torchrun may give a restarted process the store of the previous attempt, with addresses
+        # where nobody listens any more: so each attempt gets its own part of the store.
         store, rank, size = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -161,7 +160,7 @@ def enter(device: str) -> World:
 
 
 def leave() -> None:
-    """Part from the other processes at the end of the command."""
+    """Leave the process group at the end of the command."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     enter.cache_clear()

@@ -77,7 +77,7 @@ def test_files_with_colours_prefixes_and_heads_are_matched(tmp_path):
         states.append(ours.state_dict())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     assert torch.equal(states[0]["layer4.1.conv2.weight"], whole["layer4.1.conv2.weight"])
-    assert "`module.encoder_q.` taken off their names" in said[0]
+    assert "`module.encoder_q.` removed from their names" in said[0]
     assert "conv1.weight folded into one" in said[0] and "module.queue" in said[0]
     assert said[1].endswith("not used: fc.bias, fc.weight")
 
@@ -108,7 +108,7 @@ def test_imagenet_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
 
     ours = backbones.build("test_resnet", 32, seed=0)
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match="weights of test_resnet cannot be fetched") as e:
+    with pytest.raises(InputError, match="weights of test_resnet cannot be downloaded") as e:
         backbones.initialise(ours, "imagenet", "test_resnet", print, grey=GREY)
     assert "\n" not in str(e.value)
 

@@ -363,7 +363,7 @@ def test_a_run_that_goes_on_is_judged_as_it_was_read(run, videos, tmp_path):
     result = evaluate.evaluate(
         mine, videos / "labels.csv", percents=(100,), num_seeds=1, device="cpu", stage=stage
     )
-    assert any("that of step 6 of 100" in line for line in result.warnings)
+    assert any("from step 6 of 100" in line for line in result.warnings)
     facts = json.loads((mine / "evaluation" / "results.json").read_text())
     assert facts["run"]["weights_sha256"] == digest
 
@@ -664,7 +664,7 @@ def test_a_class_that_some_fold_cannot_learn_is_named(run, videos, tmp_path):
     )  # fmt: skip
     assert result.split.startswith("2 folds")
     (line,) = result.warnings
-    assert "some folds have no patient to learn it from" in line
+    assert "some folds have no training patient with it" in line
     assert sum(repr(name) in line for name in CLASSES) == 1
 
 
@@ -688,7 +688,7 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
     with pytest.raises(InputError, match="protocol 'svm': want one of linear, knn, finetune"):
         judge(good, protocol="svm")
     for percents in ((), (0.0,), (101.0,)):
-        with pytest.raises(InputError, match="fractions above 0 up to 100"):
+        with pytest.raises(InputError, match="fractions above 0 and up to 100"):
             judge(good, percents=percents)
     damaged = tmp_path / "damaged"
     for name in ("backbone.safetensors", "config.json"):

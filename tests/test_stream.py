@@ -249,12 +249,12 @@ def test_urls_are_folders_elsewhere(shards, made):
         np.testing.assert_array_equal(read(where, threads=2), frames)
     name = sorted(shards.glob("*.tar"))[1].name
     memory.rm(f"/shards-of-the-test/{name}")
-    with pytest.raises(InputError, match=f"memory://shards-of-the-test/{name}: there is no such"):
+    with pytest.raises(InputError, match=f"memory://shards-of-the-test/{name}: no such"):
         read("memory://shards-of-the-test")
     memory.pipe("/shards-of-the-test/manifest.json", b"{}")
     with pytest.raises(InputError, match="memory://shards-of-the-test/manifest.json: damaged"):
         read("memory://shards-of-the-test")
-    with pytest.raises(InputError, match="memory://nothing/manifest.json: there is no such"):
+    with pytest.raises(InputError, match="memory://nothing/manifest.json: no such"):
         read("memory://nothing")
 
 

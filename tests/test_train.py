@@ -498,7 +498,7 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         with pytest.raises(InputError, match=f"covariance {value}: want a number from 0"):
             train(shards, SMALL, vicreg.Config(covariance=value), tmp_path / "run", device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="device cuda: there is none here"):
+        with pytest.raises(InputError, match="device cuda: not available here"):
             run_train(shards, tmp_path / "run", device="cuda")
         with pytest.raises(InputError, match="--tier gpu"):
             run_train(shards, tmp_path / "run", device="cpu", tier="gpu")
