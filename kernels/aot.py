@@ -1,8 +1,8 @@
-"""Compile Triton kernels for GPUs that are not here, and read what the compiler made of them.
+"""Compile Triton kernels ahead of time, without a GPU, and read the resources they use.
 
-An op's gpu.py yields a `Build` for every kernel at every shape of blocks that its plan can
-choose; a test compiles each for sm_80, sm_90 and sm_100. Not where TRITON_INTERPRET=1 was set
-when triton was imported: there a kernel is no JITFunction, and only `Build` itself works.
+An op's gpu.py yields a `Build` for every kernel at every block shape that its plan can choose; a
+test compiles each for sm_80, sm_90 and sm_100. This does not work if TRITON_INTERPRET=1 was set
+when triton was imported: kernels are not JITFunctions then, and only `Build` itself can be used.
 """
 
 import re
@@ -17,11 +17,11 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel with everything decided that its machine code depends on.
+    """A kernel with everything that determines its machine code.
 
     signature: the type of each argument that is not constexpr, as "*bf16", "i32" or "fp32".
-    ":16" after it says that the pointer or number divides by 16, as Triton finds out by itself at
-    a launch: any pointer to the start of a tensor, and row lengths that keep vector loads whole.
+    ":16" after it says that the pointer or number is divisible by 16, which Triton finds out
+    itself at a launch: pointers to the start of a tensor, and row lengths that allow vector loads.
 
     >>> Build("rows 128", rows, {"x": "*bf16:16", "n": "i32"}, {"BN": 128}, 4, 2)
     """
@@ -36,10 +36,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one program of a kernel takes."""
+    """The resources of one program of a kernel."""
 
-    registers: int  # of a thread
-    spills: int  # bytes of local memory of a thread: registers that did not fit
+    registers: int  # per thread
+    spills: int  # bytes of local memory per thread, for registers that did not fit
     shared_bytes: int
     products: tuple[tuple[int, int], ...]  # (M, N) of each tl.dot
     ptx: str
@@ -76,7 +76,7 @@ def compiled(build: Build, arch: int) -> Compiled:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """ptxas's count for a kernel: {"REG": 128, "STACK": 0, "LOCAL": 0, ...}."""
+    """ptxas's resource usage of a kernel: {"REG": 128, "STACK": 0, "LOCAL": 0, ...}."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,4 +1,4 @@
-// The bits of a number as another type: std::bit_cast of C++20.
+// Reinterpret the bits of a number as another type, like std::bit_cast of C++20.
 #pragma once
 #include <cstring>
 
@@ -12,7 +12,7 @@
 
 namespace sslus {
 
-// GCC before 11 has no builtin, and does not vectorise a loop with memcpy in it: right, but slower.
+// GCC before 11 lacks the builtin and does not vectorise loops with memcpy: correct, but slower.
 template <typename To, typename From>
 SSLUS_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

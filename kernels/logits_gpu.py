@@ -1,9 +1,9 @@
 """Tiles of logits for the contrastive losses on a GPU, and what their kernels share.
 
-A logit is a product of two rows times a scale. Rows go to the tensor cores as they are given and
-are scaled to unit length afterwards, in float32: a product of bfloat16 or float16 numbers is
-exact there, where one of rounded unit vectors would be off by 2^-9 / T. float32 is multiplied in
-three products of tf32, which loses its last two bits.
+A logit is a product of two rows times a scale. Rows go to the tensor cores as given and are scaled
+to unit length afterwards, in float32: products of bfloat16 or float16 numbers are exact, whereas
+rounded unit vectors would cause errors of 2^-9 / T. float32 is multiplied as three tf32 products,
+which lose its last two bits.
 
 Logits are in base 2 (1 / ln 2 is in the scale): exp2 is one instruction.
 """
@@ -17,16 +17,16 @@ import triton.language as tl
 from sslus.kernels.aot import Build
 
 LOG2_E = math.log2(math.e)
-PROGRAMS = 264  # wanted in a launch: two on each multiprocessor of an H100. Not asked of the
-# device, so that sums are split, and rounded, alike on all.
-ROWS, COLUMNS = 16, 128  # a tile of the passes that are no products
+PROGRAMS = 264  # per launch: two per multiprocessor of an H100. Not queried from the device, so
+# that sums are split, and rounded, in the same way on all devices.
+ROWS, COLUMNS = 16, 128  # a tile of the passes without products
 
-_NONE = tl.constexpr(-1e30)  # below every logit, and finite: what is subtracted from itself is 0
+_NONE = tl.constexpr(-1e30)  # below every logit, but finite: minus itself it is 0
 _SHORTEST = tl.constexpr(1e-12)  # as F.normalize
 
-# D at most -> rows, columns of a tile of logits; step along D; columns of a tile of the gradient.
-# Where the last two are equal they hold all of D, and a row is loaded once for both products.
-# Chosen as large as the registers of sm_80, 90 and 100 allow; not yet timed.
+# Largest D -> rows and columns of a tile of logits; step along D; columns of a gradient tile. If
+# the last two are equal they hold all of D, and a row is loaded once for both products. Chosen as
+# large as the registers of sm_80, 90 and 100 allow; not timed yet.
 _LONG = {"BM": 64, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 3}
 _128 = {"BM": 128, "BN": 64, "BK": 128, "BD": 128, "num_warps": 8, "num_stages": 3}
 _256 = {"BM": 64, "BN": 64, "BK": 256, "BD": 256, "num_warps": 8, "num_stages": 2}
@@ -42,13 +42,13 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  
 def plan(d: int, dtype: torch.dtype) -> dict[str, int]:
     """Blocks, warps and stages for products of rows of d numbers."""
     table = TABLES[dtype]
-    if d % 16:  # loads of single numbers: a tile that holds all of D would take all registers
+    if d % 16:  # loads of single numbers: a tile with all of D would take all registers
         return table[math.inf]
     return next(blocks for most, blocks in table.items() if d <= most)
 
 
 def split(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
-    """Into how many parts to split the columns, and how many columns a part has."""
+    """How many parts to split the columns into, and how many columns each part has."""
     tiles = triton.cdiv(columns, blocks["BN"])
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(rows, blocks["BM"]))
     span = triton.cdiv(tiles, min(wanted, tiles)) * blocks["BN"]
@@ -57,7 +57,7 @@ def split(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
 
 @triton.jit
 def load(p, r, c, d):
-    """p[r, c] of a matrix with rows of d; 0 from column d on. Row r is there."""
+    """p[r, c] of a row-major matrix with d columns; 0 from column d on. Row r must exist."""
     return tl.load(p + r[:, None].to(tl.int64) * d + c[None, :], mask=c[None, :] < d, other=0.0)
 
 
@@ -81,12 +81,12 @@ def logits(x, y, i, k, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def weigh(w, y, acc, TYPE: tl.constexpr):
-    """acc + w y; w rounded as coarsely as the gradient, which is a TYPE."""
+    """acc + w y; w is rounded as coarsely as the gradient, which is of TYPE."""
     if y.dtype == tl.float32 or tl.float32 == TYPE:
         return tl.dot(w, y.to(tl.float32), acc, input_precision="tf32x3")
     if y.dtype == tl.bfloat16:
         return tl.dot(w.to(tl.bfloat16), y, acc)
-    # float16 lacks the range for weights; tf32 has its digits.
+    # float16 lacks the range for the weights; tf32 has the same precision.
     return tl.dot(w, y.to(tl.float32), acc, input_precision="tf32")
 
 
@@ -97,13 +97,13 @@ def length(squares):
 
 @triton.jit
 def over(x, length):
-    """Rows x over their lengths, rounded once: at D = 1 exactly 1, whose gradient is 0."""
+    """Rows x divided by their lengths, rounded once: at D = 1 exactly 1, with gradient 0."""
     return tl.div_rn(x, length[:, None] + tl.zeros_like(x))
 
 
 @triton.jit(do_not_specialize=["num"])
 def total_kernel(parts, out, num, factor, BLOCK: tl.constexpr):
-    """out = factor x the sum of num parts: one program, in fixed order, in float64."""
+    """out = factor x the sum of num parts, in float64, in a fixed order, by one program."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num, BLOCK):
         i = start + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
-"""Means and variances of the columns of two views, of which the terms that a log shows are made.
+"""Means and variances of the columns of two views, from which logged terms are computed.
 
-One pass over the views; across ranks six numbers a column are added up, and no rows gathered.
+One pass over the views; across ranks only six numbers per column are summed, no rows gathered.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,10 @@ from sslus.kernels.ranks import Ranks
 
 
 class Moments(NamedTuple):
-    """Of each column over the rows of all ranks; variances are biased.
+    """Per column, over the rows of all ranks; variances are biased.
 
-    The last is of za - zb: small where the views agree, and so not to be had from the others.
+    The last is the variance of za - zb, which is small where the views agree and therefore cannot
+    be derived from the others.
     """
 
     means: Tensor  # (2, D): of za and of zb
@@ -29,7 +30,7 @@ def moments(za: Tensor, zb: Tensor, ranks: Ranks) -> Moments:
     compiled = za.device.type == "cpu" and {za.dtype, zb.dtype} <= {torch.float32, torch.bfloat16}
     own = _moments_cpu(za, zb) if compiled else _in_torch(za, zb)
     if ranks.world > 1:
-        x = own.double()  # or squares of means, taken away again, would leave their rounding
+        x = own.double()  # else subtracting squares of means would leave their rounding errors
         means = torch.cat([x[:2], x[:1] - x[1:2]])
         joint = ranks.sum_(torch.cat([means, x[2:] + means.square()])) / ranks.world
         variances = (joint[3:] - joint[:3].square()).clamp(min=0)

@@ -1,18 +1,19 @@
 """One dispatcher for every op: reference, compiled CPU or Triton GPU.
 
 An op is a scalar loss of float tensors. Its implementations share one signature,
-`(*tensors, **scalars) -> (loss, *gradients)`, except the reference, which returns the loss
-alone and gets its gradient from autograd: so no hand-written gradient is ever checked
-against itself. Each implementation is registered as `torch.ops.sslus.<op>_<implementation>`,
-so that torch.compile takes it as it is.
+`(*tensors, **scalars) -> (loss, *gradients)`, except the reference, which returns only the loss and
+gets its gradient from autograd: so no hand-written gradient is ever checked against itself. Each
+implementation is registered as `torch.ops.sslus.<op>_<implementation>`, so that torch.compile
+treats it as opaque.
 
-Where torch.distributed runs, a loss is that of the batch joined over all ranks (or those of
-`group`), equal on every rank, and each rank gets the joint loss's gradient at its own rows. All
-hold as many rows; on a GPU as many as in the op's first call there, since to ask would wait.
-DistributedDataParallel divides gradients by the number of ranks: multiply the loss by it.
+If torch.distributed is initialised, a loss is that of the batch joined over all ranks (or those of
+`group`), equal on every rank, and each rank gets the gradient of the joint loss at its own rows.
+All ranks must hold the same number of rows; on a GPU, the number of the op's first call there,
+since asking again would wait for the GPU. DistributedDataParallel divides gradients by the number
+of ranks: multiply the loss by it.
 
 `SSLUS_KERNELS` picks the implementation: `auto` (the default), `reference`, `cpu` or `gpu`.
-A named choice that cannot run raises; it never falls back.
+A named implementation that cannot run raises ValueError; there is no fallback.
 """
 
 import importlib
@@ -33,8 +34,8 @@ DTYPES = {
     "gpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# On a GPU: the second axis of a grid has 65535 programs at most, of 64 rows or columns at least.
-# Kernels count rows, columns and what is a few times as many in 32 bits, and entries in 64.
+# On a GPU: the second axis of a grid has at most 65535 programs, of at least 64 rows or columns.
+# Kernels count rows, columns and small multiples of them in 32 bits, and entries in 64.
 LONGEST = 65535 * 64
 
 OPS: dict[str, "Op"] = {}
@@ -53,9 +54,9 @@ class Op:
     cpu: Callable[..., tuple[Tensor, ...]] | None = None
     gpu: Callable[..., tuple[Tensor, ...]] | None = None
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
-    num_gradients: int = 2  # the first tensors have a gradient, the others are constants
-    num_batched: int | None = None  # the first tensors are rows of the batch; None: all are
-    wide: bool = False  # kernels return gradients in float32, whatever the inputs are
+    num_gradients: int = 2  # this many first tensors get a gradient, the others are constants
+    num_batched: int | None = None  # this many first tensors are rows of the batch; None: all
+    wide: bool = False  # kernels return gradients in float32, whatever the dtype of the inputs
     fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -80,7 +81,7 @@ class Op:
             return "it is not written"
         if which == "cpu" and x.device.type != "cpu":
             return f"the tensors are on {x.device}"
-        # Triton's interpreter runs GPU kernels on CPU tensors: how they are tested without one.
+        # Triton's interpreter runs GPU kernels on CPU tensors, for tests without a GPU.
         if which == "gpu" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the tensors are on {x.device}"
         if x.dtype not in DTYPES[which]:
@@ -90,7 +91,7 @@ class Op:
         return None
 
     def choose(self, x: Tensor) -> str:
-        """The implementation that `auto` takes for `x`: the one compiled for its device."""
+        """The implementation that `auto` chooses for `x`: the one compiled for its device."""
         native = "gpu" if x.is_cuda else "cpu"
         return "reference" if self.why_not(native, x) else native
 
@@ -101,8 +102,9 @@ class Op:
         group: dist.ProcessGroup | None = None,
         **scalars: float,
     ) -> Tensor:
-        """The loss, shape (), float32 unless the tensors are float64, from one implementation:
-        a name out of CHOICES. group: the ranks that share the batch; None means all ranks."""
+        """The loss, shape (), float32 unless the tensors are float64, by the implementation
+        `which` (one of CHOICES). group: the ranks that share the batch; None means all ranks.
+        Raises ValueError if it cannot run."""
         x = tensors[0]
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
@@ -111,7 +113,7 @@ class Op:
         if why := self.why_not(which, x):
             raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
         name = group_name(group)
-        # An op knows where it wants precision; autocast would round its products.
+        # Ops choose their precision themselves; autocast would round their products.
         with torch.autocast(x.device.type, enabled=False):
             if which != "reference":
                 return self.fused[which](*tensors, group=name, **scalars)[0]
@@ -133,7 +135,7 @@ def _refuse_empty(op: Op, x: Tensor) -> None:
 def _register(op: Op, which: str, implementation: Callable) -> Callable:
     """The implementation as a torch custom op: torch.compile calls it without looking inside.
 
-    Its schema is the reference's. The gradient is computed with the loss; backward scales it.
+    Its schema is that of the reference. Forward computes loss and gradient; backward scales it.
     """
     inputs = torch.library.infer_schema(op.reference, mutates_args=()).rpartition(" -> ")[0]
     separator = "" if ", *, " in inputs else ", *"
@@ -146,7 +148,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         _refuse_empty(op, tensors[0])
         ranks = Ranks.named(group)
         ranks.same_rows(op.name, tensors[0])
-        # The compiled border refuses strided input; the copy is made here, once, in sight.
+        # Compiled kernels refuse strided input, so it is copied explicitly, here.
         dense = (t if t is None else t.contiguous() for t in tensors)
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
             return implementation(*dense, ranks=ranks, **scalars)
@@ -162,7 +164,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         ctx.num_constants = len(inputs) - op.num_gradients
         ctx.dtypes = [t.dtype for t in inputs[: op.num_gradients]]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # else zeros are made for the gradients' gradients
+        ctx.set_materialize_grads(False)  # else zeros are allocated for gradients of gradients
         ctx.save_for_backward(*output[1:])
 
     @torch.autograd.function.once_differentiable
@@ -171,10 +173,10 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         if which == "gpu":
             grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes[0], ctx.dtypes[-1])
         else:
-            # One, unless somebody scales the loss. On a GPU, looking would wait for it.
+            # It is one unless the loss is scaled. On a GPU, reading it would wait.
             one = _is_one(grad_loss)
             pairs = zip(grads, ctx.dtypes, strict=True)
-            # Rounded to the input's type once, after the product.
+            # Rounded to the dtype of the input only once, after the product.
             grads = [(g if one else g * grad_loss).to(dtype) for g, dtype in pairs]
         return *grads, *(None,) * ctx.num_constants
 
@@ -187,14 +189,14 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
 
 
 def _is_one(factor: Tensor) -> bool:
-    """False also where its value cannot be looked at, because the backward is being compiled."""
-    # torch 2.11 says is_compiling() is False while it traces a backward; tensors are fake there.
+    """False also if the value cannot be read, because the backward is being compiled."""
+    # In torch 2.11 is_compiling() is False while a backward is traced, where tensors are fake.
     if torch.compiler.is_compiling() or type(factor) is not Tensor:
         return False
     return factor.item() == 1
 
 
-# Not a list of types: torch 2.11 hands on the numbers that stand for them.
+# Not a list of dtypes, which torch 2.11 passes as numbers.
 @torch.library.custom_op(
     "sslus::scaled_gpu",
     mutates_args=(),
@@ -217,11 +219,11 @@ MAPS: dict[str, "Map"] = {}
 
 @dataclass(frozen=True)
 class Map:
-    """A named function of tensors without a gradient: it writes into the last one given.
+    """A named function of tensors without a gradient, which writes to the last tensor.
 
-    Random numbers are among the tensors, so that implementations can be compared. They share
-    one signature, `(*tensors, **scalars) -> None`; the tensors' device picks among them, or
-    SSLUS_KERNELS, as for an `Op`.
+    Random numbers are passed as tensors, so that implementations can be compared. Implementations
+    share the signature `(*tensors, **scalars) -> None`; the device of the tensors or SSLUS_KERNELS
+    selects one, as for an `Op`.
     """
 
     name: str
@@ -249,7 +251,7 @@ class Map:
 
     @torch.no_grad()
     def run(self, which: str, *tensors: Tensor, **scalars: float) -> None:
-        """Run one implementation: a name out of CHOICES."""
+        """Run the implementation `which`, one of CHOICES. Raises ValueError if it cannot run."""
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
         x = tensors[0]
@@ -262,7 +264,7 @@ class Map:
 
 
 def load_all() -> dict[str, Op]:
-    """Import every op folder and return the registry: for tests, benchmarks and the doctor."""
+    """Import every op folder and return the registry, for tests and benchmarks."""
     import sslus.kernels
 
     for info in pkgutil.iter_modules(sslus.kernels.__path__):

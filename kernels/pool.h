@@ -1,4 +1,4 @@
-// Threads that wait for work between calls: starting one costs as much as making a view.
+// A thread pool, kept between calls: starting a thread costs as much as making a view.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -18,9 +18,9 @@ class Pool {
  public:
   using Work = void (*)(void* context, int64_t item);
 
-  // work(context, i) for every i below count, on `threads` threads, the caller's among them.
-  // One thread asks nobody, so callers with one thread each run beside one another; calls with
-  // more take turns. The first exception is thrown on, after all threads have stopped.
+  // Calls work(context, i) for every i < count on `threads` threads, including the caller's. With
+  // one thread the pool is not used, so such callers run concurrently; calls with more threads
+  // take turns. The first exception is rethrown, after all threads have stopped.
   static void run(int64_t count, int64_t threads, Work work, void* context) {
     if (threads <= 1 || count <= 1) {
       for (int64_t i = 0; i < count; ++i) work(context, i);
@@ -30,8 +30,8 @@ class Pool {
   }
 
  private:
-  // Never destroyed: workers may still wait when the process ends. A forked child has none of
-  // its parent's threads, and its locks are in an unknown state, so it starts a pool of its own.
+  // Never destroyed: workers may still be waiting when the process ends. A forked child has none
+  // of its parent's threads, and locks in an unknown state, so it starts a pool of its own.
   static Pool& instance() {
     static std::atomic<Pool*> pool{new Pool};
 #if __has_include(<pthread.h>)
@@ -53,7 +53,7 @@ class Pool {
     wake_.notify_all();
     take();
     std::unique_lock<std::mutex> lock(mutex_);
-    open_ = 0;  // who has not come yet need not
+    open_ = 0;  // workers that have not joined need not join any more
     done_.wait(lock, [this] { return busy_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
@@ -86,7 +86,7 @@ class Pool {
   std::vector<std::thread> workers_;
   Work work_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0, open_ = 0, busy_ = 0;  // open_: places for workers that have not come yet
+  int64_t count_ = 0, open_ = 0, busy_ = 0;  // open_: places for workers that have not joined yet
   std::atomic<int64_t> next_{0};
   std::exception_ptr error_;
 };

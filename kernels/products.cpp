@@ -1,8 +1,8 @@
-// What products.py does between BLAS calls, on blocks of columns: each in as few passes as can be.
+// The work of products.py between BLAS calls, on blocks of columns, in as few passes as possible.
 //
-// Where columns are summed, a thread takes a stripe of them, else some rows. Sums over the rows are
-// added up kRun rows at a time, which is as exact as PyTorch's. Matrices are float32, or bfloat16
-// where they are only read; their rows may be further apart than they are long.
+// To sum columns, a thread takes a stripe of columns, otherwise some rows. Sums over rows are taken
+// kRun rows at a time, which is as exact as PyTorch's. Matrices are row-major, float32, or bfloat16
+// if they are only read; their row stride may exceed the row length.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -47,7 +47,7 @@ class Rows {
     require(z.shape(1) <= 1 || z.stride(1) == 1, "want rows without gaps");
   }
 
-  // Columns j .. j + n of row i; `room` holds what has to be widened.
+  // Columns j .. j + n of row i; `room` is scratch memory for widening bfloat16.
   SSLUS_INLINE const float* at(int64_t i, int64_t j, int64_t n, float* __restrict room) const {
     if (!half_) return static_cast<const float*>(data_) + i * stride_ + j;
     const uint16_t* from = static_cast<const uint16_t*>(data_) + i * stride_ + j;
@@ -70,7 +70,7 @@ struct Out {
   float* data;
 };
 
-// sums[j] of add(i, sums) over the rows: kRun rows in one array, which is then added to another.
+// Sums over the rows: add(i, sums) for kRun rows into one array, which is then added to another.
 template <typename Add>
 SSLUS_INLINE void sum_rows(int64_t rows, int64_t n, float* __restrict sums, const Add& add) {
   float run[kStripe];
@@ -85,8 +85,8 @@ SSLUS_INLINE void sum_rows(int64_t rows, int64_t n, float* __restrict sums, cons
 SSLUS_CLONES void centre_stripe(const Rows& z, int64_t rows, int64_t j, int64_t n, float eps,
                                 const Out& out, float* squares, float* __restrict packed) {
   float room[kStripe], first[kStripe], mean[kStripe], scale[kStripe];
-  // The first row is taken away first: exact where a column is collapsed. The stripe is packed,
-  // because rows whose distance is a power of two share few places in a cache.
+  // The first row is subtracted first, which is exact for collapsed columns. The stripe is packed,
+  // because rows with a power-of-two stride map to few cache sets.
   std::copy_n(z.at(0, j, n, room), n, first);
   sum_rows(rows, n, mean, [&](int64_t i, float* __restrict run) {
     const float* row = z.at(i, j, n, room);
@@ -155,15 +155,15 @@ SSLUS_CLONES void distances_stripe(const Rows& a, const Rows& b, int64_t rows, i
   });
 }
 
-// Means and variances over the rows, of the columns of a stripe: those of a and b, and the variance
-// of a - b, which says how far they are apart where that is little. Squares are of the distance from
-// the first row, which squared is rows - 1 variances from the mean at most: as many times its
-// rounding is a variance off when the square of the mean is taken away.
+// Means and variances over the rows, for the columns of a stripe: those of a and b, and the
+// variance of a - b, which stays exact where they differ little. Squares are of the distance from
+// the first row, whose squared distance from the mean is at most rows - 1 variances; subtracting
+// the square of the mean magnifies the rounding error of a variance by as much.
 struct Moments {
   float *mean_a, *mean_b, *a, *b, *difference;
 };
 
-SSLUS_INLINE float not_below_zero(double x) {  // std::max would make 0 of NaN
+SSLUS_INLINE float not_below_zero(double x) {  // std::max would turn NaN into 0
   return x < 0 ? 0.0f : static_cast<float>(x);
 }
 
@@ -204,9 +204,9 @@ SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int
   }
 }
 
-// A view of BarlowTwins: its columns, which the gradient takes the place of, and what it is made of.
+// A view of Barlow Twins: its columns, which the gradient overwrites, and what that is made from.
 struct Twin {
-  Out x, product;  // product: of the other's Gram matrix and x; overwritten
+  Out x, product;  // product: the other view's Gram matrix times x; overwritten
   const float *left, *scale;
 };
 
@@ -238,9 +238,9 @@ SSLUS_CLONES void cross_stripe(const Twin& a, const Twin& b, const float* __rest
   finish(b, mean_b);
 }
 
-// work(first, count) for the pieces of `total`. On OpenMP's threads where there are such: BLAS uses
-// them too, and they go on spinning after a product, in the way of any others. The first exception
-// is thrown on, after all pieces: one that left OpenMP's loop would end the process.
+// Calls work(first, count) for the pieces of `total`, on OpenMP's threads if available: BLAS uses
+// them too, and they keep spinning after a product, which would slow down other threads. The first
+// exception is rethrown after all pieces: leaving OpenMP's loop by one would end the process.
 template <typename Work>
 void share(int64_t total, int64_t piece, int64_t threads, const Work& work) {
   const int64_t num = (total + piece - 1) / piece;
@@ -299,7 +299,7 @@ double distance(Input a, Input b, std::optional<ConstRow> weights, int64_t threa
   require(alike(b, rows, width), "want matrices of one shape");
   const Rows p(a), q(b);
   const float* w = weights_of(weights, rows);
-  std::vector<double> sums(rows);  // added up in one order, whatever the threads did
+  std::vector<double> sums(rows);  // summed in a fixed order, whatever the threads did
   share(static_cast<int64_t>(rows), kRun, threads, [&](int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i)
       sums[static_cast<size_t>(i)] =

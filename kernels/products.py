@@ -1,8 +1,8 @@
 """Products of (N, D) matrices that BarlowTwins and VICReg share on the CPU.
 
-Both losses are sums of squares of a D x D matrix, and neither needs that matrix: its squared
-norm is that of an N x N one (Garrido et al. 2022, arXiv:2206.02574, theorem 3.3), and its tiles
-can be used up as they are made.
+Both losses are sums of squares of a D x D matrix, but neither needs to store it: its squared norm
+equals that of an N x N matrix (Garrido et al. 2022, arXiv:2206.02574, theorem 3.3), and its tiles
+can be consumed as they are produced.
 """
 
 from collections.abc import Iterator
@@ -14,28 +14,28 @@ from sslus.kernels import _cpu
 from sslus.kernels.ranks import Ranks
 
 TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
-# Entries: what is made of a block of columns is used while a cache holds it. Smaller blocks fit
-# nearer caches, but their many short parallel loops wait for each other on a busy machine.
+# Entries of a block of columns, so that its results are used while they are in a cache. Smaller
+# blocks fit closer caches, but many short parallel loops wait for each other on a busy machine.
 BLOCK = 1 << 18
 
-# The Gram form takes a sum without its diagonal as all minus diagonal. When less than this part
-# is left, rounding of float32 would show, and the same is done again in float64.
-LEFT = 1 / 16  # BarlowTwins: the diagonal is spread over all columns, and so is its rounding
-LEFT_OF_ONE = 1 / 4  # VICReg: it may be a single column's, all of whose gradient is the difference
+# The Gram form computes an off-diagonal sum as total minus diagonal. If less than this part of the
+# total is left, float32 rounding would show, and everything is repeated in float64.
+LEFT = 1 / 16  # Barlow Twins: the diagonal, and so its rounding, is spread over all columns
+LEFT_OF_ONE = 1 / 4  # VICReg: one column may have it all, and the difference is its gradient
 
 
 def work(z: Tensor) -> Tensor:
-    """Half precision is computed in float32; float32 and float64 as they are."""
+    """z in the dtype to compute in: half precision becomes float32, others stay."""
     return z if z.dtype == torch.float64 else z.float()
 
 
 def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
     """Slices of the D columns, N x width about BLOCK.
 
-    BLAS wants 256 columns at least. Not more than 2048: it adds up a row in float32 from one end
-    to the other, which is less exact than adding up blocks. Not more than half of D, as several
-    blocks are held at a time. float64, where N x N matrices take twice the memory, has an eighth:
-    it is rare, and memory comes before time.
+    At least 256 columns, for BLAS. At most 2048, since BLAS sums a row in float32 from one end to
+    the other, which is less exact than summing blocks. At most half of D, as several blocks are
+    held at a time. float64, where N x N matrices take twice the memory, gets an eighth: it is
+    rare, and memory matters more than time.
     """
     least, entries = (64, BLOCK // 8) if dtype == torch.float64 else (256, BLOCK)
     width = min(max(least, entries // n), max(least, -(-d // 2)), 2048)
@@ -43,7 +43,7 @@ def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z minus its column means. The first row goes first: exact where a column is collapsed."""
+    """z minus its column means. Subtracts the first row first: exact for collapsed columns."""
     z = z.to(dtype)
     z = z - z[:1]
     return z.sub_(z.mean(0))
@@ -52,10 +52,10 @@ def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
 def standardised(
     z: Tensor, dtype: torch.dtype, eps: float | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """z less its column means, and its columns' variances over N.
+    """z minus its column means, and the (biased) variances of its columns.
 
-    With eps the columns are also divided by sqrt(variance + eps), and that sum is returned.
-    out: where to, float32; only where dtype is that.
+    With eps, the columns are also divided by sqrt(variance + eps), and variance + eps is returned.
+    out: where to write, float32; only if dtype is float32.
     """
     if dtype == torch.float32:
         v = z.new_empty(z.shape[1], dtype=dtype)
@@ -71,7 +71,7 @@ def standardised(
 
 
 def centred_rows(z: Tensor, dtype: torch.dtype, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """As `centred`, over the n rows of all ranks. Also returns the columns' sums of squares."""
+    """Like `centred`, over the n rows of all ranks; also returns the column sums of squares."""
     d = z.shape[1]
     shift = ranks.sum_(z[:1].to(dtype, copy=True)).div_(ranks.world)
     x, mean = z.new_empty(z.shape, dtype=dtype), z.new_empty(d, dtype=dtype)
@@ -113,11 +113,11 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, and their lengths (N, 1), as F.normalize: none shorter than 1e-12."""
+    """Unit rows and the lengths (N, 1), like F.normalize: lengths are at least 1e-12."""
     length = z.norm(dim=1, keepdim=True).clamp_(min=1e-12)
     return z / length, length
 
 
 def unit_gradient(g: Tensor, u: Tensor, length: Tensor) -> Tensor:
-    """dL/dz of u = z / |z| from g = dL/du: the part of g across u."""
+    """dL/dz for u = z / |z|, from g = dL/du: the component of g orthogonal to u, over |z|."""
     return torch.addcmul(g, u, (g * u).sum(1, keepdim=True), value=-1).div_(length)

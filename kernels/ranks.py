@@ -1,9 +1,9 @@
-"""The processes that share one batch: what a loss over the global batch needs of them.
+"""Communication between the processes that share one batch, for losses over the global batch.
 
-Every rank holds N rows; the joined batch is their rows in the order of the ranks. A kernel works
-on its part (rows or columns), adds sums over the ranks, and returns the joint loss together with
-the joint loss's gradient at its own rows. Nothing is all-reduced outside a gradient: that way
-lies the gradient that is too small by the number of ranks.
+Every rank holds N rows; the joint batch is their rows in rank order. A kernel works on its part
+(rows or columns), adds sums over the ranks, and returns the joint loss together with its gradient
+at the rank's own rows. Nothing is all-reduced outside autograd, which would make gradients too
+small by the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# On a GPU: {group: {(op, D): N}}, what all its ranks were found to hold.
+# On a GPU: {group: {(op, D): N}}, the shapes that were checked on all ranks.
 _CHECKED: WeakKeyDictionary[dist.ProcessGroup, dict[tuple, int]] = WeakKeyDictionary()
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
-    """A name that a custom op can carry: the group's, or that of all ranks; "" if there is one."""
+    """A name to pass to custom ops: that of the group, or of all ranks; "" for one process."""
     if not (dist.is_available() and dist.is_initialized()):
         return ""
     group = dist.group.WORLD if group is None else group
@@ -27,7 +27,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a group; by default this process alone, for which every call is free."""
+    """The ranks of a group; by default only this process, for which every call is free."""
 
     group: dist.ProcessGroup | None = None
 
@@ -44,12 +44,12 @@ class Ranks:
         return dist.get_rank(self.group) if self.group else 0
 
     def same_rows(self, name: str, z: Tensor) -> None:
-        """Raises ValueError, on every rank alike, unless all ranks hold as many rows and columns.
+        """Raises ValueError, on every rank, unless all ranks hold equally many rows and columns.
 
-        Statistics of an uneven batch would be right, but its loss a mean of unequal shares.
-        On a GPU reading the answer waits for it, so the ranks ask each other once for each op and
-        width. From then on a rank with another number of rows raises by itself: to ask would wait,
-        and for ever where the others, whose number is the same, do not.
+        Statistics of an uneven batch would be right, but its loss would be a mean of unequal
+        shares. On a GPU, reading the answer waits for it, so the ranks ask each other only once per
+        op and width. Later, a rank with another number of rows raises by itself: asking would wait,
+        and for ever if the others, whose number has not changed, do not ask.
         """
         if not self.group:
             return
@@ -70,7 +70,7 @@ class Ranks:
         checked[key] = len(z)
 
     def sum_(self, x: Tensor) -> Tensor:
-        """x added over the ranks, in place; the same bits on every rank."""
+        """Sum x over the ranks, in-place; the result has the same bits on every rank."""
         if self.group:
             dist.all_reduce(x, group=self.group)
         return x
@@ -80,7 +80,7 @@ class Ranks:
         return torch.cat(self._gathered(x.detach())) if self.group else x
 
     def join_with_gradient(self, x: Tensor) -> Tensor:
-        """As `join`, but this rank's rows keep their gradient; the others' are constants."""
+        """Like `join`, but with a gradient for this rank's rows; the others are constants."""
         if not self.group:
             return x
         parts = self._gathered(x.detach())
@@ -108,7 +108,7 @@ class Ranks:
         return out
 
     def to_rows(self, x: Tensor, d: int) -> Tensor:
-        """The way back: (world N, D / world) -> (N, D)."""
+        """The inverse of `to_columns`: (world N, D / world) -> (N, D)."""
         if not self.group:
             return x
         n, widths = len(x) // self.world, self._widths(d)
@@ -134,5 +134,5 @@ class Ranks:
 
 
 def _asks_once(z: Tensor) -> bool:
-    """Whether to read a value of z's device is to wait for it."""
+    """Whether reading a value from z's device waits for it."""
     return z.is_cuda

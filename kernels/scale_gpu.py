@@ -1,8 +1,7 @@
-"""What backward brings, times the losses' gradients, on a GPU: one launch.
+"""The incoming gradient of backward times a loss's gradients, on a GPU, in one launch.
 
-The number is read where it lies, so nothing waits for it. The gradients come in float32 and are
-rounded here, once: those of float16 may be too small for it before they meet the factor of a
-gradient scaler.
+The factor is read on the GPU, so nothing waits for it. The gradients come in float32 and are
+rounded only once, here: before the factor of a gradient scaler they may be too small for float16.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from sslus.kernels.aot import Build
 
-BLOCK = 4096  # numbers of a program: 16 for each thread, loads of 16 bytes
+BLOCK = 4096  # numbers per program: 16 per thread, in loads of 16 bytes
 NUM_WARPS = 8
 
 
 @triton.jit
 def scale_kernel(ga, gb, factor, out_a, out_b, num, BLOCK: tl.constexpr):
-    """out_a, out_b (num,) = factor x ga, gb, in their own types."""
+    """out_a, out_b (num,) = factor x ga, gb, in the dtypes of the outputs."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     by = tl.load(factor).to(tl.float32)
     if tl.program_id(1) == 0:
@@ -34,7 +33,7 @@ def scale_kernel(ga, gb, factor, out_a, out_b, num, BLOCK: tl.constexpr):
 def scaled(
     grads: list[Tensor], factor: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> list[Tensor]:
-    """One or two gradients of one shape, contiguous, times factor (), each in its type."""
+    """One or two contiguous gradients of the same shape times factor (), in the given dtypes."""
     out = [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=False)]
     num = grads[0].numel()
     scale_kernel[(triton.cdiv(num, BLOCK), len(grads))](

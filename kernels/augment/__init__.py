@@ -1,10 +1,10 @@
-"""Views: frames to batches in one pass, cropped, flipped, changed in grey and blurred.
+"""Views: crop, flip, blur and change the grey values of frames, in one pass.
 
     view = normalise(speckle(gain(solarize(blur(gamma(contrast(brightness(flip(crop(frame))))))))))
 
-in torchvision's order, each step in [0, 1]; reference.py defines every step. Nothing is drawn
-here: a row of the table `params` says what happens to a view, reference.PARAMS what its columns
-mean. Hue, saturation and grayscale are missing because they do nothing to a grey frame.
+in torchvision's order, each step in [0, 1]; reference.py defines every step. No random numbers are
+drawn here: a row of the table `params` describes one view, and reference.PARAMS its columns. There
+is no hue, saturation or grayscale, which would not change a grey frame.
 """
 
 import numpy as np
@@ -33,22 +33,22 @@ def views(
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """Make view v from frames[index[v]] as params[v] says: (V, 1, h, w).
+    """Make view v from frames[index[v]] according to params[v]: (V, 1, h, w).
 
     >>> params = identity(2, frames.shape[-1])
     >>> params[1, COLUMNS.index("flip")] = 1
     >>> views(frames, torch.tensor([7, 7]), params, size=224, mean=store.mean, std=store.std)
 
-    frames: (B, S, S) uint8, contiguous, a memory map at best: only the boxes are read. index:
-    (V,) int64. params: (V, len(COLUMNS)) float32, see PARAMS. size: h and w, or both at once.
-    mean, std: of the grey values 0..1; a view is (value - mean) / std. dtype: float32 or
-    bfloat16. out: where to write, (V, 1, h, w) of `dtype`, contiguous; else it is allocated.
-    A view does not depend on the others, nor on `threads` (default: torch.get_num_threads()).
-    Compiled kernels are within 1.2 grey levels of the float64 reference, 0.2 as a rule.
+    frames: (B, S, S) uint8, contiguous, typically memory-mapped: only the boxes are read. index:
+    (V,) int64. params: (V, len(COLUMNS)) float32, see PARAMS. size: (h, w), or one number for both.
+    mean, std: of grey values in 0..1; a view is (value - mean) / std. dtype: float32 or bfloat16.
+    out: a contiguous (V, 1, h, w) tensor of `dtype` to write to; allocated if None. A view depends
+    neither on other views nor on `threads` (default: torch.get_num_threads()). Compiled kernels
+    are within 1.2 grey levels of the float64 reference, usually within 0.2.
 
-    ValueError for wrong types and shapes, indices and boxes outside, values out of PARAMS's
-    range, NaN. Tables on a GPU are not looked into, which would wait for it: call check_params
-    before sending them there.
+    Raises ValueError for wrong dtypes or shapes, indices or boxes out of bounds, and values that
+    are NaN or outside the range in PARAMS. Tables on a GPU are not checked, which would wait for
+    the GPU: call check_params before sending them there.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = (len(index), 1, height, width)
@@ -89,7 +89,7 @@ def _check(frames, index, params, out, shape, dtype) -> None:
 def check_params(index: Tensor, params: Tensor, *, num_frames: int, store: int) -> None:
     """Raise ValueError naming the first view whose frame, box or other column is out of range.
 
-    For tensors on the CPU; numpy, because torch takes six times as long for tables so small.
+    For tensors on the CPU. Uses numpy: torch takes six times as long on such small tables.
     """
     i, p = index.numpy(), params.numpy()
     wrong = (i < 0) | (i >= num_frames)
@@ -133,7 +133,7 @@ def _check_params_on_cpu(frames, index, params) -> None:
 def _by_cpu(frames, index, params, out, *, mean, std, threads) -> None:
     from sslus.kernels import _cpu
 
-    try:  # refuses all that check_params does, which takes longer and says what it is
+    try:  # refuses whatever check_params does, which is slower but gives the reason
         _cpu.views(frames, index.contiguous(), params.contiguous(), out, mean, std, threads)
     except ValueError:
         _check_params_on_cpu(frames, index, params)

@@ -1,16 +1,16 @@
 // Rows of a frame resized along x: from bytes to kFine steps.
 //
-// The pixels that make a result lie a little differently for each, so a vector of results wants
-// its neighbours picked out. AVX2 looks bytes up in a register: 8 results in a window of 16 or 32
-// pixels. Elsewhere, and where 8 results take more, 16 rows are turned: a column of theirs is a
-// vector, and picking one is reading from another place. The results are the same.
+// Every result needs pixels at its own positions, so a vector of results must gather them. AVX2
+// uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels. Without AVX2
+// or where 8 results need more pixels, 16 rows are transposed: one of their columns is a vector, and
+// gathering becomes a load from another address. The results are the same.
 #pragma once
 #include "augment/loops.h"
 
 namespace sslus::augment {
 namespace {
 
-constexpr int64_t kLanes = 16;  // rows turned together
+constexpr int64_t kLanes = 16;  // rows transposed together
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector) && __has_builtin(__builtin_convertvector)
@@ -23,12 +23,12 @@ SSLUS_INLINE void to_column(const uint8_t* const* rows, int64_t x, int16_t* colu
 }
 
 #if defined(SSLUS_SHUFFLES)
-// Vectors of 8 and 16 pixels in the compilers' own notation, at any address.
+// Vectors of 8 and 16 pixels (compiler vector extensions), at any address.
 typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias));
 typedef int16_t Eight __attribute__((vector_size(16), aligned(2), may_alias));
 typedef int16_t Sixteen __attribute__((vector_size(32), aligned(2), may_alias));
 
-// Three rounds of this turn an 8 x 8 square; in Sixteen, two squares side by side.
+// Three rounds of this transpose an 8 x 8 block; in Sixteen, two blocks side by side.
 #define SSLUS_INTERLEAVE(from, to, low, high)                             \
   for (int i = 0; i < 4; ++i) {                                           \
     to[2 * i] = __builtin_shufflevector(from[i], from[i + 4], low);       \
@@ -76,7 +76,7 @@ SSLUS_CLONES void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int6
   }
 }
 
-#else  // the same without the vectors that older compilers lack, at a quarter of the speed
+#else  // for older compilers without these vectors: the same at a quarter of the speed
 void to_columns(const uint8_t* const* rows, int64_t n, int16_t* columns) {
   for (int64_t x = 0; x < n; ++x) to_column(rows, x, columns);
 }
@@ -130,9 +130,9 @@ SSLUS_AVX2 inline __m256i two_windows(const uint8_t* low, const uint8_t* high) {
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
 }
 
-// 8 results out of the 16 or (kFar) 32 pixels that begin where their window does. A byte whose
-// place has its highest bit set is 0: so bytes become words, and the far ones are left to `far`.
-// kTaps: their number, or 0 for any.
+// 8 results from the 16 or (kFar) 32 pixels at the start of their window. A byte whose index has
+// its highest bit set becomes 0: this widens bytes to words, and leaves the far pixels to `far`.
+// kTaps: the number of taps, or 0 for any.
 template <bool kFar, int kTaps>
 SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows,
                            const Axis& axis, int16_t* out) {
@@ -166,7 +166,7 @@ SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_row
 }
 #endif
 
-// num_rows <= kLanes rows, `row_stride` apart -> rows of axis.stride results, one behind the other.
+// num_rows <= kLanes rows, `row_stride` apart -> contiguous rows of axis.stride results.
 // `columns`: room for kLanes * (axis.span + axis.taps + axis.stride) numbers.
 void resize_across(const uint8_t* rows, int64_t row_stride, int64_t num_rows, const Axis& axis,
                    int64_t count, int16_t* columns, int16_t* out) {

@@ -1,4 +1,4 @@
-// What makes a pixel of a view along one axis: weights of frame pixels, and of the blur.
+// The filters along one axis: weights of frame pixels for the resize, and of the blur.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ constexpr double kTolerance = 1e-3;  // pixels, as in reference.py
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Memory of a thread, kept between calls. Starts as zeros, and on a cache line.
+// Memory of a thread, kept between calls; zero-initialised and aligned to a cache line.
 template <typename T>
 class Buffer {
  public:
@@ -46,14 +46,15 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Which pixels of a frame make the pixels of a view, along one axis: weights[k * stride + o] of
-// pixel start + first[o] + k. Weights in 2^-15 steps; the first of an o is 1 - its others.
+// How pixels of a frame make the pixels of a view, along one axis: output o has weight
+// weights[k * stride + o] for pixel start + first[o] + k. Weights are in 2^-15 steps; the first
+// weight of an output is 1 minus its others.
 struct Axis {
   int64_t start, span, taps, stride;
   const int32_t* first;
   const int16_t* weights;
-  // The same for look_up: 8 results are made of the `reach` pixels (at most 32, or kNever) from
-  // windows[o / 8] on; the low byte of places[o] is 0x70 + where first[o] lies in them.
+  // The same for look_up: 8 results use the `reach` pixels (at most 32, or kNever) from
+  // windows[o / 8] on; the low byte of places[o] is 0x70 + the position of first[o] in them.
   int64_t reach;
   const int32_t* windows;
   const int16_t* places;
@@ -72,7 +73,7 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
                            int32_t* __restrict first, float* __restrict distance,
                            float* __restrict sum, float* __restrict share,
                            int16_t* __restrict weights) {
-  // Only 32-bit integers become doubles and back in vectors everywhere.
+  // Only 32-bit integers convert to doubles and back in vectors on all processors.
   const auto num = static_cast<int32_t>(count);
   for (int32_t o = 0; o < num; ++o) {
     const double c = centre + step * o;
@@ -100,7 +101,7 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
   for (int64_t o = 0; o < count; ++o) first[o] += static_cast<int32_t>(offset);
 }
 
-// The windows of look_up, in a row of which `room` pixels may be read. Returns the reach.
+// The windows of look_up, in a row of `room` readable pixels. Returns the reach.
 SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int64_t taps,
                                   int64_t stride, int64_t room, int32_t* __restrict windows,
                                   int16_t* __restrict places) {
@@ -122,7 +123,7 @@ SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int6
 }
 
 // The triangle filter of reference.py for the box start..start + length and `count` pixels.
-// The span is widened to a multiple of 8 pixels where the frame allows it: whole vectors.
+// The span is widened to a multiple of 8 pixels, for whole vectors, if the frame allows it.
 Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store, int64_t count,
                bool reverse) {
   const double scale = length / static_cast<double>(count), support = std::max(scale, 1.0);

@@ -1,4 +1,4 @@
-// sslus.kernels._cpu.views: the border between Python and views.h.
+// sslus.kernels._cpu.views: the binding between Python and views.h.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -58,7 +58,7 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
           static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
           static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half,
           has_avx2(), false};
-  // A batch that the caches hold until it is read goes through them.
+  // A batch that fits in the caches until it is read is written through them.
   job.past_caches = job.avx2 && out.nbytes() > (size_t{4} << 20);
 
   nb::gil_scoped_release release;
@@ -67,8 +67,8 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
                store))
       throw std::invalid_argument("views: out of range: view " + std::to_string(v));
   if (num_views == 0 || job.height == 0 || job.width == 0) return;
-  // Within a run of views, each is written while the next is made. Long runs first, then shorter
-  // ones, so that the threads end together.
+  // Within a run of views, writing one overlaps with computing the next. Long runs first, then
+  // shorter ones, so that all threads end at about the same time.
   struct Context {
     const Job& job;
     int64_t num_views, share;
@@ -117,7 +117,7 @@ void philox_words(Words32 words, uint64_t key) {
   }
 }
 
-// noconvert everywhere: nanobind would else copy a wrong-dtype output and lose the result.
+// noconvert everywhere: otherwise nanobind would copy an output of the wrong dtype and lose it.
 const sslus::Binding binding([](nb::module_& m) {
   m.def("views", &views, nb::arg("frames").noconvert(), nb::arg("index").noconvert(),
         nb::arg("params").noconvert(), nb::arg("out").noconvert(), nb::arg("mean"),

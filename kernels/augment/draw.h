@@ -1,4 +1,4 @@
-// The table of random views, one row a view: ssl/views.py says what is drawn.
+// The table of random views, one row per view: ssl/views.py says what is drawn.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,8 +16,8 @@ struct Ranges {
       max_sigma, p_solarize, solarize, p_gain, gain, p_speckle, speckle;
 };
 
-// One row, of numbers that (seed, epoch, frame, view) alone decide. Each number has its own use,
-// whatever the others are: a change of one field changes no other column.
+// One row, whose random numbers depend only on (seed, epoch, frame, view). Each number has one
+// fixed use, so that changing one field changes no other column.
 inline void draw(const Ranges& r, uint32_t frame, uint32_t view, uint32_t epoch, uint64_t seed,
                  double store, double size, float* row) {
   constexpr int kBlocks = 5;  // of four words: 18 are used
@@ -61,7 +61,7 @@ inline void draw(const Ranges& r, uint32_t frame, uint32_t view, uint32_t epoch,
   const bool speckled = either(r.p_speckle);
   const double speckle = r.speckle * uniform();
   set(kSpeckle, speckled ? speckle : 0);
-  set(kSeed, words[4 * kBlocks - 1]);  // which nothing else has used
+  set(kSeed, words[4 * kBlocks - 1]);  // a word that nothing else uses
 }
 
 }  // namespace

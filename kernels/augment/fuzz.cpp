@@ -1,8 +1,8 @@
-// Makes views of random frames by random tables: `fuzz FILE [RUNS]`, built by tools/sanitize.sh.
+// Makes views of random frames from random tables: `fuzz FILE [RUNS]`, built by tools/sanitize.sh.
 //
-// Frames and views lie in memory of exactly their size, so that a sanitizer sees a byte too many.
-// The first run for a FILE writes its views there; every later one, which may be built for
-// another processor, compares its own with them.
+// Frames and views are allocated with exactly their size, so that sanitizers detect any overrun.
+// The first run writes its views to FILE; later runs, which may be built for another processor,
+// compare theirs with it.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -29,7 +29,7 @@ int64_t whole(int64_t low, int64_t high) {
 
 bool chance(double p) { return uniform(0, 1) < p; }
 
-// Half of all values neutral, a sixth each lowest, highest and anything between.
+// Half of all values are neutral; a sixth each are the lowest, the highest, and random in between.
 float pick(double neutral, double low, double high) {
   if (chance(0.5)) return static_cast<float>(neutral);
   return static_cast<float>(chance(0.33) ? low : chance(0.5) ? high : uniform(low, high));
@@ -113,7 +113,7 @@ int main(int argc, char** argv) {
   for (int64_t run = 0; run < runs; ++run) {
     Views v = make(run);
     make_all(v, 1 + run % 3);
-    if (v.job.avx2) {  // what is written by hand for it does what it stands for, to the last bit
+    if (v.job.avx2) {  // hand-written AVX2 code must agree with the generic code, bit for bit
       std::unique_ptr<char[]> by_avx2(new char[v.num_bytes]);
       std::memcpy(by_avx2.get(), v.out.get(), v.num_bytes);
       v.job.avx2 = v.job.past_caches = false;
@@ -122,7 +122,7 @@ int main(int argc, char** argv) {
         return std::fprintf(stderr, "run %lld: other views without AVX2\n",
                             static_cast<long long>(run)), 1;
     }
-    if (v.job.half) continue;  // for the sanitizers: its rounding would hide or make differences
+    if (v.job.half) continue;  // only for sanitizers: rounding would hide or create differences
     const auto* pixels = reinterpret_cast<const float*>(v.out.get());
     std::unique_ptr<float[]> before(new float[v.num_bytes / 4]);
     if (written.is_open()) {
@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
       num_off += std::fabs(pixels[i] - before[i]) > 0.25f;
     }
   }
-  // Solarize turns the last bit of a float into black or white where it meets its threshold.
+  // At its threshold, solarize turns a difference in the last bit into black or white.
   std::printf("%lld pixels, %lld of them off by more than 0.25 grey levels\n",
               static_cast<long long>(num_pixels), static_cast<long long>(num_off));
   return num_off * 1000 > num_pixels;

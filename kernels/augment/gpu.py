@@ -1,30 +1,30 @@
-"""Views of stored frames on a GPU: one Triton launch, every step on the device's own cache.
+"""Views of stored frames on a GPU: one Triton launch, whose intermediate steps stay in the cache.
 
-The four linear steps (resize and blur, each along both axes) are one and the same operation:
-contract the last axis with a banded matrix of weights and transpose,
+The four linear steps (resize and blur, each along both axes) are the same operation: contract the
+last axis with a banded matrix of weights and transpose,
 
     out[o, m] = sum_k weight[o, k] in[m, k]            frame -> (w, S) -> (h, w) -> (w, h) -> (h, w)
 
-so that every one reads and writes along memory and is a small tensor-core product. A program
-makes one view after the other and keeps what lies between the steps in a scratch of its own,
-some 0.2 MB, which the L2 cache holds or nearly so: from memory only the frame is read, and to it
-only the view is written. A program owns the whole view because contrast needs its mean, which
-lies behind a clamp, and because weights then serve many lines.
+so that each one accesses memory contiguously and is a small tensor-core product. A program makes
+one view after the other and keeps intermediate results in its own scratch memory of some 0.2 MB,
+which fits (or nearly fits) in the L2 cache: only the frame is read from memory, and only the view
+is written to it. A program makes the whole view because contrast needs its mean after a clamp, and
+because weights then serve many lines.
 
-What a view costs is instructions, and weights are many of them. They are built in registers,
-never read, once for every BM lines: a tile is therefore longer in `m` than in `o`, and visits
-only the part of `k` that its outputs can see. The mirrored border of the blur is in which lines
-the step before it makes, not in the weights, which then are a function of one distance.
+The cost of a view is instructions, many of them for weights. These are computed in registers, never
+loaded, once for every BM lines: a tile is therefore longer in `m` than in `o`, and visits only the
+part of `k` that its outputs need. The mirrored border of the blur is handled by the lines that the
+previous step makes, not by the weights, which thus depend only on a distance.
 
-fp16 holds values 0 to 255: a byte is exact, black stays exactly 0 (which gamma below 1 would
-magnify), and a rounding between two steps changes a value by 2^-11 of it at most. Weights are
-rounded first and divided by the sum of the rounded ones, in float32: flat areas stay flat.
+fp16 holds values 0 to 255: bytes are exact, black stays exactly 0 (gamma below 1 would magnify an
+error), and rounding between two steps changes a value by at most 2^-11 of it. Weights are rounded
+first and divided by the sum of the rounded ones, in float32, so that flat areas stay flat.
 
-By its machine code for sm_90, a 256 x 256 frame to 224 x 224 is about 0.15 million instructions
-of a warp, and 0.24 million with a blur; speckle adds 0.05. None of it is timed on a GPU yet.
+By its machine code for sm_90, a 256 x 256 frame to 224 x 224 takes about 0.15 million warp
+instructions, 0.24 million with blur; speckle adds 0.05 million. Not timed on a GPU yet.
 
-A view whose parameters are not finite, or whose frame or box is not there, becomes NaN: to
-refuse it here, the host would have to wait for the device.
+A view with parameters that are not finite, or whose frame or box does not exist, becomes NaN: to
+refuse it, the host would have to wait for the device.
 """
 
 import math
@@ -38,7 +38,7 @@ from sslus.kernels.augment.reference import COLUMNS, TOLERANCE
 
 MAX_RADIUS = 48  # three times the largest sigma
 NUM_WARPS = 8
-PROGRAMS = 2  # on each multiprocessor
+PROGRAMS = 2  # per multiprocessor
 _NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 _MAX_RADIUS = tl.constexpr(MAX_RADIUS)
 _MOST_TAPS = tl.constexpr(32)  # at a time: a tile of BO x 1024 takes half a minute to compile
@@ -51,8 +51,8 @@ _NOISE_STD = tl.constexpr(math.sqrt(21845))
 def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
     """Weight of pixel k for output o, not normalised; k and o broadcast.
 
-    What depends on one of them alone stays on its own thin shape: two additions and a maximum
-    are left for each weight. Pixels that the box does not touch are moved out of reach.
+    Terms that depend on k or o alone keep that shape, which leaves two additions and a maximum per
+    weight. Pixels that the box does not touch are moved out of reach.
     """
     scale = length / COUNT
     shrink = 1.0 / tl.maximum(scale, 1.0)
@@ -65,7 +65,7 @@ def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
 def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.constexpr):
     """Sum of output o's rounded weights, over the TAPS pixels around its centre.
 
-    Shrunk by less than 15, all are summed at once; else they are summed in turns.
+    When shrinking by less than 15, all are summed at once, otherwise in several turns.
     """
     scale = length / COUNT
     left = tl.floor(start + (o.to(tl.float32) + 0.5) * scale - tl.maximum(scale, 1.0) - 0.5)
@@ -80,17 +80,17 @@ def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.const
 
 @triton.jit
 def _mirror(i, COUNT: tl.constexpr):
-    """Line i of an image whose borders are mirrored, and always a line that is there."""
+    """Line i of an image with mirrored borders, clamped to existing lines."""
     i = (COUNT - 1) - tl.abs((COUNT - 1) - tl.abs(i))
     return tl.minimum(tl.maximum(i, 0), COUNT - 1)
 
 
 @triton.jit
 def _columns(source, line, k, bound, PITCH: tl.constexpr):
-    """(K, M) fp16: what is at k of each line; 0 from `bound` on."""
+    """(K, M) fp16: the values at k of each line; 0 from `bound` on."""
     x = tl.load(source + line[None, :] * PITCH + k[:, None], mask=k[:, None] < bound, other=0)
     if source.dtype.element_ty == tl.uint8:
-        # 0x6400 is 1024 in fp16, and its last bits count ones: no conversion unit is asked.
+        # 0x6400 is 1024 in fp16, whose last bits count ones: this needs no conversion unit.
         x = (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
     return x.to(tl.float16)
 
@@ -102,9 +102,9 @@ def _resize(
     LAST: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     TAPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """target[o, m] = brightness sum_k tent(o, k) source[mirror(m + shift), k], up to white.
+    """target[o, m] = brightness sum_k tent(o, k) source[mirror(m + shift), k], at most white.
 
-    Returns the sum of what it made where LAST, the `margin` on both sides of m left out.
+    If LAST, returns the sum of the results, without the `margin` on both sides of m.
     """
     first = tl.floor(start + _TOLERANCE).to(tl.int32)
     last = tl.minimum(tl.ceil(start + length - _TOLERANCE).to(tl.int32), bound)

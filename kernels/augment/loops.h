@@ -1,9 +1,9 @@
-// Loops over rows of pixels: whole numbers in 16 bits, the vector running along the row.
+// Loops over rows of pixels, in 16-bit integers, vectorised along the row.
 //
-// kFine steps a grey level in the resize, kStep after it. A pixel is blended as
+// A grey level has kFine steps in the resize, kStep after it. A pixel is blended as
 // `row + weight * (neighbour - row)`, rounded, so that a flat image stays exactly flat. A block is
-// `num_rows` rows of n pixels, `stride` apart; a loop is compiled for several processors, so it
-// takes a block at a time and not a row.
+// `num_rows` rows of n pixels, `stride` apart. Loops are multiversioned (clones.h), so they process
+// a block per call instead of a row.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,14 +26,14 @@ constexpr int kFine = 128;  // steps of a grey level in the resize: 255 * 128 fi
 constexpr int kStep = 64;   // and after it: the sum of two pixels still does
 constexpr int kWhite = 255 * kStep;
 
-// round(x * weight / 2^15). Compilers know this form: pmulhrsw, sqrdmulh.
+// round(x * weight / 2^15), in a form that compilers turn into pmulhrsw or sqrdmulh.
 SSLUS_INLINE int16_t scaled(int16_t x, int16_t weight) {
   return static_cast<int16_t>((((int32_t{x} * weight) >> 14) + 1) >> 1);
 }
 
 SSLUS_INLINE int16_t fine(int pixel) { return static_cast<int16_t>(pixel * kFine); }
 
-// kFine steps to kStep steps times a factor in 2^-14 steps, not above white.
+// kFine steps -> kStep steps, times a factor in 2^-14 steps, at most white.
 SSLUS_INLINE int16_t brightened(int16_t x, uint16_t factor) {
   static_assert(kFine == 2 * kStep);
   const auto twice = static_cast<uint16_t>(x << 1);
@@ -41,7 +41,7 @@ SSLUS_INLINE int16_t brightened(int16_t x, uint16_t factor) {
   return static_cast<int16_t>(y < kWhite ? y : kWhite);
 }
 
-// out = or += row + sum of kOthers differences; behind the last of them, brightness.
+// out = or += row + sum of kOthers differences; after the last of them, brightness.
 template <int kOthers, bool kAdd, bool kLast>
 SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
                             const int16_t* weights, int64_t weight_stride, uint16_t factor,
@@ -59,7 +59,7 @@ SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
 }
 
 // Rows y0 .. y1 - 1 of the results: sum_k weights[k * stride + y] * row (first[y] + k), then
-// brightness, in kStep steps. Row r lies at rows + (r & ring) * n.
+// brightness, in kStep steps. Row r is at rows + (r & ring) * n.
 SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
                              int64_t y0, int64_t y1, int64_t n, int16_t* out,
                              int64_t out_stride) {
@@ -109,7 +109,7 @@ SSLUS_INLINE void blur_row(const int16_t* __restrict in, int64_t step, const int
   }
 }
 
-// Blur along the axis whose neighbours are `step` apart; weights[k] of those k away.
+// Blur along the axis whose neighbours are `step` apart; weights[k] is for those k away.
 SSLUS_CLONES void blur(const int16_t* in, int64_t in_stride, int64_t step, const int16_t* weights,
                        int64_t radius, int64_t num_rows, int64_t n, int16_t* out,
                        int64_t out_stride) {
@@ -129,7 +129,7 @@ SSLUS_CLONES void blur(const int16_t* in, int64_t in_stride, int64_t step, const
   }
 }
 
-// The product with `one` lets compilers add pairs while they widen: pmaddwd.
+// Multiplying by `one` lets compilers widen and add pairs in one instruction (pmaddwd).
 SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, int64_t n,
                            int16_t one) {
   constexpr int64_t chunk = 65536;  // times white < 2^31
@@ -145,7 +145,7 @@ SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, 
 }
 
 // min(white, max(0, factor * x + add)); factor in 2^-14 steps, at most 3 (bounds of the table).
-// Unsigned 16 bits hold it all: 3 * white < 2^16, and what is taken away is cut at 0 first.
+// Unsigned 16 bits suffice: 3 * white < 2^16, and subtraction saturates at 0.
 SSLUS_CLONES void stretch(int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
                           uint16_t factor, int add) {
   const auto least = static_cast<uint16_t>(std::min(65535, std::max(0, -add)));
@@ -173,8 +173,8 @@ SSLUS_CLONES void power(int16_t* row, int64_t stride, int64_t num_rows, int64_t 
           static_cast<float>(whole) +
           s * (1.4426476f +
                s * (-0.72054121f + s * (0.48521406f + s * (-0.39112317f + s * 0.25566687f))));
-      // 2^t = 2^near * 2^rest with rest in -1/2..1/2, where the exponential series is short.
-      // `lowest`, -100, is an argument because compilers make a branch of the constant.
+      // 2^t = 2^near * 2^rest with rest in -1/2..1/2, where a short exponential series suffices.
+      // `lowest`, -100, is an argument because compilers turn the constant into a branch.
       // Black has whole = -127: 2^t rounds to black again for every gamma of the table.
       const float product = gamma * log2, t = product > lowest ? product : lowest;
       const auto near = static_cast<int32_t>(t - 0.5f);
@@ -192,13 +192,13 @@ SSLUS_CLONES void invert_from(int16_t* row, int64_t stride, int64_t num_rows, in
       row[i] = static_cast<int16_t>(row[i] >= threshold ? kWhite - row[i] : row[i]);
 }
 
-// The sum of the word's four bytes less its mean.
+// The sum of the word's four bytes, minus its mean.
 SSLUS_INLINE float noise_of(uint32_t word) {
   const uint32_t pairs = (word & 0xff00ff) + ((word >> 8) & 0xff00ff);
   return static_cast<float>(static_cast<int32_t>((pairs & 0xffff) + (pairs >> 16)) - 510);
 }
 
-// Row y of the noise of reference.py, n pixels and up to 15 more: a call of Philox4x32-10 for four.
+// Row y of the noise of reference.py, n pixels and up to 15 more, four per Philox4x32-10 call.
 SSLUS_CLONES void make_noise(uint32_t seed, uint32_t y, int64_t n, float* __restrict noise) {
   for (int64_t x = 0; 4 * x < n; ++x) {
     const auto words = philox(static_cast<uint32_t>(x), y, 0, 0, seed, 0);
@@ -220,7 +220,7 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(row[i]) * scale + shift;
 }
 
-// As bfloat16: to the nearest, ties to even.
+// Converts to bfloat16, rounding to nearest, ties to even.
 SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float shift, int64_t n,
                             uint16_t* __restrict out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -229,7 +229,7 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
   }
 }
 
-// ----------------------------------------------------------------- what compilers do not find
+// -------------------------------------------------------- what compilers do not vectorise well
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SSLUS_AVX2 __attribute__((target("avx2,fma")))
@@ -239,8 +239,8 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
   return has;
 }
 
-// make_noise four calls at a time, in 64-bit lanes: a product of their lower halves is one
-// instruction, and what it leaves in the upper halves the next product does not look at.
+// make_noise for four calls at a time, in 64-bit lanes: multiplying their lower halves is one
+// instruction, and the next multiplication ignores what is left in the upper halves.
 SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noise) {
   const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
   const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
@@ -268,8 +268,8 @@ SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noi
   }
 }
 
-// normalise past the caches, which the next frames need more than what has just been written.
-// `out` at a multiple of 32 bytes, n a multiple of 16.
+// normalise with non-temporal stores, which bypass the caches: the next frames need them more than
+// the results. `out` is aligned to 32 bytes, n a multiple of 16.
 SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
                                       float* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);

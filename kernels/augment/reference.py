@@ -1,9 +1,9 @@
-"""Views of stored frames in plain PyTorch: the definition, one step after the other.
+"""Views of stored frames in plain PyTorch: the definition, step by step.
 
 Every step takes and returns views (V, 1, h, w) with values 0 (black) to 1 (white), in float32
-or float64, whatever the parameters are in. The steps are those of torchvision.transforms.v2
-(crop and antialiased resize, flip, brightness, contrast, gamma, blur, solarize, in this order)
-with two of ultrasound behind them, a gain ramp and speckle.
+or float64, the dtype of the parameters. The steps are those of torchvision.transforms.v2 (crop and
+antialiased resize, flip, brightness, contrast, gamma, blur, solarize, in this order), followed by
+two specific to ultrasound: a gain ramp and speckle.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns of the table: name, what leaves the view as it is (None: the whole frame), lowest and
-# highest value allowed, meaning. One row is one view.
+# Columns of the table: name, neutral value (None: that of the whole frame), lowest and highest
+# allowed value, meaning. One row is one view.
 PARAMS = (
     ("top", None, 0, math.inf, "the crop's upper edge in pixels of the frame; need not be whole"),
     ("left", None, 0, math.inf, "its left edge"),
@@ -37,7 +37,7 @@ TOLERANCE = 1e-3  # pixels: top + height is a sum of rounded float32 numbers
 
 
 def identity(num_views: int, store: int) -> Tensor:
-    """The table that changes nothing but the size: (V, P) float32, for frames of side `store`."""
+    """The table that changes only the size: (V, P) float32, for frames of side `store`."""
     whole = {"top": 0, "left": 0, "height": store, "width": store}
     row = [whole.get(name, neutral) for name, neutral, *_ in PARAMS]
     return torch.tensor(row, dtype=torch.float32).repeat(num_views, 1)
@@ -71,7 +71,7 @@ def views(
 
 
 def resized_crop(frames: Tensor, index: Tensor, params: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut boxes out of frames and resize them: bilinear, antialiased, a matrix for each axis."""
+    """Crop boxes from frames and resize them: antialiased bilinear, one matrix per axis."""
     store = frames.shape[-1]
     top, left, height, width = params[:, :4].unbind(1)
     rows = triangle(top, height, store, size[0])
@@ -81,7 +81,7 @@ def resized_crop(frames: Tensor, index: Tensor, params: Tensor, size: tuple[int,
 
 
 def triangle(start: Tensor, length: Tensor, store: int, count: int) -> Tensor:
-    """(V,) boxes start..start+length -> (V, count, store): what a frame pixel gives each.
+    """(V,) boxes start..start+length -> (V, count, store): the weight of each frame pixel.
 
         weight(o, j) ~ max(0, 1 - |j + 1/2 - centre(o)| / max(1, scale))    scale = length / count
         centre(o) = start + (o + 1/2) scale
@@ -101,15 +101,15 @@ def triangle(start: Tensor, length: Tensor, store: int, count: int) -> Tensor:
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from each view's mean, or towards it: a blend with it, not below 0 or above 1."""
+    """Blend each view with its mean (factor above 1: away from it), clamped to 0..1."""
     return (factor * x + (1 - factor) * x.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur, the border mirrored without repeating its pixel, as torchvision has it.
+    """Gaussian blur with mirrored borders that do not repeat the edge pixel, as in torchvision.
 
-    The kernel ends 3 sigma (rounded up) from its centre and sums to 1. What is cut off is less
-    than 0.27 % of a Gaussian, so no pixel is further than 0.69 grey levels from the whole one.
+    The kernel is truncated 3 sigma (rounded up) from its centre and sums to 1. It loses less than
+    0.27 % of a Gaussian, so no pixel differs by more than 0.69 grey levels from a full one.
     """
     out = []
     for view, s in zip(x, sigma.tolist(), strict=True):
@@ -122,7 +122,7 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian(sigma: float, count: int) -> Tensor:
-    """(2 radius + 1,) float64 weights; the radius stays below `count`, so that it can mirror."""
+    """(2 radius + 1,) float64 weights; radius < `count`, so that borders can be mirrored."""
     radius = min(math.ceil(3 * sigma), count - 1)
     if radius <= 0:
         return torch.ones(1, dtype=torch.float64)
@@ -132,18 +132,18 @@ def gaussian(sigma: float, count: int) -> Tensor:
 
 
 def gain(x: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """Time gain compensation: a factor that is linear in depth, which is downwards."""
+    """Time gain compensation: a factor that is linear in depth (from top to bottom)."""
     h = x.shape[-2]
     depth = (torch.arange(h, dtype=x.dtype, device=x.device).view(1, 1, -1, 1) + 0.5) / h
     return (x * (near + (far - near) * depth)).clamp(0, 1)
 
 
 def noise(seed: Tensor, size: tuple[int, int]) -> Tensor:
-    """(V, 1, 1, 1) seeds -> (V, 1, h, w): near normal, mean 0, variance 1, at most 3.45.
+    """(V, 1, 1, 1) seeds -> (V, 1, h, w): nearly normal, mean 0, variance 1, magnitude <= 3.45.
 
     Pixel (y, x) takes word x % 4 of Philox4x32-10 with counter (x // 4, y, 0, 0) and key
-    (seed, 0), and adds up the word's four bytes: whole numbers, the same on every machine. The
-    sum of four uniform bytes has mean 510 and variance 21845.
+    (seed, 0), and sums the word's four bytes: integers, the same on every machine. The sum of four
+    uniform bytes has mean 510 and variance 21845.
     """
     h, w = size
     y = torch.arange(h, device=seed.device).view(1, -1, 1)
@@ -163,7 +163,7 @@ def philox(c0: Tensor, c1: Tensor, k0: Tensor) -> list[Tensor]:
     a, b, c, d = *torch.broadcast_tensors(c0, c1, torch.zeros_like(k0)), torch.zeros_like(k0)
     k1 = torch.zeros_like(k0)
     for _ in range(10):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps, its 64 bits are right
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps around, with the right 64 bits
         a, b, c, d = (q >> 32) & mask ^ b ^ k0, q & mask, (p >> 32) & mask ^ d ^ k1, p & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return [a, b, c, d]

@@ -6,9 +6,9 @@
 //   Finish    plane --contrast, gamma--> rows --blur along x--> rows --blur along y--> rows
 //             rows --solarize, gain, speckle--> rows --normalise--> out
 //
-// Between the two stands contrast, which wants the mean of the whole view. The plane, 16 bits a
-// pixel, is an image in memory (98 KiB at 224 x 224: level 2 cache), as are the rows between the
-// blurs; all else are rows in the nearest cache.
+// The two are separated by contrast, which needs the mean of the whole view. The plane, with 16
+// bits per pixel, is stored as an image (98 KiB at 224 x 224, which fits in the L2 cache), as are
+// the rows between the blurs; everything else is single rows in the L1 cache.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ enum Column {
   kSolarize, kGainNear, kGainFar, kSpeckle, kSeed, kColumns
 };
 
-// Rows made and finished together: few, so that what is written leaves the store buffer meanwhile.
+// Rows processed together: few, so that the store buffer can drain meanwhile.
 constexpr int64_t kRows = 4;
 
 struct Scratch {
@@ -45,11 +45,11 @@ struct Job {
   int64_t store, height, width;
   float scale, shift;  // result = step * scale + shift
   bool half;           // bfloat16, else float32
-  bool avx2;           // false: without it, though the processor has it
-  bool past_caches;    // only with it
+  bool avx2;           // false: do not use AVX2 even if the processor has it
+  bool past_caches;    // non-temporal stores; only with avx2
 };
 
-// A view in the making: the weights of its blur, and where its pixels are between the halves.
+// A view in progress: the weights of its blur, and its pixels between the two halves.
 struct View {
   int64_t v;
   const float* params;
@@ -61,7 +61,7 @@ struct View {
 View begin(const Job& job, int64_t v, Scratch& scratch) {
   const float* p = job.params + v * kColumns;
   View view{v, p, gaussian(p[kSigma], job.width), gaussian(p[kSigma], job.height), nullptr, 0};
-  const int64_t margin = round_up(view.across.radius, 32);  // for what is mirrored
+  const int64_t margin = round_up(view.across.radius, 32);  // for mirrored pixels
   view.plane_stride = round_up(job.width, 32) + 2 * margin;
   view.plane = scratch.plane[v & 1].at_least(job.height * view.plane_stride) + margin;
   return view;
@@ -76,7 +76,7 @@ class Resample {
     across_ = make_axis(scratch.columns, p[kLeft], p[kWidth], job.store, job.width, p[kFlip] > 0);
     if (!job.avx2) across_.reach = kNever;
     batch_ = across_.reach == kNever ? kLanes : kRows;
-    // A row of results wants `taps` rows, and they are made a batch at a time.
+    // A row of results needs `taps` rows, which are made a batch at a time.
     ring_ = batch_;
     while (ring_ < down_.taps + batch_) ring_ *= 2;
     rows_ = scratch.ring.at_least(ring_ * across_.stride);
@@ -85,7 +85,7 @@ class Resample {
     factor_ = static_cast<uint16_t>(std::lround(p[kBrightness] * 16384));
   }
 
-  // Makes rows until all above y1 are there, and perhaps some more.
+  // Makes rows until all above y1 exist, and possibly some more.
   void until(int64_t y1) {
     for (; y_ < y1; ready_ += batch_) {
       resize_across(image_ + ready_ * job_.store, job_.store,
@@ -104,7 +104,7 @@ class Resample {
     }
   }
 
-  // Of all pixels, when all rows are there; where contrast wants it.
+  // The mean of all pixels, once all rows exist; only if contrast needs it.
   double mean() const {
     return static_cast<double>(sum_) / static_cast<double>(job_.height * job_.width);
   }
@@ -128,7 +128,7 @@ void write(const Job& job, const int16_t* row, T* out) {
     normalise(row, job.scale, job.shift, job.width, out);
 }
 
-// The last steps, for rows y.. of a view: solarize, gain, speckle, normalisation. Overwrites them.
+// The last steps for rows y.. of a view, in-place: solarize, gain, speckle, normalisation.
 void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* rows, int64_t stride,
             Scratch& scratch) {
   const float* p = job.params + v * kColumns;
@@ -157,7 +157,7 @@ void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* row
   }
 }
 
-// Pixels before the first and behind the last one of each row, mirrored at them.
+// Fills the margins on both sides of each row with mirrored pixels.
 void mirror_columns(int16_t* rows, int64_t stride, int64_t num_rows, int64_t width,
                     int64_t radius) {
   for (int64_t y = 0; y < num_rows; ++y, rows += stride) {
@@ -166,15 +166,15 @@ void mirror_columns(int16_t* rows, int64_t stride, int64_t num_rows, int64_t wid
   }
 }
 
-// Row number `edge` mirrored: the rows on its `side` (-1: before it, 1: behind it).
+// Mirrors rows at row `edge`: fills those on its `side` (-1: before it, 1: after it).
 void mirror_rows(int16_t* edge, int64_t stride, int64_t radius, int side) {
   for (int64_t k = 1; k <= radius; ++k)
     std::memcpy(edge + side * k * stride, edge - side * k * stride,
                 static_cast<size_t>(stride) * 2);
 }
 
-// The second half: contrast and what follows. The rows that a blur along y has done lag behind by
-// its radius.
+// The second half: contrast and the following steps. Rows blurred along y lag behind by the blur's
+// radius.
 class Finish {
  public:
   Finish() = default;  // nothing to do
@@ -233,8 +233,8 @@ class Finish {
   int64_t y_ = 0, done_ = 0;
 };
 
-// Views v0 .. v1 - 1. The first half of each is made along with the second half of the one before:
-// what that writes goes to memory while this computes.
+// Views v0 .. v1 - 1. The first half of each is interleaved with the second half of the one before,
+// so that writing one view to memory overlaps with computing the next.
 void make_views(const Job& job, int64_t v0, int64_t v1, Scratch& scratch) {
   Finish before;
   for (int64_t v = v0; v < v1; ++v) {

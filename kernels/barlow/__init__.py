@@ -1,13 +1,13 @@
-"""BarlowTwins: the two views' dimensions correlate each with itself and with no other.
+"""Barlow Twins: each dimension correlates with itself across the views, and with no other.
 
     L = sum_i (C_ii - 1)^2 + off_diagonal * sum_{i != j} C_ij^2        C = za^T zb / N
 
-with za and zb standardised: zero mean and unit variance of each column over the N rows of all
-ranks, biased (N), 1e-5 added to the variance. za, zb: (N, D) float.
+with za and zb standardised: each column has zero mean and unit variance over the N rows of all
+ranks, with the biased variance (over N) plus 1e-5. za, zb: (N, D) float.
 
-Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3.25 N^2 D multiplications)
-and tiled (N >= D, 3 N D^2), where autograd of the definition takes 3 N D^2: see cpu.py,
-and gram_gpu.py for the GPU.
+The shape selects one of two exact forms, neither of which stores a D x D matrix: Gram (N < D,
+3.25 N^2 D multiplications) and tiled (N >= D, 3 N D^2); autograd of the definition takes 3 N D^2.
+See cpu.py, and gram_gpu.py for the GPU.
 
 Zbontar, Jing, Misra, LeCun, Deny 2021, arXiv:2103.03230, equations 1 and 2.
 """
@@ -16,7 +16,7 @@ from sslus.kernels.barlow import cpu, reference
 from sslus.kernels.op import Op
 
 
-def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+def _gpu(*tensors, **scalars):  # imports triton only when needed; it may be missing
     from sslus.kernels.barlow import gpu
 
     return gpu.barlow(*tensors, **scalars)

@@ -2,8 +2,9 @@
 
     L = mean_i (2 - 2 cos(pa_i, tb_i)) + mean_i (2 - 2 cos(pb_i, ta_i))
 
-pa, pb: (N, D) float, the student's predictions of both views; ta, tb: (N, D) float, the EMA
-teacher's projections, constants. The squared distance of the unit vectors, in both directions.
+pa, pb: (N, D) float, the student's predictions for both views; ta, tb: (N, D) float, the EMA
+teacher's projections, which are constants (stop-gradient). Each term is the squared distance of
+unit vectors, in both directions.
 
 Grill et al. 2020, arXiv:2006.07733, equation 2 and the symmetric loss after it.
 """
@@ -12,7 +13,7 @@ from sslus.kernels.byol import cpu, reference
 from sslus.kernels.op import Op
 
 
-def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+def _gpu(*tensors, **scalars):  # imports triton only when needed; it may be missing
     from sslus.kernels.byol import gpu
 
     return gpu.byol(*tensors, **scalars)

@@ -2,9 +2,9 @@
 
     L = mean_i  log( exp(q_i . k_i / T) + sum_m exp(q_i . queue_m / T) ) - q_i . k_i / T
 
-q, k: (N, D) float, scaled to unit length here; queue: (M, D) float, taken as it is stored: unit
-keys of earlier batches, without this one's, the same on every rank. k and the queue are
-constants: the gradient goes to q. T: temperature, greater than 0.
+q, k: (N, D) float, scaled to unit length by the op; queue: (M, D) float, used as given: unit keys
+of earlier batches, without those of this batch, the same on every rank. k and queue are constants
+(stop-gradient); only q gets a gradient. T: temperature, greater than 0.
 
 He, Fan, Wu, Xie, Girshick 2020, arXiv:1911.05722, equation 1.
 """
@@ -13,7 +13,7 @@ from sslus.kernels.infonce_queue import cpu, reference
 from sslus.kernels.op import Op
 
 
-def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+def _gpu(*tensors, **scalars):  # imports triton only when needed; it may be missing
     from sslus.kernels.infonce_queue import gpu
 
     return gpu.infonce_queue(*tensors, **scalars)

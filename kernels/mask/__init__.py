@@ -1,18 +1,19 @@
-"""Masks for reconstruction: hide a part of each image, and count the error where it belongs.
+"""Masks for reconstruction: hide a part of each image, and weight the error accordingly.
 
     filled = where(m, fill, x)
     L = sum w (prediction - target)^2 / sum w        w = hole where m, rest elsewhere
 
-over all pixels of the batch, that of all ranks. m is a function of the sample's id and of where
-the target shows the ultrasound sector, never a tensor: what is kept of it, for one batch, is a
-number for each cell of 16 x 16 pixels and the corners of the rectangles. reference.py says
-which pixels are hidden, `draw_mask` shows them.
+over all pixels of the joint batch of all ranks. m is a function of the sample's id and of where the
+target shows the ultrasound sector, and is never stored as a tensor: for one batch only a number per
+cell (of 16 x 16 pixels) and the corners of the rectangles are kept. reference.py defines which
+pixels are hidden, and `draw_mask` shows them.
 
 hole=1, rest=0 is the loss of the masked part alone, as in MAE (He et al. 2022, arXiv:2111.06377,
-section 3: "we compute the loss only on masked patches"); 1, 1 the mean squared error of the
-whole image; anything between weighs them. The gradient goes to the prediction and is made with the
-loss, in one pass over prediction and target. Sum w, over all ranks, must be known before that: the
-mask is drawn first, which reads the target once more where the sector decides, and nothing else.
+section 3: "we compute the loss only on masked patches"); 1, 1 is the mean squared error of the
+whole image; values in between weight the two parts. The gradient goes to the prediction and is
+computed with the loss, in one pass over prediction and target. This needs sum w over
+all ranks first, so the mask is drawn before; that reads nothing but the target, and only if the
+mask depends on the sector.
 """
 
 import dataclasses
@@ -35,20 +36,21 @@ __all__ = ["Mask", "draw_mask", "mask_fill", "mask_ids", "masked_mse"]
 class Mask:
     """Which part of an image is hidden.
 
-    background is the largest value outside the sector, in the target's units: for frames in which
-    black is 0 and 8 of 255 is noise, (8.5 / 255 - mean) / std, between two grey levels. Without it
-    the whole image is the sector. Black inside the sector belongs to it, as in a chamber; black
-    that reaches its edge cannot be told from what is outside.
+    background is the largest value outside the sector, in the target's units. For frames in which
+    black is 0 and noise reaches 8 of 255, it is (8.5 / 255 - mean) / std, between two grey levels.
+    Without it, the whole image is the sector. Black inside the sector, such as a chamber, belongs
+    to it; black that reaches its edge cannot be told from the outside. Raises ValueError for
+    values out of range.
     """
 
     kind: str = "patches"  # or "rectangles"
-    patch: int = 16  # side of a cell in pixels; at most 1024 cells an image
-    ratio: float = 0.75  # patches: share of the sector's cells that is hidden
+    patch: int = 16  # side of a cell in pixels; at most 1024 cells per image
+    ratio: float = 0.75  # patches: share of the sector's cells to hide
     num: int = 4  # rectangles: how many, overlaps allowed
     min_side: float = 0.1  # of a rectangle, as a share of the image's height or width
     max_side: float = 0.4
     background: float = -math.inf
-    share: float = 0.5  # of a cell's pixels that must be above it: more than text has
+    share: float = 0.5  # share of a cell's pixels that must be above it; text has fewer
 
     def __post_init__(self):
         def want(ok: bool, what: str, got: object) -> None:
@@ -73,13 +75,13 @@ def _constants(mask: Mask) -> dict[str, object]:
 
 
 def mask_ids(samples: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """The ids of samples (B,) int64 in an epoch: (B,) int64, different for different samples."""
+    """The ids (B,) int64 of samples (B,) int64 in an epoch; distinct for distinct samples."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
     return samples ^ int.from_bytes(digest, "little", signed=True)
 
 
 def draw_mask(target: Tensor, ids: Tensor, mask: Mask) -> Tensor:
-    """The pixels that `mask_fill` and `masked_mse` take as hidden: (B, H, W) bool. For pictures."""
+    """The pixels that `mask_fill` and `masked_mse` hide: (B, H, W) bool. For visualisation."""
     return reference.mask(target, ids, **_constants(mask))
 
 
@@ -92,17 +94,17 @@ def mask_fill(
     >>> hidden = Mask("patches", background=(8.5 / 255 - store.mean) / store.std)
     >>> loss = masked_mse(model(mask_fill(x, ids, hidden)), x, ids, hidden)
 
-    x: float32 or bfloat16. ids: (B,) int64, alone decide, with the
-    sector, what is hidden: not the place in the batch. fill: in x's units, 0 being the mean of
-    normalised frames. target: the same images before they were corrupted, (B, 1, H, W); the sector
-    is looked for in it, so give `masked_mse` the very same. None: x. No gradient.
+    x: float32 or bfloat16. ids: (B,) int64; what is hidden depends only on the id and the sector,
+    not on the position in the batch. fill: in x's units, where 0 is the mean of normalised frames.
+    target: the same images before corruption, (B, 1, H, W), default x; the sector is located in
+    it, so pass the same target to `masked_mse`. Not differentiable.
 
-    ValueError for wrong types and shapes, and for more than 1024 cells.
+    Raises ValueError for wrong dtypes or shapes, and for more than 1024 cells.
     """
     target = x if target is None else target
     _check(x, target, ids, (torch.float32, torch.bfloat16))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # The compiled borders refuse strided input; the copy is made here, once, in sight.
+    # Compiled kernels refuse strided input, so it is copied explicitly, here.
     _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **_constants(mask), fill=fill)
     return out
 
@@ -120,11 +122,11 @@ def masked_mse(
     """The mean squared error with weight `hole` where `mask_fill` hides and `rest` elsewhere: ().
 
     prediction, target: (B, 1, H, W), each float32 or bfloat16, or both float64, which runs the
-    reference.
-    The gradient goes to prediction, in its type; it is exactly 0 where the weight is 0. Over
-    ranks (`group`, by default all): the loss of the joined batch, as for every Op.
+    reference. The gradient goes to prediction, in its dtype; it is exactly 0 where the weight is 0.
+    With several ranks (`group`, by default all), it is the loss of the joint batch, as for every
+    Op.
 
-    ValueError for wrong types and shapes, hole <= 0 and rest < 0.
+    Raises ValueError for wrong dtypes or shapes, hole <= 0 or rest < 0.
     """
     exact = torch.float64 in (prediction.dtype, target.dtype)
     types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)
@@ -134,7 +136,7 @@ def masked_mse(
 
 def _check(x: Tensor, target: Tensor, ids: Tensor, types: tuple[torch.dtype, ...]) -> None:
     reference.check(x, target, ids)
-    # Not float16: a gradient of 1 / (B H W) would be lost in it.
+    # Not float16, in which a gradient of 1 / (B H W) would underflow.
     if x.dtype not in types or target.dtype not in types:
         names = ", ".join(str(t) for t in types)
         raise ValueError(f"mask: want images of {names}, got {x.dtype} and {target.dtype}")
@@ -164,7 +166,7 @@ def _loss_by_gpu(*tensors, **scalars) -> tuple[Tensor, Tensor]:
 
 
 def _traced(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel as a torch custom op: torch.compile calls it without looking inside."""
+    """The kernel as a torch custom op, which torch.compile treats as opaque."""
 
     def run(
         x: Tensor, target: Tensor, ids: Tensor, out: Tensor, *, kind: str, patch: int,
@@ -191,8 +193,8 @@ _RECTANGLES = vars(Mask("rectangles", patch=5, num=3)) | {"hole": 1.0, "rest": 0
 # Of the numbers that the parity test draws, about half are above this.
 _SECTOR = {"background": 0.3, "share": 0.5}
 
-# The tests and the benchmark of all losses hold a case's tensors in one type, so the
-# implementations take ids of any type, and `masked_mse` those of int64.
+# The tests and benchmarks of all losses use one dtype for all tensors of a case, so the
+# implementations accept ids of any dtype, while `masked_mse` accepts only int64.
 _loss = Op(
     "masked_mse",
     reference=reference.masked_mse,

@@ -1,7 +1,7 @@
 // Masks on the CPU. The definition is in reference.py.
 //
-// A mask exists one line at a time: all ones where a pixel is hidden, 32 bits a pixel, made from
-// the sample's row of the table. A line of patches serves all rows of its cells.
+// A mask exists only one row at a time, with 32 bits per pixel, all ones where it is hidden; it is
+// made from the sample's row of the table. With patches, it serves all image rows of its cells.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -42,7 +42,7 @@ SSLUS_INLINE std::array<uint32_t, 4> words_of(uint32_t cell, uint64_t id) {
   return sslus::philox(cell, static_cast<uint32_t>(id >> 32), 0, 0, static_cast<uint32_t>(id), 0);
 }
 
-// The cell's rank among all: no two cells have the same.
+// The cell's sorting key, distinct for every cell.
 SSLUS_CLONES void rank_cells(uint64_t id, int64_t num_cells, uint32_t* __restrict rank) {
   for (int64_t i = 0; i < num_cells; ++i) {
     const auto cell = static_cast<uint32_t>(i);
@@ -54,7 +54,7 @@ SSLUS_INLINE float widened(uint16_t bits) {
   return sslus::bit_cast<float>(uint32_t{bits} << 16);
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaNs stay NaNs.
 SSLUS_INLINE uint16_t narrowed(float x) {
   const auto word = sslus::bit_cast<uint32_t>(x);
   const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
@@ -79,7 +79,7 @@ SSLUS_CLONES void count_above(const uint16_t* __restrict row, float background, 
   for (int64_t i = 0; i < n; ++i) counts[i] += widened(row[i]) > background;
 }
 
-// What a row has of the rectangles, bit r of columns[x] and of rows being rectangle r.
+// Which rectangles cover a row: bit r of columns[x] and of rows is rectangle r.
 SSLUS_CLONES void both(const uint32_t* __restrict columns, uint32_t rows,
                        const uint32_t* __restrict cells, int64_t n, uint32_t* __restrict line) {
   for (int64_t i = 0; i < n; ++i) line[i] = (columns[i] & rows) ? cells[i] : 0;
@@ -108,7 +108,7 @@ SSLUS_CLONES void blend(const uint16_t* __restrict row, const uint32_t* __restri
 SSLUS_CLONES double weigh(const float* __restrict prediction, const float* __restrict target,
                           const uint32_t* __restrict line, float hole, float rest, int64_t n,
                           float* __restrict gradient) {
-  constexpr int64_t kLanes = 16;  // sums of their own, or the order of additions were one chain
+  constexpr int64_t kLanes = 16;  // separate sums, else additions would form one serial chain
   float sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -165,7 +165,7 @@ void find_sector(const Plan& p, const T* target, float background, Scratch& s, i
     std::fill_n(cells, num_cells, 1);
     return;
   }
-  // A cell counts that is between lit ones in its row and in its column, itself among them.
+  // A cell counts if it is lit, or between lit cells both in its row and in its column.
   std::vector<uint8_t>& lit = s.lit;
   const auto span = [&](int64_t first, int64_t step, int64_t n, int32_t bit) {
     int64_t low = 0, high = n - 1;
@@ -197,7 +197,7 @@ void place(const Plan& p, uint64_t id, int64_t cell, int32_t* box) {
 }
 
 // A row of the table: num rectangles as (top, left, bottom, right), then 1 for each cell that
-// counts, a patch that is hidden or, with rectangles, a cell of the sector.
+// counts (a hidden patch or, with rectangles, a cell of the sector).
 template <class T>
 void draw(const Plan& p, const T* target, int64_t signed_id, float background, Scratch& s,
           int32_t* table) {
@@ -220,7 +220,7 @@ void draw(const Plan& p, const T* target, int64_t signed_id, float background, S
   }
   const int64_t num = std::min(p.num, count);
   std::partial_sort(s.sorted.begin(), s.sorted.begin() + num, s.sorted.end());
-  for (int64_t r = 0; r < p.num; ++r)  // with too few cells, the last is there several times
+  for (int64_t r = 0; r < p.num; ++r)  // with too few cells, the last one is repeated
     place(p, id, s.sorted[static_cast<size_t>(std::min(r, num - 1))] % kMaxCells, table + 4 * r);
 }
 
@@ -282,7 +282,7 @@ double weigh_row(const float* prediction, const float* target, const uint32_t* l
   return sum;
 }
 
-// ------------------------------------------------------------------------------ the border
+// ---------------------------------------------------------------------------- the binding
 
 using Images = nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -332,7 +332,7 @@ void each_sample(size_t num, int64_t threads, const F& work) {
       const_cast<F*>(&work));
 }
 
-// f(pointer to sample) with the images' own type.
+// f(pointer to sample), with the element type of the images.
 template <class F>
 void with_type(bool half, const void* images, F f) {
   half ? f(static_cast<const uint16_t*>(images)) : f(static_cast<const float*>(images));
@@ -384,7 +384,7 @@ void mask_fill(Images x, Images target, Ids ids, Images out, const Numbers& numb
   });
 }
 
-// hole, rest: divided by the sum of all weights. losses: each sample's share, to be added in order.
+// hole, rest: divided by the sum of all weights. losses: per sample, to be summed in order.
 void masked_mse(Images prediction, Images target, Table table, Images gradient, Losses losses,
                 const Numbers& numbers, double hole, double rest, int64_t threads) {
   const Plan p = checked(numbers);
@@ -396,7 +396,7 @@ void masked_mse(Images prediction, Images target, Table table, Images gradient, 
   require(table.shape(0) == num && static_cast<int64_t>(table.shape(1)) == pitch,
           "the table must be (B, 4 num + cells)");
   nb::gil_scoped_release release;
-  // Doubled, the weights are those of the gradient.
+  // The gradient has twice the weights of the loss.
   const auto inside = static_cast<float>(2 * hole), outside = static_cast<float>(2 * rest);
   with_type(half_target, target.data(), [&](const auto* targets) {
     with_type(half, prediction.data(), [&](const auto* images) {
@@ -419,7 +419,7 @@ void masked_mse(Images prediction, Images target, Table table, Images gradient, 
   });
 }
 
-// noconvert everywhere: nanobind would else copy a wrong-dtype output and lose the result.
+// noconvert everywhere: otherwise nanobind would copy an output of the wrong dtype and lose it.
 const sslus::Binding binding([](nb::module_& m) {
   m.def("mask_table", &mask_table, nb::arg("target").noconvert(), nb::arg("ids").noconvert(),
         nb::arg("table").noconvert(), nb::arg("numbers"), nb::arg("background"),

@@ -2,8 +2,9 @@
 
     L = mean over the 2N views i of  log sum_{k != i} exp(s_ik) - s_ip      s_ik = cos(u_i, u_k) / T
 
-u: the 2N rows of za and zb, p: the other view of i, T: temperature, greater than 0. As a
-log-sum-exp it holds at any temperature. za, zb: (N, D) float; negatives come from all ranks.
+u: the 2N rows of za and zb; p: the other view of i; T: temperature, greater than 0. Computed with
+log-sum-exp, it does not overflow at any temperature. za, zb: (N, D) float; negatives come from all
+ranks.
 
 Chen, Kornblith, Norouzi, Hinton 2020, arXiv:2002.05709, equation 1 and algorithm 1.
 """
@@ -12,7 +13,7 @@ from sslus.kernels.ntxent import cpu, reference
 from sslus.kernels.op import Op
 
 
-def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+def _gpu(*tensors, **scalars):  # imports triton only when needed; it may be missing
     from sslus.kernels.ntxent import gpu
 
     return gpu.ntxent(*tensors, **scalars)

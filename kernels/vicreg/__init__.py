@@ -1,16 +1,16 @@
-"""VICReg: views alike, every dimension alive, no two dimensions saying the same.
+"""VICReg: make views agree, keep the variance of every dimension up, decorrelate dimensions.
 
     L = invariance * mse(za, zb)
       + variance   * (v(za) + v(zb)) / 2      v(z) = mean_j relu(1 - sqrt(var_j(z) + 1e-4))
       + covariance * (c(za) + c(zb))          c(z) = sum_{i != j} cov(z)_ij^2 / D
 
 za, zb: (N, D) float; variance and covariance over the N rows of all ranks, unbiased (N - 1).
-A third tensor, if given, holds a weight (N,) for each pair's distance: 0 lets a pair count in
-the statistics without being pulled together, as for frames far apart in time.
+An optional third tensor (N,) weights the distance of each pair: with weight 0 a pair counts in the
+statistics but is not pulled together, for example for frames far apart in time.
 
-Two exact forms by shape, neither with a D x D matrix: Gram (N < D, 3.25 N^2 D multiplications)
-and tiled (N >= D, 3.25 N D^2; 4 on a GPU, which makes all of C), where autograd of the
-definition takes 6 N D^2: see cpu.py, and gram_gpu.py for the GPU.
+The shape selects one of two exact forms, neither of which stores a D x D matrix: Gram (N < D,
+3.25 N^2 D multiplications) and tiled (N >= D, 3.25 N D^2; 4 on a GPU, which computes all of C);
+autograd of the definition takes 6 N D^2. See cpu.py, and gram_gpu.py for the GPU.
 
 Bardes, Ponce, LeCun 2022, arXiv:2105.04906, equations 1 to 6, with the halved variance term
 of the authors' code: the weights 25, 25, 1 belong to that form.
@@ -26,7 +26,7 @@ from sslus.kernels.ranks import Ranks, group_name
 from sslus.kernels.vicreg import cpu, reference
 
 
-def _gpu(*tensors, **scalars):  # triton is imported when it is needed, if it is there at all
+def _gpu(*tensors, **scalars):  # imports triton only when needed; it may be missing
     from sslus.kernels.vicreg import gpu
 
     return gpu.vicreg(*tensors, **scalars)
@@ -64,10 +64,10 @@ def vicreg_terms(
     covariance: float,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The three unweighted terms of a loss that `vicreg_loss` has just returned, for a log.
+    """The three unweighted terms of a `loss` that `vicreg_loss` has just returned, for a log.
 
-    The covariance term is what is left of the loss, so that a log costs N x D work and not
-    a second N x D x D: no more exact than the loss's own last digits.
+    The covariance term is the rest of the loss, so that it costs N x D operations instead of
+    another N x D x D; it is no more exact than the last digits of the loss.
     """
     ranks = Ranks.named(group_name(group))
     n = len(za) * ranks.world
