@@ -88,7 +88,7 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         size = manifest.num_frames * manifest.settings["size"] ** 2
         free = shutil.disk_usage(shards).free
         if size > DISK_SHARE * free:
-            why = f"{_gb(size)} of frames do not fit on the disk, with {_gb(free)} free"
+            why = f"{_gb(size)} of frames do not fit on the disk, {_gb(free)} are free"
     if why is None:
         return FrameStore.open(Path(shards), **options)
     if tier not in ("auto", "stream"):

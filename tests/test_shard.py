@@ -634,7 +634,7 @@ def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, tmp_path, key):
         _, stderr = process.communicate(timeout=30)
         assert process.returncode == 130 and gone(process.pid, within_seconds=5), stderr
         errors = [x for x in stderr.splitlines() if x.startswith("Error: ")]
-        assert len(errors) == 1 and "the same command goes on" in errors[0], stderr
+        assert len(errors) == 1 and "the same command resumes" in errors[0], stderr
         assert "Traceback" not in stderr, (delay_seconds, stderr)
     # A worker that is hit and not stopped at once would die of it.
     process = begin(arguments, lambda pid: len(workers_of(pid)) == 2)

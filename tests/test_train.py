@@ -449,7 +449,7 @@ def test_initial_weights_are_checked(shards, whole_run, tmp_path):
     ):
         with pytest.raises(InputError, match=why):
             start_from(path)
-    with pytest.raises(InputError, match="timm has no such model; near: .*resnet18"):
+    with pytest.raises(InputError, match="timm has no such model; did you mean .*resnet18"):
         backbones.build("resnet_18", 32, 0)
 
 

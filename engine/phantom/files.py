@@ -90,7 +90,7 @@ def synth(
     except (KeyboardInterrupt, Interrupted) as e:
         raise Interrupted(
             f"synth {out}: {sum((out / c.name).exists() for c in todo)} of {len(todo)} clips are"
-            " kept; the same command goes on from there",
+            " kept; the same command resumes from there",
             getattr(e, "signum", signal.SIGINT),
         ) from None
     with atomic_file(out / "labels.csv", "w") as f:
