@@ -202,5 +202,5 @@ def test_autoencoder_refuses_views_that_do_not_match_pixel_by_pixel():
     for text in ("ultrasound", "simclr", "autoencoder,p_flip=0.5", "autoencoder,min_area=0.5"):
         with pytest.raises(InputError, match="pixel by pixel"):
             autoencoder.check_views(*parse(text))
-    with pytest.raises(InputError, match="p_speckle=1 would corrupt too"):
+    with pytest.raises(InputError, match="p_speckle=1 would corrupt it too"):
         autoencoder.check_views(dataclasses.replace(clean, p_speckle=1.0), corrupted)
