@@ -10,6 +10,7 @@ import io
 import json
 import mmap
 import os
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from sslus.engine.manifest import Manifest, read_manifest
 FORMAT = 1
 CHUNK_BYTES = 1 << 20  # per task: writing many frames at once costs a third less than singly
 SYNC_BYTES = 16 << 20  # synced in the background, so that little is left for the last fsync
+OTHER_FILES = 512  # more than a training process opens beside the shards
 REMEDY = "make the shards again: sslus shard --force"
 COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
 
@@ -149,6 +151,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     import simplejpeg
 
     num, size = manifest.num_frames, manifest.settings["size"]
+    _allow_open_files(len(manifest.shards))
     views = []
     for entry in manifest.shards:
         path = shards / entry["name"]
@@ -234,6 +237,20 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _allow_open_files(num: int) -> None:
+    """Raise the limit of open files for `num` shards, as far as the hard limit allows.
+
+    Python keeps the file of a memory mapping open, and the usual limit of 1024 is reached at a
+    million frames.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num + OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Sample(NamedTuple):

@@ -1,6 +1,7 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_store_is_built_once_even_by_several_at_a_time(shards):
     before = (shards / "store" / "frames.u8").stat().st_mtime_ns
     FrameStore.open(shards)
     assert (shards / "store" / "frames.u8").stat().st_mtime_ns == before
+
+
+def test_more_shards_than_files_may_be_open(clips, tmp_path):
+    settings = Settings(size=16, stride=2, frames_per_shard=1)
+    made = shard([clips], tmp_path / "shards", settings, device="cpu", jobs=1)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(made.manifest.shards), hard))
+    try:
+        assert len(FrameStore.open(tmp_path / "shards")) == len(made.manifest.shards)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def test_store_without_labels(clips, tmp_path):
