@@ -57,11 +57,15 @@ def test_what_went_wrong_in_another_process_alone_is_told(error, monkeypatch, ca
     assert capsys.readouterr().err == "Error: no GPU here\n"
 
 
-@pytest.mark.parametrize("stream", ["io.TextIOWrapper(io.BytesIO(), 'ascii')", "None"])
+@pytest.mark.parametrize(
+    "stream", ["io.TextIOWrapper(io.BytesIO(), 'ascii')", "None", "nobody_reads()"]
+)
 def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     synth = ["synth", str(tmp_path / "vidéos"), *"--videos 1 --patients 1 --size 64".split()]
     code = (
-        f"import io, sys\nsys.stdout = sys.stderr = {stream}\nfrom sslus.tools import cli\n"
+        "import io, os, sys\n"
+        "def nobody_reads():\n    r, w = os.pipe()\n    os.close(r)\n    return open(w, 'w')\n"
+        f"sys.stdout = sys.stderr = {stream}\nfrom sslus.tools import cli\n"
         f"sys.exit(cli.main({synth + ['--seconds', '0.2', '0.2']}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -103,9 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(e), 128 + e.signum)
     except InputError as e:
         return fail(str(e), 1)
-    except BrokenPipeError:  # `sslus ... | head`: the reader left, which is not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
         if e.errno == errno.ENOSPC:

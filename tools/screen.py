@@ -1,9 +1,11 @@
 """What a command shows while it runs and when it ends. Loads rich only where it is needed."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import IO
 
 # report(done, total, note): the progress of a long task, in any unit; total is never 0.
 Report = Callable[[int, int, str], None]
@@ -81,7 +83,7 @@ def _lines(label: str, unit: str) -> Report:
             parts.append(f"{_short(rate)}/s")
             if done < total:
                 parts.append(f"{(total - done) / rate:,.0f} s left")
-        print(", ".join(parts + [note] * bool(note)), file=sys.stderr, flush=True)
+        _tell(", ".join(parts + [note] * bool(note)), sys.stderr)
 
     return report
 
@@ -94,9 +96,16 @@ def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str
     """Print the end of a command: aligned `name value` lines, warnings and the next command."""
     width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        _tell(f"{name:<{width}}  {value}", sys.stdout)
     for line in warnings:
-        print(f"Warning: {line}", file=sys.stderr)
+        _tell(f"Warning: {line}", sys.stderr)
     if next_command:
-        print(f"\nNext: {next_command}")
-    sys.stdout.flush()
+        _tell(f"\nNext: {next_command}", sys.stdout)
+
+
+def _tell(line: str, stream: IO[str]) -> None:
+    """Print a line. That its reader has left (`sslus ... | head`) neither stops nor fails work."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:  # all that follows, and the flush at the end, goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
