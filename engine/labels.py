@@ -56,7 +56,7 @@ def read_labels(path: Path) -> list[Label]:
             # Unmatched quotes merge two rows into one, and two patients into one.
             if any(c in cells[column] for c in "\n\r\0"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
-        video = (path.parent / cells["path"]).resolve()
+        video = real(path.parent / cells["path"])
         if video in seen:
             raise InputError(f"{where}: {cells['path']} is already in line {seen[video]}")
         seen[video] = line
@@ -81,7 +81,7 @@ def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]
     and for a video whose file size has changed.
     """
     local, rows = shards / "local", read_labels(labels)
-    ids = {Path(line["source"]).resolve(): line["id"] for line in _ledger(local / "ledger.jsonl")}
+    ids = {real(line["source"]): line["id"] for line in _ledger(local / "ledger.jsonl")}
     places = as_known([row.path for row in rows], ids)
     before = [] if any(place in ids for place in places) else _moved(places, labels, ids)
     found = before or places
@@ -102,6 +102,11 @@ def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]
                 " are these the labels of those shards?"
             )
     return {ids[place]: row for row, place in zip(rows, found, strict=True)}, bool(before)
+
+
+def real(path: Path | str) -> Path:
+    """Path.resolve(), which raises where a link leads to itself: nobody's video, but no more."""
+    return Path(os.path.realpath(path))
 
 
 def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:

@@ -26,7 +26,7 @@ from sslus.engine import manifest as manifests
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
 from sslus.engine.errors import InputError
-from sslus.engine.labels import as_known, read_labels
+from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
@@ -149,6 +149,7 @@ def shard(
     sources, ignored = find_videos(paths, skip=out.resolve())
     marks = _marks(sources, labels)
     backends = choose_backends(device, decoder)
+    _refuse_strangers(out)
     with _locked(out) as local:
         secret = _key(local, key)
         ids = _ids(sources, secret)
@@ -262,7 +263,7 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
     """Label and patient of each source by its name; None without labels."""
     if labels is None:
         return None
-    by_path = {s.path.resolve(): s.name for s in sources}
+    by_path = {real(s.path): s.name for s in sources}
     marks = {s.name: _Mark() for s in sources}
     missing, rows = [], read_labels(labels)
     for row, path in zip(rows, as_known([row.path for row in rows], by_path), strict=True):
@@ -309,6 +310,18 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- the folder
+
+
+def _refuse_strangers(out: Path) -> None:
+    """Only what an earlier run has made is ever replaced: `-o .` may be anybody's folder."""
+    if (out / manifests.NAME).exists() or (out / "local" / "lock").exists():
+        return
+    for pattern in ("shard-*.tar", "shard-*.idx", "store", "local/*"):
+        for path in out.glob(pattern):
+            raise InputError(
+                f"{path}: is in the way, and nothing here says that `sslus shard` made it; move it"
+                " away, or name another folder with -o"
+            )
 
 
 @contextlib.contextmanager

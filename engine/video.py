@@ -134,7 +134,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
-    seen: set[Path] = set()
+    seen: set[str] = set()
 
     def refuse(e: OSError) -> None:  # os.walk would silently skip the folder
         raise InputError(
@@ -142,7 +142,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
         )
 
     def add(path: Path, name: str) -> None:
-        real = path.resolve()
+        real = os.path.realpath(path)  # Path.resolve raises where a link leads to itself
         if real in seen:
             return
         seen.add(real)
@@ -364,8 +364,10 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     else:
         first = kind.components[0]
         alone = all(c.plane != first.plane for c in kind.components[1:])
-        if not alone:  # packed 4:2:2 and similar: move the same luma to a plane of its own
-            target = "gray" if kind.name.startswith("ya") else "yuv422p"
+        # P010 and similar keep their bits at the upper end of a word, which PyAV does not tell.
+        odd = kind.name.startswith(("p0", "p2", "p4", "grayf")) or "msb" in kind.name
+        if odd or not alone:  # packed 4:2:2 and similar: move the same luma to a plane of its own
+            target = "gray" if kind.name.startswith(("ya", "gray")) else "yuv422p"
             frame = frame.reformat(format=target if first.bits == 8 else f"{target}16le")
             first = frame.format.components[0]
         full = _is_full_range(frame)

@@ -485,6 +485,17 @@ def test_where_videos_were_moved_to_is_taken_down(clips, tmp_path, key):
     assert [json.loads(line) for line in lines] == after.ledger
 
 
+@pytest.mark.parametrize("name", ["shard-2020.tar", "store/thesis.tex", "local/work/thesis.tex"])
+def test_what_no_earlier_run_has_made_is_not_replaced(name, clips, tmp_path, key):
+    theirs = tmp_path / name
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("theirs")
+    for _ in range(2):
+        with pytest.raises(InputError, match="is in the way"):
+            make(clips, tmp_path, key, force=True)
+    assert theirs.read_text() == "theirs"
+
+
 def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
     (tmp_path / "other").write_text("ff" * 32)
     make(clips, tmp_path / "out", key)

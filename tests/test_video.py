@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sslus.engine import video
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
 from sslus.engine.video import (
@@ -91,6 +92,18 @@ def test_ten_bits_are_rounded(tmp_path):
     (frame,) = decode(tmp_path / "x.mkv")
     want = np.clip(np.floor((deep.astype(float) - 64) * 255 / 876 + 0.5), 0, 255)
     np.testing.assert_array_equal(frame.luma, want)
+
+
+@pytest.mark.parametrize("pixel_format", ["p010le", "p012be", "yuv444p10msble", "grayf32le"])
+def test_bits_at_the_upper_end_of_a_word_and_floats(pixel_format):
+    import av
+
+    grey = np.arange(240, dtype=np.uint8).reshape(12, 20)
+    frame = av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, 2), format="rgb24")
+    if pixel_format not in av.video.format.names:
+        pytest.skip(f"this FFmpeg has no {pixel_format}")
+    got = video.luma(frame.reformat(format=pixel_format))
+    np.testing.assert_allclose(got, grey, atol=1)
 
 
 def test_grey_gif_is_exact(tmp_path):
@@ -534,6 +547,8 @@ def test_find_videos_refuses(clips, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="no video found"):
         find_videos([tmp_path])
+    (tmp_path / "itself.mp4").symlink_to("itself.mp4")  # for probe to refuse, this file alone
+    assert [source.name for source in find_videos([tmp_path])[0]] == ["itself.mp4"]
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, clip, pattern, monkeypatch):
