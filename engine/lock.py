@@ -5,6 +5,7 @@ import errno
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from sslus.engine.errors import InputError
 
@@ -21,10 +22,16 @@ def alone(path: Path, busy: str) -> Iterator[None]:
     """
     with path.open("w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(busy) from e
-        except OSError as e:
-            if e.errno not in UNKNOWN:
-                raise
         yield
+
+
+def lock(file: IO, how: int = fcntl.LOCK_EX) -> None:
+    """Lock an open file until it is closed; nothing where the file system knows no locks."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as e:
+        if e.errno not in UNKNOWN:
+            raise

@@ -314,10 +314,11 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _refuse_strangers(out: Path) -> None:
     """Only what an earlier run has made is ever replaced: `-o .` may be anybody's folder."""
-    if (out / manifests.NAME).exists() or (out / "local" / "lock").exists():
+    if any((out / p).exists() for p in (manifests.NAME, "local/key", "local/work/key")):
         return
-    for pattern in ("shard-*.tar", "shard-*.idx", "store", "local/*"):
-        for path in out.glob(pattern):
+    patterns = ("shard-*.tar", "shard-*.idx", "store", "local/*")
+    for path in (path for pattern in patterns for path in out.glob(pattern)):
+        if path.name != "lock":  # a run that ended before it did anything leaves that
             raise InputError(
                 f"{path}: is in the way, and nothing here says that `sslus shard` made it; move it"
                 " away, or name another folder with -o"

@@ -4,7 +4,6 @@ Ultrasound is small (8 bits, one channel: 115,000 frames of 256 x 256 are 7.5 GB
 again in every epoch would slow training down for nothing.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ import numpy as np
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError
+from sslus.engine.lock import lock
 from sslus.engine.manifest import Manifest, read_manifest
 
 FORMAT = 1
@@ -103,13 +103,13 @@ class FrameStore:
         folder = Path(folder) if folder else shards / "store"
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = folder.with_name(folder.name + ".lock").open("w")
+            lock_file = folder.with_name(folder.name + ".lock").open("w")
         except OSError:  # where no lock file can be written, nobody can be building
             if rebuild or not folder.exists():
                 raise
             return _load(folder, manifest)
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file:
+            lock(lock_file)
             remove_leftovers(folder)
             if rebuild or not folder.exists():
                 _build(shards, manifest, folder, threads, report)

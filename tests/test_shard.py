@@ -493,6 +493,8 @@ def test_what_no_earlier_run_has_made_is_not_replaced(name, clips, tmp_path, key
     for _ in range(2):
         with pytest.raises(InputError, match="is in the way"):
             make(clips, tmp_path, key, force=True)
+        (tmp_path / "local").mkdir(exist_ok=True)
+        (tmp_path / "local" / "lock").touch()  # no more than a run leaves that was refused
     assert theirs.read_text() == "theirs"
 
 

@@ -1,5 +1,6 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
+import errno
 import json
 import resource
 import signal
@@ -81,6 +82,14 @@ def test_more_shards_than_files_may_be_open(clips, tmp_path):
         assert len(FrameStore.open(tmp_path / "shards")) == len(made.manifest.shards)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def test_a_file_system_without_locks_is_no_obstacle(shards, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert len(FrameStore.open(shards)) == read_manifest(shards).num_frames
 
 
 def test_store_without_labels(clips, tmp_path):
