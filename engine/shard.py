@@ -726,7 +726,7 @@ def _manifest(job: _Job, records: list[dict], facts: list[tuple], shards: list[d
 def _selection(settings: Settings) -> str:
     if settings.rate_hz is not None:
         return f"at most {settings.rate_hz:g} frames a second"
-    return "all frames" if settings.stride == 1 else f"every {settings.stride}th frame"
+    return "all frames" if settings.stride == 1 else f"1 of every {settings.stride} frames"
 
 
 def _hash64(text: str) -> int:

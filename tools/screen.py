@@ -83,7 +83,7 @@ def _lines(label: str, unit: str) -> Report:
             parts.append(f"{_short(rate)}/s")
             if done < total:
                 parts.append(f"{(total - done) / rate:,.0f} s left")
-        _tell(", ".join(parts + [note] * bool(note)), sys.stderr)
+        tell(", ".join(parts + [note] * bool(note)), sys.stderr)
 
     return report
 
@@ -96,15 +96,17 @@ def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str
     """Print the end of a command: aligned `name value` lines, warnings and the next command."""
     width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
-        _tell(f"{name:<{width}}  {value}", sys.stdout)
+        tell(f"{name:<{width}}  {value}", sys.stdout)
     for line in warnings:
-        _tell(f"Warning: {line}", sys.stderr)
+        tell(f"Warning: {line}", sys.stderr)
     if next_command:
-        _tell(f"\nNext: {next_command}", sys.stdout)
+        tell(f"\nNext: {next_command}", sys.stdout)
 
 
-def _tell(line: str, stream: IO[str]) -> None:
-    """Print a line. That its reader has left (`sslus ... | head`) neither stops nor fails work."""
+def tell(line: str, stream: IO[str] | None = None) -> None:
+    """Print a line, to stderr by default. A reader that has left (`sslus ... | head`) neither
+    stops nor fails the command."""
+    stream = stream or sys.stderr
     try:
         print(line, file=stream, flush=True)
     except BrokenPipeError:  # all that follows, and the flush at the end, goes nowhere

@@ -302,7 +302,7 @@ def _train(shards: str, run, given: dict, named: set[str]):
     from sslus.ssl.loader import open_store
     from sslus.ssl.loop import Options
     from sslus.ssl.world import enter
-    from sslus.tools.screen import progress
+    from sslus.tools.screen import progress, tell
 
     given = dict(given)
     rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
@@ -357,7 +357,7 @@ def _train(shards: str, run, given: dict, named: set[str]):
             threads=threads,
             options=options,
             report=report,
-            say=lambda line: click.echo(line, err=True),
+            say=tell,
         )
 
 
@@ -389,7 +389,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
     from sslus.ssl.loop import NotFinite
     from sslus.ssl.train import Settings
     from sslus.ssl.world import enter
-    from sslus.tools.screen import summary
+    from sslus.tools.screen import summary, tell
 
     if given["recipe"] != "default":
         raise InputError("--method all: leave --recipe out, since the recipes differ in length")
@@ -438,7 +438,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         if limit is not None:
             mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
         if _is_main():
-            click.echo(f"{name} -> {run}", err=True)
+            tell(f"{name} -> {run}")
         try:
             result = _train(shards, run, mine, named)
         except Interrupted as e:
@@ -447,7 +447,7 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
             if os.environ.get("WORLD_SIZE", "1") != "1":  # the others may hear of it a step later
                 raise
             failed.append(name)
-            click.echo(f"Error: {name}: {e}", err=True)
+            tell(f"Error: {name}: {e}")
             continue
         if result.signum and not result.stopped and name != methods.names()[-1]:
             raise Interrupted(f"{name} is finished. Continue with: {going}", result.signum)
