@@ -596,6 +596,16 @@ def long_videos(clip, pattern, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def straight(long_videos, tmp_path_factory) -> dict[str, bytes]:
+    """What comes of them where nothing stops it."""
+    folder = tmp_path_factory.mktemp("straight")
+    (folder / "key").write_text(KEY)
+    settings = Settings(size=128, stride=1)
+    shard([long_videos], folder / "out", settings, key=folder / "key", device="cpu")
+    return public_bytes(folder / "out")
+
+
 def workers_of(pid: int) -> list[int]:
     """Its worker processes, once they are Python interpreters."""
     children = subprocess.run(
@@ -617,7 +627,7 @@ def begin(arguments: list, until: Callable[[int], object]) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_at_any_moment_it_goes_on(how, long_videos, tmp_path, key):
+def test_stopped_at_any_moment_it_goes_on(how, long_videos, straight, tmp_path, key):
     arguments = [long_videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
                  "--size", 128, "--key", key]  # fmt: skip
     work = tmp_path / "out" / "local" / "work"
@@ -631,12 +641,10 @@ def test_stopped_at_any_moment_it_goes_on(how, long_videos, tmp_path, key):
         assert not list(work.glob("*.tmp"))
     assert public_bytes(tmp_path / "out") == {}
     assert command("shard", *arguments).returncode == 0
-    settings = Settings(size=128, stride=1)
-    shard([long_videos], tmp_path / "straight", settings, key=key, device="cpu")
-    assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+    assert public_bytes(tmp_path / "out") == straight
 
 
-def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, tmp_path, key):
+def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, straight, tmp_path, key):
     """A terminal sends it to the workers too, in which nothing of ours runs yet."""
     arguments = [long_videos, "-o", tmp_path / "out", "--all", "--device", "cpu", "--jobs", 2,
                  "--size", 128, "--key", key]  # fmt: skip
@@ -655,9 +663,7 @@ def test_ctrl_c_while_the_workers_start_is_one_line(long_videos, tmp_path, key):
         os.kill(worker, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    settings = Settings(size=128, stride=1)
-    shard([long_videos], tmp_path / "straight", settings, key=key, device="cpu")
-    assert public_bytes(tmp_path / "out") == public_bytes(tmp_path / "straight")
+    assert public_bytes(tmp_path / "out") == straight
 
 
 def test_a_signal_waits_while_processes_are_started():
