@@ -70,7 +70,7 @@ def tensors(state: dict) -> dict:
     return {k: v.clone() for k, v in state["method"].items()}
 
 
-def test_looking_at_the_features_changes_no_bit(clips, tmp_path):
+def test_looking_at_the_features_changes_no_bit(clips, no_curves, tmp_path):
     name = "moco"  # it has a teacher and a queue
     shards = tmp_path / "shards"
     shard(

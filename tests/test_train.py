@@ -39,6 +39,8 @@ HEAD = vicreg.Config(projector="32-32")
 TIMINGS = ("samples_per_second", "data_wait")
 OPTIONS = {f.name for f in dataclasses.fields(Options)}
 
+pytestmark = pytest.mark.usefixtures("no_curves")  # but for whole_run
+
 
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory) -> Path:
