@@ -38,6 +38,8 @@ SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps
 HEAD = vicreg.Config(projector="32-32")
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory):
@@ -318,8 +320,7 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_every_recipe_trains(name, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("sslus.ssl.loop.Loop.draw", lambda self: None)  # a second each
+def test_every_recipe_trains(name, shards, tmp_path):
     small = "--device cpu --init random --backbone test_resnet --image-size 32 --batch-size 8"
     if "projector" in {f.name for f in dataclasses.fields(methods.load(name).Config)}:
         small += " --projector 32-32"
