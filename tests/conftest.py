@@ -112,6 +112,28 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def start_ranks():
+    """start_ranks(work, args, num): work(rank, *args) in `num` processes, to their end.
+
+    They are forked from a process that has imported once what takes seconds.
+    """
+    import torch.multiprocessing as mp
+
+    mp.get_context("forkserver").set_forkserver_preload(["sslus.ssl.train", "sslus.tools.train"])
+
+    def start(work, args, num):
+        mp.start_processes(work, args, num, start_method="forkserver")
+
+    return start
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """No curves.png at the end of a run, which takes longer than a few steps."""
+    monkeypatch.setattr("sslus.ssl.curves.draw", lambda metrics, path: None)
+
+
 @pytest.fixture
 def no_curves(monkeypatch):
     """Runs that begin in the test draw no curves.png, which takes longer than ten small steps."""

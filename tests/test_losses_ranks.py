@@ -160,10 +160,10 @@ def work(rank, folder):
         os._exit(1)  # the others would wait for this one
 
 
-def test_two_and_three_ranks_are_one_batch(tmp_path):
+def test_two_and_three_ranks_are_one_batch(tmp_path, start_ranks):
     load_all()
     assert set(SCALARS) == {op.name for op in OPS.values() if isinstance(op, Op)}
     try:
-        mp.spawn(work, (tmp_path,), nprocs=3)
+        start_ranks(work, (tmp_path,), 3)
     except mp.ProcessExitedException:
         pytest.fail("\n".join(p.read_text() for p in sorted(tmp_path.glob("error-*"))))

@@ -486,9 +486,9 @@ def work(rank, folder):
         os._exit(1)  # the other would wait for this one
 
 
-def test_two_ranks_are_one_batch(tmp_path):
+def test_two_ranks_are_one_batch(tmp_path, start_ranks):
     try:
-        mp.spawn(work, (tmp_path,), nprocs=2)
+        start_ranks(work, (tmp_path,), 2)
     except mp.ProcessExitedException:
         pytest.fail("\n".join(p.read_text() for p in sorted(tmp_path.glob("error-*"))))
     assert all((tmp_path / f"checked-{rank}").exists() for rank in range(2))
