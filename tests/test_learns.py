@@ -110,9 +110,10 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantom")
     settings = PhantomSettings(videos=40, patients=14, size=96, seconds=(0.4, 0.4))
     synth(folder / "videos", settings)
+    (folder / "key").write_text("00" * 32)  # or the frames would have another order every time
     shard(
         [folder / "videos"], folder / "shards", ShardSettings(size=48, stride=1),
-        device="cpu", jobs=1,
+        key=folder / "key", device="cpu", jobs=1,
     )  # fmt: skip
     return folder / "shards"
 
