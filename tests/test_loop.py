@@ -37,6 +37,7 @@ from sslus.tools.train import _evaluate
 SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
 HEAD = vicreg.Config(projector="32-32")
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

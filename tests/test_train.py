@@ -38,6 +38,7 @@ SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps
 HEAD = vicreg.Config(projector="32-32")
 TIMINGS = ("samples_per_second", "data_wait")
 OPTIONS = {f.name for f in dataclasses.fields(Options)}
+pytestmark = pytest.mark.usefixtures("no_curves")  # but for the run that nothing disturbs
 
 pytestmark = pytest.mark.usefixtures("no_curves")  # but for whole_run
 

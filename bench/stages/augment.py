@@ -30,7 +30,7 @@ SIGMA, BLUR = (0.1, 2.0), 0.5
 def measure(bench: Bench) -> None:
     folder = bench.scratch / "augment"
     folder.mkdir(exist_ok=True)
-    num = 32 if bench.quick else 256
+    num = 4 if bench.quick else 256
     save(bench, num, folder)
     if bench.device == "cuda":
         for times in (1, 4):

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from unittest import mock
 
 from harness import Bench, Row, Timed, Work
 
@@ -44,18 +45,23 @@ class Setting:
     def sslus(self) -> Timed:
         """`sslus.ssl.train`, timed by its own log. The first line holds the start, so it is left
         out; the last holds nothing but steps either, as the checkpoint follows it."""
-        from sslus.ssl.train import Options, train
-
-        shutil.rmtree(self.run, ignore_errors=True)
-        train(
-            self.shards, self.settings, self.method_config, self.run, device=self.device,
-            threads=self.threads,
-            options=Options(log_every=self.log_every, checkpoint_every=self.steps + 1, keep=0),
-        )  # fmt: skip
+        self.train(log_every=self.log_every)
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").open()][1:]
         batch = self.settings.batch_size
         seconds = sum(self.log_every * batch / line["samples_per_second"] for line in lines)
         return Timed(self.amount, seconds)
+
+    def train(self, report=None, **options) -> None:
+        """A run without checkpoints on the way, nor a picture, which takes longer than the rest."""
+        from sslus.ssl.train import Options, train
+
+        shutil.rmtree(self.run, ignore_errors=True)
+        with mock.patch("sslus.ssl.curves.draw"):
+            train(
+                self.shards, self.settings, self.method_config, self.run, device=self.device,
+                threads=self.threads, report=report,
+                options=Options(checkpoint_every=self.steps + 1, keep=0, **options),
+            )  # fmt: skip
 
     @property
     def amount(self) -> int:
@@ -127,9 +133,6 @@ class Setting:
         Repeats of whole runs differ by more on a CPU than what is looked for. The loader makes a
         batch when one is taken, so it works during the loop's steps, not during the bare ones.
         """
-        from sslus.ssl.train import Options, train
-
-        shutil.rmtree(self.run, ignore_errors=True)
         loop, bare, views = [], [], self.ready
 
         def turn(samples: int, total: int, note: str) -> None:
@@ -141,11 +144,7 @@ class Setting:
             bare.append(left - start)
 
         left = time.perf_counter()
-        train(
-            self.shards, self.settings, self.method_config, self.run, device=self.device,
-            threads=self.threads, options=Options(checkpoint_every=self.steps + 1, keep=0),
-            report=turn,
-        )  # fmt: skip
+        self.train(report=turn)
         return loop[self.log_every :], bare[self.log_every :]
 
     def ceiling(self) -> Timed:
