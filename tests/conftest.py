@@ -135,12 +135,6 @@ def no_curves(monkeypatch):
 
 
 @pytest.fixture
-def no_curves(monkeypatch):
-    """Runs that begin in the test draw no curves.png, which takes longer than ten small steps."""
-    monkeypatch.setattr("sslus.ssl.loop.Loop.draw", lambda self: None)
-
-
-@pytest.fixture
 def reads():
     """A mode that counts where a value is read from a tensor: on a GPU a step would wait there."""
     import torch

@@ -39,8 +39,6 @@ HEAD = vicreg.Config(projector="32-32")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_curves")
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory):

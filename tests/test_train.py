@@ -40,8 +40,6 @@ TIMINGS = ("samples_per_second", "data_wait")
 OPTIONS = {f.name for f in dataclasses.fields(Options)}
 pytestmark = pytest.mark.usefixtures("no_curves")  # but for the run that nothing disturbs
 
-pytestmark = pytest.mark.usefixtures("no_curves")  # but for whole_run
-
 
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory) -> Path:
