@@ -396,7 +396,10 @@ def _turn(frame) -> Turn:
     Not asked of every frame: a frame and its side data refer to each other, so that a frame whose
     side data was read stays in memory for long.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside it is a kind that PyAV does not know: EXIF, a second eye's view
+        return round(frame.rotation / 90) % 4, False
     if matrix is None:
         return 0, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()

@@ -287,6 +287,18 @@ def test_pictures_come_upright_and_unmirrored(matrix, clip, pattern, tmp_path):
     assert info.mirrored == (a * d - b * c < 0)
 
 
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_a_picture_with_exif_comes_upright(orientation, turns, pattern, tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    luma = pattern(1, 48, 64)[0]
+    Image.fromarray(luma).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    (frame,) = decode(tmp_path / "x.jpg")
+    np.testing.assert_allclose(frame.luma, np.rot90(luma, turns), atol=2)
+
+
 def write_streams(path, counts):
     """A file with several videos, of so many frames and 16, 32, ... pixels high."""
     from fractions import Fraction
