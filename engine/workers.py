@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 
-from sslus.engine.errors import Interrupted
+from sslus.engine.errors import InputError, Interrupted
 
 
 class Workers:
@@ -26,11 +26,12 @@ class Workers:
                 started = [pool.submit(_ready) for pool in self.pools]
             for ready in started:
                 ready.result()
-        except BrokenProcessPool as e:
+        except (OSError, RuntimeError) as e:  # a BrokenProcessPool is one
             self.stop()
-            raise RuntimeError(
-                "worker processes cannot start; a script that calls this needs"
-                ' `if __name__ == "__main__":` around its work'
+            raise InputError(
+                f"worker processes cannot start ({e}): look at the free memory, at the limits that"
+                " `ulimit -a` shows, and whether /dev/shm can be written to; a script that calls"
+                ' this needs `if __name__ == "__main__":` around its work'
             ) from e
         except BaseException:
             self.stop()
@@ -87,7 +88,8 @@ class Workers:
         for pool in self.pools:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            with contextlib.suppress(RuntimeError):  # its thread could not be started
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _ready() -> None:

@@ -4,6 +4,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
 from sslus.engine.video import PyavBackend, decode, find_videos
-from sslus.engine.workers import uninterrupted, worker_pool
+from sslus.engine.workers import Workers, uninterrupted, worker_pool
 
 KEY = "00112233445566778899aabbccddeeff" * 2
 SMALL = Settings(size=64, stride=3, frames_per_shard=40)
@@ -837,6 +838,16 @@ def test_a_crashing_decoder_costs_one_file(decoders, clips, tmp_path):
     refused = f"6 [('{clips / 'u.mp4'}', 'refused', 'the decoder crashed"
     assert done.stdout.startswith("6 []" if decoders == 2 else refused), done.stdout + done.stderr
     assert len(set(tries.read_text().split())) == 2
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("no thread")])
+def test_workers_that_cannot_start_are_the_machines_fault(error, monkeypatch):
+    def start(thread):
+        raise error
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    with pytest.raises(InputError, match=f"cannot start .{re.escape(str(error))}.: .*ulimit"):
+        Workers(1, print, ())
 
 
 def test_workers_killed_while_idle_are_replaced(clips, tmp_path, key):
