@@ -359,7 +359,7 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     """
     kind = frame.format
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
-        rgb = frame.to_ndarray(format="rgb24").astype(np.uint32)
+        rgb = _converted(frame, "rgb24").to_ndarray().astype(np.uint32)
         out = ((rgb @ np.array([299, 587, 114], np.uint32) + 500) // 1000).astype(np.uint8)
     else:
         first = kind.components[0]
@@ -368,7 +368,7 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
         odd = kind.name.startswith(("p0", "p2", "p4", "grayf")) or "msb" in kind.name
         if odd or not alone:  # packed 4:2:2 and similar: move the same luma to a plane of its own
             target = "gray" if kind.name.startswith(("ya", "gray")) else "yuv422p"
-            frame = frame.reformat(format=target if first.bits == 8 else f"{target}16le")
+            frame = _converted(frame, target if first.bits == 8 else f"{target}16le")
             first = frame.format.components[0]
         full = _is_full_range(frame)
         plane = frame.planes[0]
@@ -387,6 +387,15 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     if mirrored:
         out = out[:, ::-1]
     return np.ascontiguousarray(np.rot90(out, turns) if turns else out)
+
+
+def _converted(frame, pixel_format: str):
+    """A PyAV frame in another pixel format, by one thread: several write some pixels of odd widths
+    wrongly (FFmpeg 8's swscale). Before it took `threads`, PyAV had one."""
+    try:
+        return frame.reformat(format=pixel_format, threads=1)
+    except TypeError:
+        return frame.reformat(format=pixel_format)
 
 
 def _turn(frame) -> Turn:

@@ -102,8 +102,9 @@ def test_bits_at_the_upper_end_of_a_word_and_floats(pixel_format):
     frame = av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, 2), format="rgb24")
     if pixel_format not in av.video.format.names:
         pytest.skip(f"this FFmpeg has no {pixel_format}")
-    got = video.luma(frame.reformat(format=pixel_format))
-    np.testing.assert_allclose(got, grey, atol=1)
+    frame = frame.reformat(format=pixel_format)
+    for _ in range(10):  # with several threads swscale is wrong in two of three
+        np.testing.assert_allclose(video.luma(frame), grey, atol=1)
 
 
 def test_grey_gif_is_exact(tmp_path):
