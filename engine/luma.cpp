@@ -128,32 +128,18 @@ inline void turn(const uint16_t* src, int64_t src_stride, uint16_t* out, int64_t
 }
 #endif
 
-// kLanes rows of `width` -> `width` columns of kLanes. As in shrink_rows, whole groups.
-void to_columns(const uint16_t* rows, int64_t width, uint16_t* columns) {
-  if (width < 8) {
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t y = 0; y < kLanes; ++y) columns[x * kLanes + y] = rows[y * width + x];
+// (height, width) -> (width, height). As in shrink_rows, the last group overlaps the one before.
+void transpose(const uint16_t* src, int64_t height, int64_t width, uint16_t* out) {
+  if (std::min(height, width) < 8) {
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) out[x * height + y] = src[y * width + x];
     return;
   }
-  for (int64_t start = 0; start < width; start += 8) {
-    const int64_t x = std::min(start, width - 8);
-    for (int64_t y = 0; y < kLanes; y += 8)
-      turn(rows + y * width + x, width, columns + x * kLanes + y, kLanes);
-  }
-}
-
-// And back.
-void to_rows(const uint16_t* columns, int64_t width, uint16_t* rows) {
-  if (width < 8) {
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t y = 0; y < kLanes; ++y) rows[y * width + x] = columns[x * kLanes + y];
-    return;
-  }
-  for (int64_t start = 0; start < width; start += 8) {
-    const int64_t x = std::min(start, width - 8);
-    for (int64_t y = 0; y < kLanes; y += 8)
-      turn(columns + x * kLanes + y, kLanes, rows + y * width + x, width);
-  }
+  for (int64_t row = 0; row < height; row += 8)
+    for (int64_t column = 0; column < width; column += 8) {
+      const int64_t y = std::min(row, height - 8), x = std::min(column, width - 8);
+      turn(src + y * width + x, width, out + x * height + y, height);
+    }
 }
 
 SSLUS_CLONES void narrow(const uint16_t* src, uint8_t* out, int64_t n) {
@@ -242,10 +228,10 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
       shrink_rows(wide.data() + (row_starts.data()[y + lane] - first) * width, width,
                   row_weights.data() + (y + lane) * row_taps, row_taps,
                   rows_of_lanes.data() + lane * width);
-    to_columns(rows_of_lanes.data(), width, middle.data());
+    transpose(rows_of_lanes.data(), kLanes, width, middle.data());
     shrink_columns(middle.data(), column_starts.data(), column_weights.data(), column_taps,
                    columns, shrunk.data());
-    to_rows(shrunk.data(), columns, block);
+    transpose(shrunk.data(), columns, kLanes, block);
     for (int64_t lane = 0; lane < lanes; ++lane)
       narrow(block + lane * columns, out.data() + (top + y + lane) * out_width + left, columns);
   }
