@@ -48,6 +48,14 @@ SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
   }
 }
 
+// A whole row: groups, then one overlapping last group, so that no slow scalar remainder is left.
+void expand_whole_row(const uint8_t* src, uint8_t* out, int64_t width) {
+  constexpr int64_t group = 32;
+  const int64_t whole = width < group ? width : width / group * group;
+  expand_row(src, out, whole);
+  if (whole < width) expand_row(src + width - group, out + width - group, group);
+}
+
 // Eight pixels at a time, with compiler vector extensions: one AVX2 or two SSE registers.
 typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef uint16_t Words __attribute__((vector_size(16), aligned(2), may_alias));
@@ -176,19 +184,12 @@ void expand(Rows src, Image out) {
   require(src.stride(1) == 1, "expand: the pixels of a row must be adjacent");
   nb::gil_scoped_release release;
   const auto width = static_cast<int64_t>(src.shape(1));
-  // Whole groups, then one overlapping last group, so that rows have no slow scalar remainder.
-  constexpr int64_t group = 32;
-  const int64_t whole = width < group ? width : width / group * group;
-  for (int64_t y = 0; y < static_cast<int64_t>(src.shape(0)); ++y) {
-    const uint8_t* from = src.data() + y * src.stride(0);
-    uint8_t* to = out.data() + y * width;
-    expand_row(from, to, whole);
-    if (whole < width) expand_row(from + width - group, to + width - group, group);
-  }
+  for (int64_t y = 0; y < static_cast<int64_t>(src.shape(0)); ++y)
+    expand_whole_row(src.data() + y * src.stride(0), out.data() + y * width, width);
 }
 
-void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, Weights row_weights,
-            Starts column_starts, Weights column_weights) {
+void resize(Rows src, bool limited, Image out, int64_t top, int64_t left, Starts row_starts,
+            Weights row_weights, Starts column_starts, Weights column_weights) {
   const auto height = static_cast<int64_t>(src.shape(0));
   const auto width = static_cast<int64_t>(src.shape(1));
   const auto rows = static_cast<int64_t>(row_starts.shape(0));
@@ -206,13 +207,20 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
   nb::gil_scoped_release release;
   std::fill(out.data(), out.data() + out.size(), uint8_t{0});
   if (rows == height && columns == width) {
-    for (int64_t y = 0; y < rows; ++y)
-      std::memcpy(out.data() + (top + y) * out_width + left, src.data() + y * src.stride(0),
-                  static_cast<size_t>(width));
+    for (int64_t y = 0; y < rows; ++y) {
+      const uint8_t* from = src.data() + y * src.stride(0);
+      uint8_t* to = out.data() + (top + y) * out_width + left;
+      if (limited)
+        expand_whole_row(from, to, width);
+      else
+        std::memcpy(to, from, static_cast<size_t>(width));
+    }
     return;
   }
   // Kept per thread between calls, to avoid an allocation per frame.
   thread_local std::vector<uint16_t> wide, rows_of_lanes, middle, shrunk;
+  thread_local std::vector<uint8_t> full;
+  full.resize(static_cast<size_t>(width));
   rows_of_lanes.resize(static_cast<size_t>(width * kLanes));
   middle.resize(static_cast<size_t>(width * kLanes));
   shrunk.resize(static_cast<size_t>(2 * columns * kLanes));
@@ -222,8 +230,14 @@ void resize(Rows src, Image out, int64_t top, int64_t left, Starts row_starts, W
     const int64_t first = row_starts.data()[y];
     const int64_t last = row_starts.data()[y + lanes - 1] + row_taps;
     wide.resize(static_cast<size_t>((last - first) * width));
-    for (int64_t row = first; row < last; ++row)
-      widen(src.data() + row * src.stride(0), wide.data() + (row - first) * width, width);
+    for (int64_t row = first; row < last; ++row) {
+      const uint8_t* from = src.data() + row * src.stride(0);
+      if (limited) {
+        expand_whole_row(from, full.data(), width);
+        from = full.data();
+      }
+      widen(from, wide.data() + (row - first) * width, width);
+    }
     for (int64_t lane = 0; lane < lanes; ++lane)
       shrink_rows(wide.data() + (row_starts.data()[y + lane] - first) * width, width,
                   row_weights.data() + (y + lane) * row_taps, row_taps,
@@ -256,10 +270,12 @@ NB_MODULE(_luma, m) {
   m.doc() = "Compiled pixel work of the decoder. Call it through sslus.engine.prepare.";
   m.def("expand", &expand, nb::arg("src").noconvert(), nb::arg("out").noconvert(),
         "Limited range 16..235 in src to full range 0..255 in out, both (H, W).");
-  m.def("resize", &resize, nb::arg("src").noconvert(), nb::arg("out").noconvert(), nb::arg("top"),
-        nb::arg("left"), nb::arg("row_starts").noconvert(), nb::arg("row_weights").noconvert(),
+  m.def("resize", &resize, nb::arg("src").noconvert(), nb::arg("limited"),
+        nb::arg("out").noconvert(), nb::arg("top"), nb::arg("left"),
+        nb::arg("row_starts").noconvert(), nb::arg("row_weights").noconvert(),
         nb::arg("column_starts").noconvert(), nb::arg("column_weights").noconvert(),
-        "Resize src (H, W) into out at (top, left) with 14-bit weights; zero around it.");
+        "Resize src (H, W), expanded first if its range is limited, into out at (top, left) with"
+        " 14-bit weights; zero around it.");
   m.def("moments", &moments, nb::arg("image").noconvert(),
         "(sum, sum of squares) of the pixels of (H, W), exact.");
 }

@@ -34,17 +34,21 @@ def fit(height: int, width: int, size: int, pixel_aspect: float = 1.0) -> tuple[
     return (size - new_height) // 2, (size - new_width) // 2, new_height, new_width
 
 
-def prepare(luma: np.ndarray, size: int, pixel_aspect: float = 1.0) -> np.ndarray:
+def prepare(
+    luma: np.ndarray, size: int, pixel_aspect: float = 1.0, limited: bool = False
+) -> np.ndarray:
     """Scale a frame into a black square, preserving its aspect ratio.
 
-    luma: (H, W) uint8. Returns (size, size) uint8, owned by the caller. Antialiased with a
-    triangle filter (what Pillow calls BILINEAR and torchvision antialias=True) in integer
-    arithmetic: the same bytes on every machine, within 0.6 grey levels of the exact filter.
+    luma: (H, W) uint8, rows may be strided; limited: of limited range, expand_limited comes first.
+    Returns (size, size) uint8, owned by the caller. Antialiased with a triangle filter (what Pillow
+    calls BILINEAR and torchvision antialias=True) in integer arithmetic: the same bytes on every
+    machine, within 0.6 grey levels of the exact filter.
     """
     height, width = luma.shape
     top, left, new_height, new_width = fit(height, width, size, pixel_aspect)
     out = np.empty((size, size), np.uint8)
-    _luma.resize(luma, out, top, left, *_taps(height, new_height), *_taps(width, new_width))
+    taps = *_taps(height, new_height), *_taps(width, new_width)
+    _luma.resize(luma, limited, out, top, left, *taps)
     return out
 
 

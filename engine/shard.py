@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import secrets
 import shutil
 import time
@@ -314,15 +315,23 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _refuse_strangers(out: Path) -> None:
     """Only what an earlier run has made is ever replaced: `-o .` may be anybody's folder."""
-    if any((out / p).exists() for p in (manifests.NAME, "local/key", "local/work/key")):
+    if any((out / p).exists() for p in ("local/key", "local/work/key")) or _is_ours(out):
         return
-    patterns = ("shard-*.tar", "shard-*.idx", "store", "local/*")
+    patterns = (manifests.NAME, "shard-*.tar", "shard-*.idx", "store", "local/*")
     for path in (path for pattern in patterns for path in out.glob(pattern)):
         if path.name != "lock":  # a run that ended before it did anything leaves that
             raise InputError(
                 f"{path}: is in the way, and nothing here says that `sslus shard` made it; move it"
                 " away, or name another folder with -o"
             )
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether shards are there, of any version, damaged or not, and the manifest says so."""
+    try:
+        return '"frames_per_shard"' in (out / manifests.NAME).read_text(errors="replace")
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -635,6 +644,11 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
                 if several and not by_last:
                     crashed.append(source)
                     continue
+            if result["status"] == "refused" and not os.path.lexists(source.path):
+                raise InputError(
+                    f"{source.path}: was there at the start and is gone; if a disk was unmounted,"
+                    f" bring it back; {job.told()}; the same command resumes from here"
+                )
             records[source.name] = result
             frames += result["decoded_frames"]
             tell()
@@ -738,13 +752,13 @@ def _frame_key(video_id: str, frame: int) -> str:
 
 
 def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict:
-    spools = {}
+    spools, most = {}, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for v, frame, time_seconds, offset, size in rows:
             video_id, label, patient = facts[v]
             if v not in spools:
-                if len(spools) >= 256:  # far below the usual limit of 1024 open files
+                if len(spools) >= most:
                     os.close(spools.pop(next(iter(spools))))
                 spools[v] = os.open(_jpegs_path(work, video_id), os.O_RDONLY)
             jpeg = os.pread(spools[v], size, offset)

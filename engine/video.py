@@ -37,7 +37,9 @@ ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
 
 REORDERED = 16  # most frames that a decoder may hold back, and so the largest error of a guess
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-FOLDER_LINKS = "links to folders"  # the name under which find_videos counts them
+# Names under which find_videos counts what it does not search.
+FOLDER_LINKS = "links to folders"
+HIDDEN_FOLDERS = "hidden folders"
 
 
 # Counterclockwise quarter turns, and whether the image is mirrored left to right before that.
@@ -128,8 +130,9 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
 
     Returns the sources and a count, by extension, of the files that were skipped because of their
     names. Links to folders are counted under FOLDER_LINKS but not followed, since they may lead in
-    a circle or to a folder that is searched anyway; links in `paths` itself are followed. `skip`
-    is a folder that is not searched. Raises InputError if a path does not exist, if no video is
+    a circle or to a folder that is searched anyway; links in `paths` itself are followed. Folders
+    whose names begin with a dot (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a
+    folder that is not searched. Raises InputError if a path does not exist, if no video is
     found, or if two paths lead to different files of the same name, which would get the same id.
     """
     sources: dict[str, Source] = {}
@@ -161,7 +164,8 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
             raise InputError(f"{root}: no such file or folder")
         for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
             here = Path(folder)
-            folders[:] = sorted(f for f in folders if (here / f).resolve() != skip)
+            ignored[HIDDEN_FOLDERS] += sum(f.startswith(".") for f in folders)
+            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != skip)
             ignored[FOLDER_LINKS] += sum((here / f).is_symlink() for f in folders)
             for file in sorted(files):
                 path = here / file
@@ -171,9 +175,10 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
                     add(path, path.relative_to(root).as_posix())
     if not sources:
         where = ", ".join(str(p) for p in paths)
-        links = ignored.pop(FOLDER_LINKS, 0)
+        links, hidden = ignored.pop(FOLDER_LINKS, 0), ignored.pop(HIDDEN_FOLDERS, 0)
         seen_there = [f"{sum(ignored.values())} files of other kinds"] if ignored.total() else []
         seen_there += [f"{links} links to folders, not followed"] if links else []
+        seen_there += [f"{hidden} hidden folders, not searched"] if hidden else []
         other = f" ({', '.join(seen_there)})" if seen_there else ""
         raise InputError(f"{where}: no video found{other}; name a folder with videos")
     return [sources[name] for name in sorted(sources)], +ignored
@@ -287,7 +292,7 @@ def probe(path: Path) -> VideoInfo:
             full_range=_is_full_range(frame),
             rotation_degrees=90 * turns,
             mirrored=mirrored,
-            other_streams=len(others),
+            other_streams=len(others) + _joined(path, container),
             interlaced=bool(frame.interlaced_frame),
         )
 
@@ -311,6 +316,24 @@ def _empty_chunks(path: Path, stream: int) -> int:
                 if length % 2 and f.read(1) not in (b"\0", b""):  # the padding byte is missing
                     f.seek(-1, os.SEEK_CUR)
     return num_empty
+
+
+def _joined(path: Path, container) -> int:
+    """How many more files follow in an MP4 or MOV: joined byte by byte, FFmpeg reads the first."""
+    if "mp4" not in _formats(container):
+        return 0
+    num_movies = at = 0
+    with path.open("rb") as f:
+        while len(head := f.read(16)) >= 8:
+            length = int.from_bytes(head[:4])
+            if length == 1:  # 64 bits follow
+                length = int.from_bytes(head[8:])
+            num_movies += head[4:8] == b"moov"
+            if length < 8:  # 0: up to the end of the file
+                break
+            at += length
+            f.seek(at)
+    return max(0, num_movies - 1)
 
 
 def _missing(container, stream, end: int, duration: int) -> int:
@@ -357,7 +380,16 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     Limited range is expanded exactly, more than 8 bits are rounded to 8. RGB and palettes give
     BT.601 luma, round(.299 R + .587 G + .114 B), which leaves grey images unchanged.
     """
-    kind = frame.format
+    y, limited = _plane(frame, turn)
+    return expand_limited(y) if limited else y.copy()
+
+
+def _plane(frame, turn: Turn) -> tuple[np.ndarray, bool]:
+    """The luma (H, W) uint8, upright, perhaps in the frame's own memory; if its range is limited.
+
+    What has to be computed comes in full range.
+    """
+    kind, limited = frame.format, False
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
         rgb = _converted(frame, "rgb24").to_ndarray().astype(np.uint32)
         out = ((rgb @ np.array([299, 587, 114], np.uint32) + 500) // 1000).astype(np.uint8)
@@ -374,8 +406,7 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
         plane = frame.planes[0]
         if first.bits == 8:
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            y = rows[: frame.height, : frame.width]
-            out = y.copy() if full else expand_limited(y)
+            out, limited = rows[: frame.height, : frame.width], not full
         else:
             order = ">u2" if frame.format.is_big_endian else "<u2"
             rows = np.frombuffer(plane, order).reshape(-1, plane.line_size // 2)
@@ -386,7 +417,9 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     turns, mirrored = turn
     if mirrored:
         out = out[:, ::-1]
-    return np.ascontiguousarray(np.rot90(out, turns) if turns else out)
+    if turns:
+        out = np.rot90(out, turns)
+    return np.ascontiguousarray(out) if mirrored or turns else out, limited
 
 
 def _converted(frame, pixel_format: str):
@@ -534,5 +567,6 @@ class PyavBackend:
             corrupt = bool(frame.is_corrupt)
             image = None
             if not corrupt and keep(index, time_seconds):
-                image = prepare(luma(frame, turn), size, aspect)
+                y, limited = _plane(frame, turn)
+                image = prepare(y, size, aspect, limited)
             yield Prepared(index, time_seconds, corrupt, image)

@@ -288,11 +288,14 @@ def _triangle(p):
 
 @triton.jit
 def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr):
-    """z + x y. The small products go first."""
-    if LOW:
-        z = tl.dot(xl, yh, z)
-        z = tl.dot(xh, yl, z)
-    return tl.dot(xh, yh, z, input_precision="tf32x3")
+    """z + x y, added outside of the tensor cores, which cut off where they add: over a long sum
+    all errors would have one sign. The argument keeps the compiler from adding inside after all.
+    """
+    if LOW:  # the small products go first
+        t = tl.dot(xl, yh, max_num_imprecise_acc=1)
+        t = tl.dot(xh, yl, t)
+        return z + tl.dot(xh, yh, t)
+    return z + tl.dot(xh, yh, input_precision="tf32x3", max_num_imprecise_acc=1)
 
 
 @triton.jit(do_not_specialize=["other"])
@@ -336,7 +339,7 @@ def multiply(
             xl = tl.load(lo + from_x, mask=in_x, other=0)
             yl = tl.load(lo + from_y, mask=in_y, other=0)
             if not STRIP:
-                z = tl.dot(xl, yl, z)
+                z += tl.dot(xl, yl, max_num_imprecise_acc=1)
         else:
             xl, yl = xh, yh
         z = _dot(xh, xl, yh, yl, z, LOW)

@@ -23,12 +23,12 @@ def save(path: Path, state: dict) -> None:
         f.write(buffer.getbuffer())
 
 
-def keep(path: Path, step: int, num: int, score: float | None) -> None:
+def keep(path: Path, step: int, num: int, score: tuple[str, float] | None) -> None:
     """Keep the checkpoint `path` of `step` among the last `num`, and as the best if it is that.
 
     They go to the folder checkpoints/ beside it: step-<step>.pt, best.pt, and best.json with the
-    score of the best (higher is better; None: unknown). These are hard links, so a checkpoint
-    that is kept twice is stored once.
+    score of the best: its name and value, higher is better; None: unknown. Of two names the newer
+    counts. These are hard links, so a checkpoint that is kept twice is stored once.
     """
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -37,11 +37,11 @@ def keep(path: Path, step: int, num: int, score: float | None) -> None:
     for old in sorted(folder.glob("step-*.pt"))[: -num or None]:
         old.unlink()
     best = folder / "best.json"
-    before = json.loads(best.read_text())["score"] if best.exists() else None
-    if score is not None and (before is None or score > before):
+    before = json.loads(best.read_text()) if best.exists() else {}
+    if score is not None and (before.get("of") != score[0] or score[1] > before["score"]):
         _link(path, folder / "best.pt")
         with atomic_file(best, "w") as f:
-            json.dump({"step": step, "score": score}, f)
+            json.dump({"step": step, "of": score[0], "score": score[1]}, f)
 
 
 def _link(path: Path, to: Path) -> None:

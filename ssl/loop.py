@@ -135,7 +135,7 @@ class Loop:
         self.log.flush()
         self.check_finite()
         found = self.online(self.state.backbone)
-        self.log.best = found["knn_accuracy"]
+        self.log.best = "knn_accuracy", found["knn_accuracy"]
         if saved:  # before the line is written, after which a resumed run would not repeat this
             self.keep()
         self.log.add(found)
@@ -284,7 +284,7 @@ class _Log:
     def __init__(self, loop: Loop):
         self.loop, self.state = loop, loop.state
         self.pending: deque[_Pending] = deque()
-        self.best: float | None = None  # score of the newest checkpoint; higher is better
+        self.best: tuple[str, float] | None = None  # score of the newest checkpoint, see keep
         self.last_health = self.state.step - self.state.step % loop.options.log_every
         self.collapsed = False
         past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
@@ -373,7 +373,7 @@ class _Log:
         if away := self.divergence(line["loss"]):
             self.warn(line, away)
         if self.loop.online is None:
-            self.best = -line["loss"]
+            self.best = "-loss", -line["loss"]
         self.loop.note = f"loss {line['loss']:.3f}, data wait {100 * line['data_wait']:.0f} %"
         self._out(line)
 

@@ -72,6 +72,12 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("argument", ["", "--out="])
+def test_an_empty_argument_is_not_the_current_folder(argument, capsys):
+    assert cli.main(["shard", "videos", argument]) == 2
+    assert capsys.readouterr().err.startswith("Error: an argument is empty")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -352,6 +353,33 @@ def test_whatever_a_decoder_throws_is_that_files_refusal(clips, tmp_path, monkey
     monkeypatch.setattr(module, "probe", broken)
     record = module._spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
     assert (record["status"], record["why"]) == ("refused", why)
+
+
+def test_videos_that_vanish_on_the_way_are_not_left_out(clips, tmp_path, key):
+    videos, out = shutil.copytree(clips, tmp_path / "videos"), tmp_path / "out"
+
+    def unmount(done, total, note):
+        if done == 1:
+            videos.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(InputError, match=r"is gone; .* of 6 videos are decoded; the same command"):
+        make(videos, out, key, jobs=1, report=unmount)
+    assert public_bytes(out) == {}
+    (tmp_path / "elsewhere").rename(videos)
+    assert make(videos, out, key).resumed >= 1
+    make(clips, tmp_path / "straight", key)
+    assert public_bytes(out) == public_bytes(tmp_path / "straight")
+
+
+def test_few_open_files_are_enough(clip, pattern, tmp_path, key):
+    (tmp_path / "videos").mkdir()
+    for i in range(40):
+        clip(tmp_path / "videos" / f"{i}.mp4", pattern(2, 32, 32))
+    done = command(
+        "shard", tmp_path / "videos", "-o", tmp_path / "out", "--size", 32, "--jobs", 1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_refused_file_is_tried_again_on_demand(clips, tmp_path):

@@ -14,6 +14,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
 from sslus.engine.video import (
     FOLDER_LINKS,
+    HIDDEN_FOLDERS,
     VideoError,
     _empty_chunks,
     decode,
@@ -321,6 +322,13 @@ def write_streams(path, counts):
     return path
 
 
+def test_files_that_were_joined_byte_by_byte_are_counted(clip, pattern, tmp_path):
+    one = clip(tmp_path / "one.mp4", pattern(4, 32, 32))
+    assert probe(one).other_streams == 0
+    (tmp_path / "three.mp4").write_bytes(3 * one.read_bytes())
+    assert probe(tmp_path / "three.mp4").other_streams == 2
+
+
 @pytest.mark.parametrize("counts, best", [((10, 10), 0), ((0, 10), 1)])
 def test_of_several_videos_in_a_file_the_best_is_taken(counts, best, tmp_path):
     path = write_streams(tmp_path / "x.mkv", counts)
@@ -495,6 +503,9 @@ def test_prepare_is_the_antialiased_triangle(height, width, size):
     got = prepare(image, size)
     assert np.abs(got - exact).max() < 0.6
     assert got[:top].max(initial=0) == got[top + h :].max(initial=0) == 0
+    np.testing.assert_array_equal(
+        prepare(image, size, limited=True), prepare(expand_limited(image), size)
+    )
     assert moments(got) == (got.sum(dtype=np.int64), (got.astype(np.int64) ** 2).sum())
 
 
@@ -502,6 +513,7 @@ def test_prepare_keeps_what_needs_no_change():
     rng = np.random.default_rng(2)
     image = rng.integers(0, 256, (96, 96), dtype=np.uint8)
     np.testing.assert_array_equal(prepare(image, 96), image)
+    np.testing.assert_array_equal(prepare(image, 96, limited=True), expand_limited(image))
     for value in (0, 1, 128, 254, 255):
         assert (prepare(np.full((77, 77), value, np.uint8), 64) == value).all()
 
@@ -522,7 +534,7 @@ def test_native_code_refuses_what_would_be_lost():
         _luma.expand(good, np.zeros((4, 5), np.uint8))
     taps = np.zeros(4, np.int32), np.full((4, 5), 1, np.int32)
     with pytest.raises(ValueError, match="inside the image"):
-        _luma.resize(good, good.copy(), 0, 0, *taps, *taps)
+        _luma.resize(good, False, good.copy(), 0, 0, *taps, *taps)
 
 
 # ---------------------------------------------------------------- find
@@ -538,7 +550,7 @@ def test_find_videos_is_recursive_sorted_and_counts_the_rest(clips):
     assert len(again) == 6
 
 
-def test_links_to_folders_are_counted_and_not_followed(clips, tmp_path):
+def test_links_to_folders_and_hidden_ones_are_counted_and_not_searched(clips, tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     (folder / "x.mp4").symlink_to(clips / "u.mp4")  # a link to a file is as good as the file
@@ -547,8 +559,13 @@ def test_links_to_folders_are_counted_and_not_followed(clips, tmp_path):
     sources, ignored = find_videos([folder])
     assert [s.name for s in sources] == ["x.mp4"] and ignored == {FOLDER_LINKS: 2}
     assert len(find_videos([folder / "elsewhere"])[0]) == 2
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "y.mp4").symlink_to(clips / "v.mp4")
+    sources, ignored = find_videos([folder])
+    assert len(sources) == 1 and ignored == {FOLDER_LINKS: 2, HIDDEN_FOLDERS: 1}
+    assert len(find_videos([folder / ".trash"])[0]) == 1
     (folder / "x.mp4").unlink()
-    with pytest.raises(InputError, match=r"no video found \(2 links to folders, not followed\)"):
+    with pytest.raises(InputError, match="2 links to folders, not followed, 1 hidden"):
         find_videos([folder])
 
 

@@ -89,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):  # an odd file name must not end a command
             stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:] if argv is None else argv
+    for arg in argv:  # -o "" would be the current folder
+        if not arg or (arg.startswith("--") and arg.endswith("=")):
+            return fail(f"an argument is empty ({arg or repr('')}): a variable that is not set?", 2)
     try:
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
     except click.exceptions.Abort:

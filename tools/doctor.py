@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def command(as_json):
     sslus doctor
     sslus doctor --json > doctor.json
     """
-    from sslus.tools.screen import summary
+    from sslus.tools.screen import summary, tell
 
     machine = [
         checked(name, check)
@@ -76,10 +77,11 @@ def command(as_json):
         import json
 
         content = {"machine": machine, "stages": paths}
-        print(json.dumps({k: [asdict(c) for c in v] for k, v in content.items()}, indent=1))
+        text = json.dumps({k: [asdict(c) for c in v] for k, v in content.items()}, indent=1)
+        tell(text, sys.stdout)
     else:
         summary({c.name: c.says for c in machine})
-        print("\nWhat each stage does on this machine")
+        tell("\nWhat each stage does on this machine", sys.stdout)
         warnings = [f"{c.name}: {c.says}" for c in missing]
         rows = {c.name: c.says for c in paths}
         if missing:

@@ -85,12 +85,14 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
 
 
 def show(result, seeds: int) -> None:
+    import sys
+
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from sslus.ssl import report
-    from sslus.tools.screen import summary
+    from sslus.tools.screen import summary, tell
 
     header, cells = report.table(result)
     shown = Table(*header, box=box.SIMPLE_HEAD)
@@ -98,7 +100,11 @@ def show(result, seeds: int) -> None:
         shown.add_row(*row)
     # A log or a pipe has no width of its own; 80 columns would break every row.
     console = Console()
-    Console(width=None if console.is_terminal else 160).print(shown)
+    if not console.is_terminal:
+        console.width = 160
+    with console.capture() as captured:
+        console.print(shown)
+    tell(captured.get(), sys.stdout)
     summary(
         {
             "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"

@@ -116,7 +116,7 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.video import FOLDER_LINKS
+    from sslus.engine.video import FOLDER_LINKS, HIDDEN_FOLDERS
 
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)
@@ -134,12 +134,14 @@ def show(result) -> None:
         "digest": manifest.digest[:16],
     }
     files = result.ignored.copy()
-    links = files.pop(FOLDER_LINKS, 0)
+    links, hidden = files.pop(FOLDER_LINKS, 0), files.pop(HIDDEN_FOLDERS, 0)
     if files:
         kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
         rows["not videos"] = f"{files.total()} files skipped ({kinds})"
     if links:
         rows["links"] = f"{links} to folders, not followed; to include those folders, name them too"
+    if hidden:
+        rows["hidden"] = f"{hidden} folders, not searched; to include them, name them too"
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
     if several:
         rows["streams"] = f"{several} files hold several videos; the best of each was used"
