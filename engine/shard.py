@@ -508,7 +508,7 @@ def _spool_video(
         _judge(record)
     record["seconds"] = round(time.monotonic() - start, 3)
     with atomic_file(_spool_path(work, video_id), "w", durable=False) as f:
-        json.dump(record, f)
+        f.write(json.dumps(record))  # json.dump encodes in Python, ten times slower
     return _without_frames(record)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -84,8 +84,7 @@ class Frame:
     corrupt: bool  # the decoder had to make up parts of it
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """One decoded frame on its way into a shard. `image` is None if it was not kept."""
 
     index: int
@@ -496,15 +495,16 @@ class _Clock:
         self.last_stamps = None, None
 
     def __call__(self, frame, following) -> float:
-        after = (None, None) if following is None else (following.pts, following.dts)
-        stamps = tuple(map(self.settled, self.last_stamps, (frame.pts, frame.dts), after))
-        shown_falls, sent_falls = map(_falls, self.last_stamps, stamps)
-        if shown_falls and sent_falls is False and not self.in_order:
+        last_pts, last_dts = self.last_stamps
+        next_pts, next_dts = (None, None) if following is None else (following.pts, following.dts)
+        pts = self.settled(last_pts, frame.pts, next_pts)
+        dts = self.settled(last_dts, frame.dts, next_dts)
+        self.last_stamps = pts, dts
+        if _falls(last_pts, pts) and _falls(last_dts, dts) is False and not self.in_order:
             self.in_order, self.zero_seconds = True, None
-        self.last_stamps = stamps
         first = self.last_seconds is None
         due = 0.0 if first else self.last_seconds + self.period_seconds
-        stamp = stamps[self.in_order]
+        stamp = dts if self.in_order else pts
         if stamp is None:
             self.last_seconds = due
             return due
