@@ -63,7 +63,7 @@ from sslus.kernels.ranks import Ranks
 FEW = 64  # with less, launches are nearly all of the time, whatever is multiplied
 WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
 PROGRAMS = 264  # two for each multiprocessor of the largest
-SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128
+SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128, unless it is ragged
 WHOLE = 256  # rows of a column that a program of barlow_apply holds at once; ragged, half as many
 _LEFT = tl.constexpr(LEFT)
 _VICREG_EPS = tl.constexpr(1e-4)
@@ -287,12 +287,16 @@ def _triangle(p):
 
 
 @triton.jit
-def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr):
+def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr, LOWEST: tl.constexpr = False):
     """z + x y, added outside of the tensor cores, which cut off where they add: over a long sum
     all errors would have one sign. The argument keeps the compiler from adding inside after all.
     """
     if LOW:  # the small products go first
-        t = tl.dot(xl, yh, max_num_imprecise_acc=1)
+        if LOWEST:
+            t = tl.dot(xl, yl, max_num_imprecise_acc=1)
+            t = tl.dot(xl, yh, t)
+        else:
+            t = tl.dot(xl, yh, max_num_imprecise_acc=1)
         t = tl.dot(xh, yl, t)
         return z + tl.dot(xh, yh, t)
     return z + tl.dot(xh, yh, input_precision="tf32x3", max_num_imprecise_acc=1)
@@ -338,11 +342,9 @@ def multiply(
         if LOW:
             xl = tl.load(lo + from_x, mask=in_x, other=0)
             yl = tl.load(lo + from_y, mask=in_y, other=0)
-            if not STRIP:
-                z += tl.dot(xl, yl, max_num_imprecise_acc=1)
         else:
             xl, yl = xh, yh
-        z = _dot(xh, xl, yh, yl, z, LOW)
+        z = _dot(xh, xl, yh, yl, z, LOW, not STRIP)
     parts = parts_a if view == 0 else parts_b
     parts += part.to(tl.int64) * height * width
     inside = (r[:, None] < height) & (c[None, :] < width)
@@ -662,14 +664,14 @@ def _blocks(kernel: str, kind: Kind) -> Blocks:
     n = 64 if half else 128
     return {
         "columns": ({"BN": 128, "BD": 32}, 8, 1),
-        "multiply 64": ({"BT": 64, "BK": 64 if half and not ragged else 32}, 8 if ragged else 4, 3),
+        "multiply 64": ({"BT": 64, "BK": 64 if half and not ragged else 32}, 8, 3),
         "multiply 128": ({"BT": 128, "BK": 16 if ragged else 32}, 8, 3),  # half precision only
         "gram_sum": ({"BS": 32}, 4, 1),
         "strip_sum": ({"BS": 64}, 8, 1),
         "apply": ({"BN": n, "BD": 4096 // n, "BK": 32}, 8, 3),
         "barlow_apply 256": ({"BN": 256, "BD": 32, "BK": 32}, 8, 3),  # not ragged
         "barlow_apply 128": ({"BN": 128, "BD": 32, "BK": 32}, 8, 3),
-        "exact": ({"BN": 32, "BD": 32, "BK": 32}, 8, 2),
+        "exact": ({"BN": 32, "BD": 32, "BK": 32}, 8, 1),
     }[kernel]
 
 
@@ -752,7 +754,8 @@ def gram(
     num_columns = _add_sums(sums, num_columns, ranks)
     P = sums.shape[1]
 
-    name = "multiply 128" if kind.half and n > SMALL else "multiply 64"
+    large = n > SMALL and kind.half and not kind.ragged
+    name = "multiply 128" if large else "multiply 64"
     pairs = _triangular(triton.cdiv(n, _size(name, "BT", kind)))
     num_parts, chunk = _parts(name, 2 * pairs, d, kind, d // n)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
@@ -888,7 +891,6 @@ def builds(barlow: bool) -> Iterator[Build]:
             ("multiply 64", multiply, {"STRIP": False}, False),
             ("multiply 64", multiply, {"STRIP": False}, True),
             ("multiply 128", multiply, {"STRIP": False}, False),
-            ("multiply 128", multiply, {"STRIP": False}, True),
             ("multiply 128" if half else "multiply 64", multiply, {"STRIP": True}, False),
             ("gram_sum", gram_sum, {}, False),
             ("strip_sum", strip_sum, {}, False),
