@@ -26,7 +26,7 @@ from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.online import Online, knn
-from sslus.ssl.optimizers import OPTIMIZERS, make
+from sslus.ssl.optimizers import OPTIMIZERS, default_lr, make
 from sslus.ssl.state import State
 from sslus.ssl.step import Snapshot, Step, choose, total_norm
 from sslus.ssl.train import Settings, train
@@ -622,3 +622,9 @@ def test_recipes_reach_the_run_and_options_win(shards, tmp_path):
     assert settings["settings"]["lr"] == pytest.approx(0.2 * 8 / 256)
     assert settings["settings"]["views"] == "barlowtwins"
     assert settings["method_config"]["projector"] == "16-16"
+    other = "--method barlowtwins --optimizer sgd --recipe study --views simclr"
+    run = tmp_path / "other"
+    assert main([*base, *small.split(), *other.split(), "--run", str(run)]) == 0
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["settings"]["lr"] == default_lr("sgd", 8)
+    assert settings["settings"]["views"] == "simclr" and settings["method_config"]["scale"] == 1

@@ -30,7 +30,10 @@ import click
 )  # fmt: skip
 @click.option("-o", "--out", type=click.Path(), help="Folder to write.  [default: RUN/evaluation]")
 @click.option("--shards", type=click.Path(), help="Folder of shards.  [default: that of RUN]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--device", metavar="[auto|cpu|cuda]", default="auto", show_default=True,
+    help="Where features are computed and backbones fine-tuned; auto: on a GPU if there is one.",
+)  # fmt: skip
 def command(run, labels, protocol, fractions, seeds, steps, out, shards, device):
     """Measure what the backbone in the folder RUN is worth, with labels, split by patient.
 

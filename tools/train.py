@@ -126,7 +126,7 @@ def _option(f, default) -> click.Option:
     "--max-steps", type=click.IntRange(min=1),
     help="Length of the run in steps; with --epochs, the shorter of the two.",
 )  # fmt: skip
-@click.option("--optimizer", help="adamw, lars or sgd.  [default: adamw]")
+@click.option("--optimizer", metavar="[adamw|lars|sgd]", help="Optimizer.  [default: adamw]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: set by the batch size]")
 @click.option(
     "--base-lr", type=float,
@@ -144,6 +144,7 @@ def _option(f, default) -> click.Option:
 @click.option("--clip-norm", type=float, help="Clip gradients to this norm.")
 @click.option(
     "--precision",
+    metavar="[auto|fp32|bf16]",
     default="auto",
     show_default=True,
     help="fp32 or bf16 (mixed precision); auto: bf16 on GPUs, and for ResNets on CPUs with AMX.",
@@ -159,7 +160,10 @@ def _option(f, default) -> click.Option:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random choice.")
 @click.option("--run", type=click.Path(), help="Folder of the run.  [default: runs/METHOD]")
 @click.option("--resume", is_flag=True, help="Continue the run exactly, with its own settings.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--device", metavar="[auto|cpu|cuda]", default="auto", show_default=True,
+    help="Where to train; auto: on a GPU if there is one.",
+)  # fmt: skip
 @click.option(
     "--tier",
     type=click.Choice(["auto", "gpu", "ram", "disk", "stream"]),
@@ -324,6 +328,9 @@ def _train(shards: str, run, given: dict, named: set[str]):
         if "optimizer" in settled and settled["optimizer"] != values.get("optimizer", "adamw"):
             for name in ("lr", "base_lr", "weight_decay"):
                 values.pop(name, None)
+            fields = dataclasses.fields(method_config)
+            other = {f.name: f.default for f in fields if f.metadata.get("of_optimizer")}
+            method_config = dataclasses.replace(method_config, **other)
         settings = loop.Settings(**{**_settings(given), **values})
     elif recipe != "default":
         raise InputError("--recipe: a resumed run already has its values; leave the option out")

@@ -34,7 +34,10 @@ class Config:
     )
     scale: float = field(
         default=1.0,
-        metadata={"help": "Factor of the whole loss; with LARS it affects only biases and norms."},
+        metadata={
+            "help": "Factor of the whole loss; with LARS it affects only biases and norms.",
+            "of_optimizer": True,  # a recipe's value does not survive another optimiser
+        },
     )
 
 
