@@ -76,8 +76,8 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     """Decode the videos in PATH... (files, or folders to search) into shards for training.
 
     Reads every container and codec that FFmpeg reads; if a file holds several videos, the one
-    that FFmpeg considers best. Links to folders are counted but not followed: name their targets
-    instead. Writes tar files for webdataset and NVIDIA DALI (each with a .idx index) and
+    that FFmpeg considers best. Links to folders and hidden folders are counted but not searched:
+    name them, too, to include them. Writes tar files for webdataset and NVIDIA DALI (each with a .idx index) and
     manifest.json. Frames are the decoder's full-range luma, scaled, stored as greyscale JPEGs and
     shuffled across all videos.
 
