@@ -77,9 +77,9 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
 
     Reads every container and codec that FFmpeg reads; if a file holds several videos, the one
     that FFmpeg considers best. Links to folders and hidden folders are counted but not searched:
-    name them, too, to include them. Writes tar files for webdataset and NVIDIA DALI (each with a .idx index) and
-    manifest.json. Frames are the decoder's full-range luma, scaled, stored as greyscale JPEGs and
-    shuffled across all videos.
+    name them, too, to include them. Writes tar files for webdataset and NVIDIA DALI (each with a
+    .idx index) and manifest.json. Frames are the decoder's full-range luma, scaled, stored as
+    greyscale JPEGs and shuffled across all videos.
 
     \b
     sslus shard videos/
