@@ -50,6 +50,8 @@ def read_labels(path: Path) -> list[Label]:
                 " that contain a comma in double quotes"
             )
         cells = {"split": ""} | dict(zip(columns, row, strict=True))
+        # Unicode has two ways to write é: José would be two patients, one on each side of a split.
+        cells |= {c: unicodedata.normalize("NFC", cells[c]) for c in ("label", "patient")}
         for column in COLUMNS:
             if not cells[column] and column != "split":
                 raise InputError(f"{where}: the {column} is empty")

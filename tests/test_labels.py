@@ -45,6 +45,15 @@ def test_an_accent_is_found_in_either_form(there, named):
     assert as_known([other], {video: 1, other: 2}) == [other]
 
 
+def test_a_patient_is_the_same_in_either_form(read):
+    rows = [
+        ",".join(["{}.mp4", *(unicodedata.normalize(form, "é") for _ in range(2))]).format(form)
+        for form in ("NFC", "NFD")
+    ]
+    first, second = read(HEADER + "\n".join(rows))
+    assert (first.label, first.patient) == (second.label, second.patient) == ("é", "é")
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
