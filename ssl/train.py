@@ -38,6 +38,7 @@ from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import World, enter, pays_bf16
 
 FORMAT = 2  # of config.json
+TOO_LARGE = 2**63  # for a method's option: PyTorch raises OverflowError or worse
 PRECISIONS = ("auto", "fp32", "bf16")
 PAIRS = ("same", "nearby")
 BATCH_NORMS = ("sync", "per-rank")
@@ -344,8 +345,8 @@ def _check_config(method_config) -> None:
     for field in dataclasses.fields(method_config):
         value = getattr(method_config, field.name)
         least = field.metadata.get("least", 0)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise InputError(f"{field.name} {value}: want a number from {least}")
+        if type(value) in (int, float) and not least <= value < TOO_LARGE:
+            raise InputError(f"{field.name} {value}: want a number from {least}, below 2**63")
 
 
 def _nothing(line: str) -> None:
