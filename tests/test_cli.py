@@ -78,6 +78,23 @@ def test_an_empty_argument_is_not_the_current_folder(argument, capsys):
     assert capsys.readouterr().err.startswith("Error: an argument is empty")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 40 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli.sslus, "main", full)
+    assert cli.main(["views"]) == 1
+    assert capsys.readouterr().err.startswith("Error: out of memory; give a smaller --batch-size")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -117,6 +118,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
     except Exception as e:
+        # PyTorch's allocators on the CPU and on a GPU have no common type.
+        if isinstance(e, MemoryError) or re.search("allocate memory|out of memory", str(e)):
+            return fail(
+                "out of memory; give a smaller --batch-size, --image-size, backbone or projector,"
+                " or close other programs",
+                1,
+            )
         return fail(
             f"{type(e).__name__}: {e} (a bug in sslus: set SSLUS_DEBUG=1 for the traceback)", 70
         )
