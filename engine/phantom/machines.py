@@ -183,7 +183,9 @@ def _blur(raw, pulse, beam, rows, beams):
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _scan_convert(grey, row, column, pixels, canvas):
     for n in range(len(pixels)):
-        i, j = int(row[n]), int(column[n])
+        # The last row or column, at the edge of a small sector, has no neighbour beyond it.
+        i = min(int(row[n]), grey.shape[0] - 2)
+        j = min(int(column[n]), grey.shape[1] - 2)
         fi, fj = row[n] - i, column[n] - j
         upper = grey[i, j] * (1 - fj) + grey[i, j + 1] * fj
         lower = grey[i + 1, j] * (1 - fj) + grey[i + 1, j + 1] * fj
