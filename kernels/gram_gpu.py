@@ -63,7 +63,7 @@ from sslus.kernels.ranks import Ranks
 FEW = 64  # with less, launches are nearly all of the time, whatever is multiplied
 WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
 PROGRAMS = 264  # two for each multiprocessor of the largest
-SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128, unless it is ragged
+SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128
 WHOLE = 256  # rows of a column that a program of barlow_apply holds at once; ragged, half as many
 _LEFT = tl.constexpr(LEFT)
 _VICREG_EPS = tl.constexpr(1e-4)
@@ -290,8 +290,11 @@ def _triangle(p):
 def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr, LOWEST: tl.constexpr = False):
     """z + x y, added outside of the tensor cores, which cut off where they add: over a long sum
     all errors would have one sign. The argument keeps the compiler from adding inside after all.
+
+    LOWEST: with lo lo. The products of one block do add up inside, the small ones first: each
+    addition outside takes as many registers again as z.
     """
-    if LOW:  # the small products go first
+    if LOW:
         if LOWEST:
             t = tl.dot(xl, yl, max_num_imprecise_acc=1)
             t = tl.dot(xl, yh, t)
@@ -299,7 +302,7 @@ def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr, LOWEST: tl.constexpr = False):
             t = tl.dot(xl, yh, max_num_imprecise_acc=1)
         t = tl.dot(xh, yl, t)
         return z + tl.dot(xh, yh, t)
-    return z + tl.dot(xh, yh, input_precision="tf32x3", max_num_imprecise_acc=1)
+    return tl.dot(xh, yh, z, input_precision="tf32x3")  # which adds z outside by itself
 
 
 @triton.jit(do_not_specialize=["other"])
@@ -324,27 +327,34 @@ def multiply(
         i, j = _triangle(tl.program_id(0))
         height, length = N, D
         width = N
-    r = i * BT + tl.arange(0, BT)
-    c = j * BT + tl.arange(0, BT)
+    side = tl.arange(0, BT)
+    depth = tl.arange(0, BK)
+    r = i * BT + side
+    c = j * BT + side
     z = tl.zeros((BT, BT), tl.float32)
     for k0 in range(part * chunk, tl.minimum((part + 1) * chunk, length), BK):
-        k = k0 + tl.arange(0, BK)
+        k = k0 + depth
+        # From the corner of a block 32 bits are enough; 64 for each number would be registers.
         if STRIP:
-            from_x = x + k[None, :].to(tl.int64) * D + r[:, None]
-            from_y = y + k[:, None].to(tl.int64) * D + (start + c)[None, :]
+            corner_x = x + tl.cast(k0, tl.int64) * D + i * BT
+            corner_y = y + tl.cast(k0, tl.int64) * D + start + j * BT
+            from_x = depth[None, :] * D + side[:, None]
+            from_y = depth[:, None] * D + side[None, :]
         else:
-            from_x = x + r[:, None].to(tl.int64) * D + k[None, :]
-            from_y = y + c[None, :].to(tl.int64) * D + k[:, None]
+            corner_x = x + (i * BT).to(tl.int64) * D + k0
+            corner_y = y + (j * BT).to(tl.int64) * D + k0
+            from_x = side[:, None] * D + depth[None, :]
+            from_y = side[None, :] * D + depth[:, None]
         in_x = (r[:, None] < height) & (k[None, :] < length)
         in_y = (c[None, :] < width) & (k[:, None] < length)
-        xh = tl.load(hi + from_x, mask=in_x, other=0)
-        yh = tl.load(hi + from_y, mask=in_y, other=0)
+        xh = tl.load(hi + corner_x + from_x, mask=in_x, other=0)
+        yh = tl.load(hi + corner_y + from_y, mask=in_y, other=0)
         if LOW:
-            xl = tl.load(lo + from_x, mask=in_x, other=0)
-            yl = tl.load(lo + from_y, mask=in_y, other=0)
+            xl = tl.load(lo + corner_x + from_x, mask=in_x, other=0)
+            yl = tl.load(lo + corner_y + from_y, mask=in_y, other=0)
         else:
             xl, yl = xh, yh
-        z = _dot(xh, xl, yh, yl, z, LOW, not STRIP)
+        z = _dot(xh, xl, yh, yl, z, LOW, LOWEST=not STRIP)
     parts = parts_a if view == 0 else parts_b
     parts += part.to(tl.int64) * height * width
     inside = (r[:, None] < height) & (c[None, :] < width)
@@ -664,7 +674,7 @@ def _blocks(kernel: str, kind: Kind) -> Blocks:
     n = 64 if half else 128
     return {
         "columns": ({"BN": 128, "BD": 32}, 8, 1),
-        "multiply 64": ({"BT": 64, "BK": 64 if half and not ragged else 32}, 8, 3),
+        "multiply 64": ({"BT": 64, "BK": 64 if half and not ragged else 32}, 8 if ragged else 4, 3),
         "multiply 128": ({"BT": 128, "BK": 16 if ragged else 32}, 8, 3),  # half precision only
         "gram_sum": ({"BS": 32}, 4, 1),
         "strip_sum": ({"BS": 64}, 8, 1),
@@ -754,8 +764,7 @@ def gram(
     num_columns = _add_sums(sums, num_columns, ranks)
     P = sums.shape[1]
 
-    large = n > SMALL and kind.half and not kind.ragged
-    name = "multiply 128" if large else "multiply 64"
+    name = "multiply 128" if kind.half and n > SMALL else "multiply 64"
     pairs = _triangular(triton.cdiv(n, _size(name, "BT", kind)))
     num_parts, chunk = _parts(name, 2 * pairs, d, kind, d // n)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
@@ -891,6 +900,7 @@ def builds(barlow: bool) -> Iterator[Build]:
             ("multiply 64", multiply, {"STRIP": False}, False),
             ("multiply 64", multiply, {"STRIP": False}, True),
             ("multiply 128", multiply, {"STRIP": False}, False),
+            ("multiply 128", multiply, {"STRIP": False}, True),
             ("multiply 128" if half else "multiply 64", multiply, {"STRIP": True}, False),
             ("gram_sum", gram_sum, {}, False),
             ("strip_sum", strip_sum, {}, False),
