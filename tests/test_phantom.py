@@ -30,6 +30,7 @@ from sslus.engine.phantom import (
     synth,
 )
 from sslus.engine.phantom.film import random_complex
+from sslus.engine.phantom.machines import _scan_convert
 from sslus.tools.cli import main
 
 TINY = Settings(videos=6, patients=3, seed=5, size=96, seconds=(0.2, 0.3))
@@ -84,6 +85,15 @@ def test_speckle_of_even_tissue_is_rayleigh_with_the_same_power_at_every_depth(m
     assert level.mean() / level.std() == pytest.approx(1.913, rel=0.05)
     for part in np.array_split(level, 3):
         assert np.mean(part**2) == pytest.approx(0.9, rel=0.1)
+
+
+def test_what_lies_beyond_the_last_row_and_column_is_not_read():
+    around = np.full((6, 6), 255, np.float32)
+    around[:4, :4] = 7
+    at = np.array([0, 2.5, 3, 3.5], np.float32)
+    canvas = np.zeros(4, np.uint8)
+    _scan_convert(around[:4, :4], at, at[::-1].copy(), np.arange(4), canvas)
+    assert canvas.tolist() == [7, 7, 7, 7]
 
 
 def test_the_beam_widens_away_from_its_focus():

@@ -186,7 +186,7 @@ def _scan_convert(grey, row, column, pixels, canvas):
         # The last row or column, at the edge of a small sector, has no neighbour beyond it.
         i = min(int(row[n]), grey.shape[0] - 2)
         j = min(int(column[n]), grey.shape[1] - 2)
-        fi, fj = row[n] - i, column[n] - j
+        fi, fj = min(row[n] - i, np.float32(1)), min(column[n] - j, np.float32(1))
         upper = grey[i, j] * (1 - fj) + grey[i, j + 1] * fj
         lower = grey[i + 1, j] * (1 - fj) + grey[i + 1, j + 1] * fj
         canvas[pixels[n]] = np.uint8(upper * (1 - fi) + lower * fi + np.float32(0.5))
