@@ -752,7 +752,8 @@ def _frame_key(video_id: str, frame: int) -> str:
 
 
 def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict:
-    spools, most = {}, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: none
+    spools, most = {}, max(1, min(256, limit // 4))
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for v, frame, time_seconds, offset, size in rows:

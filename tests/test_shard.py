@@ -514,7 +514,9 @@ def test_where_videos_were_moved_to_is_taken_down(clips, tmp_path, key):
     assert [json.loads(line) for line in lines] == after.ledger
 
 
-@pytest.mark.parametrize("name", ["shard-2020.tar", "store/thesis.tex", "local/work/thesis.tex"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "shard-2020.tar", "store/thesis.tex", "local/work/thesis.tex"]
+)
 def test_what_no_earlier_run_has_made_is_not_replaced(name, clips, tmp_path, key):
     theirs = tmp_path / name
     theirs.parent.mkdir(parents=True, exist_ok=True)
