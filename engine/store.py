@@ -21,6 +21,7 @@ import numpy as np
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError
+from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.lock import lock
 from sslus.engine.manifest import Manifest, read_manifest
 
@@ -148,8 +149,6 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
 
 
 def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> None:
-    import simplejpeg
-
     num, size = manifest.num_frames, manifest.settings["size"]
     _allow_open_files(len(manifest.shards))
     views = []
@@ -173,14 +172,11 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     ):
 
         def decode(start: int, samples: list[_Sample]) -> int:
-            pixels = np.empty((len(samples), size, size, 1), np.uint8)
+            pixels = np.empty((len(samples), size, size), np.uint8)
             for image, sample in zip(pixels, samples, strict=True):
                 offset, length = sample.jpg
                 try:
-                    jpeg = views[sample.shard][offset : offset + length]
-                    shape = simplejpeg.decode_jpeg(jpeg, "GRAY", buffer=image).shape
-                    if shape != image.shape:
-                        raise ValueError(f"its size is {shape[:2]}")
+                    decode_jpeg(views[sample.shard][offset : offset + length], image)
                 except ValueError as e:
                     name = manifest.shards[sample.shard]["name"]
                     raise InputError(

@@ -23,6 +23,7 @@ import numpy as np
 
 from sslus.engine import manifest as manifests
 from sslus.engine.errors import InputError
+from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.tar import BLOCK, NAME_BYTES
@@ -143,8 +144,8 @@ class Reader:
 
     A shard is fetched when `read_ahead` first names one of its frames, and dropped when all named
     frames are read. Frames and labels do not depend on `threads`, the number of decoder threads.
-    `device`: "cpu" decodes with simplejpeg; "cuda" with nvJPEG on GPU `number`, whose values may
-    differ by one grey level, if DALI is installed; otherwise `gpu` is None and simplejpeg decodes.
+    `device`: "cpu" decodes on the CPU; "cuda" with nvJPEG on GPU `number`, whose values may
+    differ by one grey level, if DALI is installed; otherwise `gpu` is None and the CPU decodes.
     Only one thread may use a Reader.
     """
 
@@ -239,7 +240,7 @@ class Reader:
 
         def some(start: int, stop: int) -> None:
             for i in range(start, stop):
-                frames[i] = _image(shards[i], samples[i], self.store.size)
+                _decode_one(shards[i], samples[i], frames[i])
 
         if self.threads == 1:
             some(0, num)
@@ -340,15 +341,9 @@ class _Shard:
         return self.data[place[0] : sum(place)]
 
 
-def _image(shard: _Shard, sample: _Sample, size: int) -> np.ndarray:
-    import simplejpeg
-
+def _decode_one(shard: _Shard, sample: _Sample, out: np.ndarray) -> None:
     try:
-        jpeg = shard.part(sample.jpg)
-        shape = simplejpeg.decode_jpeg_header(jpeg)[:2]  # before allocating memory for it
-        if shape != (size, size):
-            raise ValueError(f"its size is {shape}")
-        return simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0]
+        decode_jpeg(shard.part(sample.jpg), out)
     except ValueError as e:
         raise InputError(
             f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again:"

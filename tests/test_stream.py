@@ -119,9 +119,9 @@ def test_frames_and_labels_are_the_shards(shards):
 def test_only_what_is_needed_is_fetched_and_decoded(shards, monkeypatch):
     store = StreamStore.open(shards)
     fetched, decoded = [], []
-    fetch, image = stream._fetch, stream._image
+    fetch, decode = stream._fetch, stream._decode_one
     monkeypatch.setattr(stream, "_fetch", lambda *a: (fetched.append(a[1]), fetch(*a))[1])
-    monkeypatch.setattr(stream, "_image", lambda *a: (decoded.append(1), image(*a))[1])
+    monkeypatch.setattr(stream, "_decode_one", lambda *a: (decoded.append(1), decode(*a))[1])
     reader = Reader(store)
     last = len(store) - 1
     for i in (last, last - 1):
@@ -194,7 +194,7 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, made):
 
     for change, words in [
         (cut, f"ends inside {name}"), (header, f"{name} is damaged"),
-        (larger, rf"{name} is damaged \(its size is \(65, 64\)"), (wrong_label, "json is damaged"),
+        (larger, rf"{name} is damaged \(its size is 65 x 64\)"), (wrong_label, "json is damaged"),
         (wrong_json, f"{facts} is damaged"), (no_header, f"no valid tar header at '{name}'"),
         (renamed, "has no jpg"),
     ]:  # fmt: skip

@@ -299,9 +299,12 @@ def shard() -> str:
 
 
 def store() -> str:
-    import simplejpeg  # noqa: F401
+    import simplejpeg  # noqa: F401, decodes what is unusual
 
-    return f"simplejpeg on the CPU, {cores()} threads; a memory-mapped file"
+    from sslus.engine.jpeg import is_fast
+
+    how = "JPEG decoding with AVX2" if is_fast() else "libjpeg-turbo"
+    return f"{how} on the CPU, {cores()} threads; a memory-mapped file"
 
 
 def views() -> str:

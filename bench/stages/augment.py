@@ -184,10 +184,10 @@ def decode(jpeg: bytes) -> np.ndarray:
 
 
 def decode_into(frames: np.ndarray, jpegs: list[bytes], share: np.ndarray) -> None:
-    import simplejpeg
+    from sslus.engine.jpeg import decode
 
     for i in share:
-        simplejpeg.decode_jpeg(jpegs[i], "GRAY", buffer=frames[i])
+        decode(jpegs[i], frames[i])
 
 
 def samples(folder: Path, jpeg: bool):

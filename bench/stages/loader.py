@@ -2,9 +2,9 @@
 
 256^2 grey -> two 224^2 float views, one thread, nothing else running; crops of .2-1, else SimCLR's
 views. ram and disk are the loader's tiers over a frame store; stream decodes the shards each
-time, and is compared with simplejpeg and the op. A repeat is one turn: as many frames as the loader
-draws views for at once, first through each tier, then without it. Floor: the writing of as many
-bytes.
+time, and is compared with the decoder and the op. A repeat is one turn: as many frames as the
+loader draws views for at once, first through each tier, then without it. Floor: the writing of as
+many bytes.
 """
 
 import functools
@@ -22,7 +22,7 @@ TURNS = 61
 PEERS = {
     "sslus, ram": "the op alone",
     "sslus, disk": "the op alone",
-    "sslus, stream": "simplejpeg + the op",
+    "sslus, stream": "the decoder + the op",
 }
 
 
@@ -39,7 +39,7 @@ def measure(bench: Bench) -> None:
             "sslus, disk": ByLoader(bench.shards, size, "disk"),
             "the op alone": OpAlone(bench.shards, size, decode=False),
             "sslus, stream": ByLoader(bench.shards, size, "stream"),
-            "simplejpeg + the op": OpAlone(bench.shards, size, decode=True),
+            "the decoder + the op": OpAlone(bench.shards, size, decode=True),
             "floor: write the views": functools.partial(write, size),
         }
         seconds: dict[str, list[float]] = {key: [] for key in works}
@@ -112,9 +112,9 @@ class OpAlone:
         self.decoded = torch.zeros(size, SIZE, SIZE, dtype=torch.uint8)
 
     def __call__(self) -> None:
-        import simplejpeg
         import torch
 
+        from sslus.engine.jpeg import decode
         from sslus.kernels.augment import views
 
         (index, table), frames = next(self.batches), self.frames
@@ -122,7 +122,7 @@ class OpAlone:
             frames, chosen = self.decoded, index.tolist()
             index = torch.arange(len(chosen))
             for place, i in zip(frames.numpy(), chosen, strict=True):
-                place[:] = simplejpeg.decode_jpeg(self.jpegs[i], "GRAY")[..., 0]
+                decode(self.jpegs[i], place)
         views(
             frames, index.repeat(2), table, size=VIEW, mean=self.store.mean, std=self.store.std,
             out=self.out, threads=1,
