@@ -167,10 +167,11 @@ def shard(
             ledger = _moved(local, ledger, {ids[s.name]: str(s.path) for s in sources})
             return ShardReport(out, manifest, ledger, ignored, _unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
-            raise InputError(
-                f"{out}: the shards there are of other videos, labels or settings, damaged, or of"
-                " another version; --force replaces them, -o writes elsewhere"
-            )
+            why = "the shards there are of other videos, labels or settings, damaged, or of another"
+            why += " version"
+            if not (local / "request.json").exists():
+                why = f"has shards, but what they were made from is not in {local}; put that back"
+            raise InputError(f"{out}: {why}; --force replaces them, -o writes elsewhere")
         work = _work_folder(local, request, anew=bool(done))
         _keep_key(work, secret)  # a new key, which is not yet the folder's
         job = _Job(sources, ids, marks, secret, settings, work, _resume(sources, ids, work))

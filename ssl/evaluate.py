@@ -98,7 +98,8 @@ def evaluate(
     """
     run = Path(run)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
-    check_protocol(protocol)
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
     if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
         raise InputError(
             "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
@@ -158,11 +159,6 @@ def evaluate(
         )
         _write(result, frames, store, source)
     return result
-
-
-def check_protocol(name: str) -> None:
-    if name not in PROTOCOLS:
-        raise InputError(f"--protocol {name!r}: want one of {', '.join(PROTOCOLS)}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ runs/<name>/config.json             every setting, the shards' digest, versions
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import platform
 import time
@@ -38,7 +37,8 @@ from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import World, enter, pays_bf16
 
 FORMAT = 2  # of config.json
-TOO_LARGE = 2**63  # for a method's option: PyTorch raises OverflowError or worse
+TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
+LARGEST = torch.finfo(torch.float32).max
 PRECISIONS = ("auto", "fp32", "bf16")
 PAIRS = ("same", "nearby")
 BATCH_NORMS = ("sync", "per-rank")
@@ -154,11 +154,12 @@ class Settings:
             value = getattr(self, field.name)
             if type(value) not in (int, float):
                 continue
-            if field.name in ABOVE_0 and not 0 < value < math.inf:  # false for NaN too
+            if field.name in ABOVE_0 and not value > 0:  # true for NaN too
                 raise InputError(f"{field.name} must be above 0, got {value}")
-            if not 0 <= value < math.inf:
-                kind = "whole number" if type(value) is int else "number"
-                raise InputError(f"{field.name} {value}: want a {kind} from 0")
+            if type(value) is int and not 0 <= value < TOO_LARGE:
+                raise InputError(f"{field.name} {value}: want a whole number from 0, below 2**63")
+            if not 0 <= value <= LARGEST:
+                raise InputError(f"{field.name} {value}: want a number from 0 to {LARGEST:.0e}")
 
 
 @dataclass(frozen=True)

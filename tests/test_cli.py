@@ -95,6 +95,32 @@ def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("Error: out of memory; give a smaller --batch-size")
 
 
+def test_a_file_name_cannot_break_a_line_or_colour_the_terminal(tmp_path, capsys):
+    (tmp_path / "a\n\x1b[31mé.mp4").write_bytes(b"")
+    assert cli.main(["shard", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert r"/a\n\x1b[31mé.mp4: the file is empty" in line and line.startswith("Error: none of")
+    screen.summary({}, warnings=["a\rb"])
+    assert capsys.readouterr().err == "Warning: a\\rb\n"
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    assert cli.main(["shard", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "a.mp4")]) == 1
+    place = tmp_path / "a.mp4" / "local"
+    assert capsys.readouterr().err == (
+        f"Error: {place}: a file is in the way of a folder; name another one\n"
+    )
+
+
+def test_paths_in_the_next_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert screen.argument(tmp_path / "a b") == "'a b'"  # as short as it can be typed
+    assert screen.argument("-x") == "./-x"  # not an option
+    assert screen.argument(tmp_path.parent) == str(tmp_path.parent)
+    assert [screen.count(n, "file") for n in (0, 1, 1000)] == ["0 files", "1 file", "1,000 files"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

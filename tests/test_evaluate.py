@@ -505,7 +505,11 @@ def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeyp
     assert {path.name: path.read_bytes() for path in (out / "finetune").iterdir()} == files
     assert main([*command, "--protocol", "finetune", "--steps", "3"]) == 70
     for wrong, line in (
-        (["--protocol", "linear,kn"], "--protocol 'kn': want one of linear, knn, finetune"),
+        (
+            ["--protocol", "linear,kn"],
+            "--protocol 'linear,kn': want one of linear, knn, finetune, or several, separated by"
+            " commas",
+        ),
         (["--steps", "3"], "--steps: are those of --protocol finetune, which is not given"),
     ):
         capsys.readouterr()

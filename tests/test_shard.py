@@ -415,7 +415,7 @@ def test_what_is_left_out_is_said(clips, tmp_path):
                 two.mux(packet)
     result = command("shard", videos, "-o", out, "--size", 64, "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    assert "1 files hold several videos; the best of each was used" in result.stdout
+    assert "1 file with several videos; the best of each was used" in result.stdout
     assert "1 to folders, not followed" in result.stdout and "not videos" not in result.stdout
     assert json.loads((out / "local" / "ledger.jsonl").read_text())["other_streams"] == 1
 

@@ -68,8 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     Exit codes: see the help of `sslus`. `SSLUS_DEBUG=1` shows the traceback of an error.
     """
     from sslus.engine.errors import InputError, Interrupted
+    from sslus.tools.screen import one_line
 
     def fail(message: str, code: int) -> int:
+        message = one_line(message)
         if os.environ.get("SSLUS_DEBUG") == "1":
             raise
         # One of several processes reports, and passes the code to `sslus train --gpus`, which
@@ -116,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
                 " kept. Free some space and run the same command again (train: with --resume)",
                 1,
             )
+        if where and e.errno in (errno.EEXIST, errno.ENOTDIR):
+            return fail(f"{e.filename}: a file is in the way of a folder; name another one", 1)
         return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
     except Exception as e:
         # PyTorch's allocators on the CPU and on a GPU have no common type.

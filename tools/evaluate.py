@@ -60,20 +60,22 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol linear,knn
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol finetune --seeds 1
     """
-    import shlex
     from pathlib import Path
 
     from sslus.engine.errors import InputError
     from sslus.ssl import evaluate
-    from sslus.tools.screen import progress, summary
+    from sslus.tools.screen import argument, progress, summary
 
     try:
         percents = tuple(float(part) for part in fractions.split(","))
     except ValueError as e:
         raise InputError(f"--fractions {fractions!r}: want percents like 1,10,100") from e
     protocols = dict.fromkeys(protocol.split(","))
-    for name in protocols:  # before the first has taken an hour
-        evaluate.check_protocol(name)
+    if not protocols.keys() <= set(evaluate.PROTOCOLS):  # before the first has taken an hour
+        raise InputError(
+            f"--protocol {protocol!r}: want one of {', '.join(evaluate.PROTOCOLS)}, or several,"
+            " separated by commas"
+        )
     if steps and "finetune" not in protocols:
         raise InputError("--steps: are those of --protocol finetune, which is not given")
     for name in protocols:
@@ -83,7 +85,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
             stage=progress,
         )  # fmt: skip
         show(result, seeds)
-    again = f"sslus train {shlex.quote(str(result.shards))} --method all"
+    again = f"sslus train {argument(result.shards)} --method all"
     summary({}, next_command=f"{again}   (the same for every method)")
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO
 
 # report(done, total, note): the progress of a long task, in any unit; total is never 0.
@@ -98,9 +100,29 @@ def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str
     for name, value in rows.items():
         tell(f"{name:<{width}}  {value}", sys.stdout)
     for line in warnings:
-        tell(f"Warning: {line}", sys.stderr)
+        tell(f"Warning: {one_line(line)}", sys.stderr)
     if next_command:
         tell(f"\nNext: {next_command}", sys.stdout)
+
+
+def one_line(text: str) -> str:
+    """The text with control characters escaped: file names may hold line breaks, or sequences
+    that a terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def argument(path: Path | str) -> str:
+    """A path as a command line needs it: relative if it is below the current folder, quoted."""
+    path = Path(path)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def tell(line: str, stream: IO[str] | None = None) -> None:

@@ -1,11 +1,10 @@
 """`sslus shard`: videos to shards."""
 
-import shlex
 from pathlib import Path
 
 import click
 
-from sslus.tools.screen import progress, summary
+from sslus.tools.screen import argument, count, progress, summary
 
 SHOWN_PROBLEMS = 5
 TRY_AGAIN = (
@@ -125,7 +124,7 @@ def show(result) -> None:
     size_mb = sum(s["bytes"] for s in manifest.shards) / 1e6
     note = "already complete, nothing done" if result.already else f"{result.seconds:.1f} s"
     if result.resumed:
-        note += f", {result.resumed} videos had been decoded before"
+        note += f", {count(result.resumed, 'video')} decoded before"
     rows = {
         "videos": f"{manifest.num_videos} of {len(ledger)} ({by})",
         "frames": f"{decoded:,} decoded of {expected:,} expected, {manifest.num_frames:,} kept"
@@ -137,24 +136,25 @@ def show(result) -> None:
     links, hidden = files.pop(FOLDER_LINKS, 0), files.pop(HIDDEN_FOLDERS, 0)
     if files:
         kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
-        rows["not videos"] = f"{files.total()} files skipped ({kinds})"
+        rows["not videos"] = f"{count(files.total(), 'file')} skipped ({kinds})"
     if links:
         rows["links"] = f"{links} to folders, not followed; to include those folders, name them too"
     if hidden:
-        rows["hidden"] = f"{hidden} folders, not searched; to include them, name them too"
+        rows["hidden"] = f"{count(hidden, 'folder')} not searched; to include them, name them too"
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
     if several:
-        rows["streams"] = f"{several} files hold several videos; the best of each was used"
+        rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
     if manifest.labels:
-        rows["labels"] = f"{', '.join(manifest.labels)}; {result.unlabelled} videos without a label"
+        unlabelled = count(result.unlabelled, "video")
+        rows["labels"] = f"{', '.join(manifest.labels)}; {unlabelled} without a label"
     problems = result.problems
     warnings = [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         warnings.append(
-            f"{len(problems) - SHOWN_PROBLEMS} more files were refused or incomplete; see"
+            f"{count(len(problems) - SHOWN_PROBLEMS, 'more file')} refused or incomplete; see"
             f" {result.out / 'local' / 'ledger.jsonl'} for all"
         )
     if any(r["status"] == "refused" for r in problems):
         warnings.append(TRY_AGAIN)
-    where = "" if result.out == Path("shards") else f" {shlex.quote(str(result.out))}"
+    where = "" if result.out == Path("shards") else f" {argument(result.out)}"
     summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")

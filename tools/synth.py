@@ -1,7 +1,6 @@
 """`sslus synth`: synthetic fetal heart clips for trying everything out."""
 
 import os
-import shlex
 from pathlib import Path
 
 import click
@@ -45,7 +44,7 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     sslus synth small/ --videos 10 --patients 5 --size 256 --seconds 1 2
     """
     from sslus.engine.phantom import PLANES, Settings, synth
-    from sslus.tools.screen import progress, summary
+    from sslus.tools.screen import argument, count, progress, summary
 
     settings = Settings(videos, patients, seed, size, seconds)
     jobs = jobs or os.cpu_count() or 1
@@ -54,8 +53,9 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     kept = f", {videos - made} already there" if made < videos else ""
     summary(
         {
-            "clips": f"{videos} of {patients} patients, {len(PLANES)} planes{kept}",
+            "made": f"{count(videos, 'clip')} of {count(patients, 'patient')},"
+            f" {len(PLANES)} planes{kept}",
             "labels": str(out / "labels.csv"),
         },
-        next_command=f"sslus shard {shlex.quote(str(out))}",
+        next_command=f"sslus shard {argument(out)}",
     )

@@ -284,11 +284,11 @@ NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # s
 def _resume(run, how: str = "") -> str:
     """The command that continues a run, which has recorded all but the number of processes."""
     import os
-    import shlex
 
     from sslus.tools.cli import EXIT_CODE_FILE
+    from sslus.tools.screen import argument
 
-    run, size = shlex.quote(str(run)), int(os.environ.get("WORLD_SIZE", "1"))
+    run, size = argument(run), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and EXIT_CODE_FILE not in os.environ:
         return f"the same torchrun command with --resume --run {run}"
     return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
@@ -340,6 +340,9 @@ def _train(shards: str, run, given: dict, named: set[str]):
             settled.pop("method")
         if "shards" not in named:
             shards = config["shards"]["path"]
+        length = config["settings"]["max_steps"]
+        if "max_steps" in named and given["max_steps"] > length:
+            tell(f"--max-steps changes nothing: the run keeps its length, {length} steps")
     own = {f.name for f in dataclasses.fields(method_config)}
     method_config = dataclasses.replace(
         method_config, **{k: v for k, v in settled.items() if k in own}
@@ -530,12 +533,11 @@ def _show(result) -> None:
 
 
 def _evaluate(run, shards: str) -> str:
-    import shlex
-
     from sslus.engine.stream import is_url
+    from sslus.tools.screen import argument
 
     there = " --shards shards/" if is_url(shards) else ""  # evaluation needs them on a disk
-    return f"sslus evaluate {shlex.quote(str(run))}{there} --labels labels.csv"
+    return f"sslus evaluate {argument(run)}{there} --labels labels.csv"
 
 
 def _facts(result) -> dict[str, str]:

@@ -45,7 +45,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     from sslus.engine.store import FrameStore
     from sslus.ssl import methods
     from sslus.ssl.views import PRESETS, picture
-    from sslus.tools.screen import progress, summary
+    from sslus.tools.screen import argument, progress, summary
 
     if frames < 1 or image_size < 1:
         raise InputError("--frames and --image-size: want at least 1")
@@ -55,7 +55,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]
     method = base if base in methods.names() else "vicreg"
-    going = ["sslus", "train", str(shards), "--method", method, "--views", preset]
+    going = ["--method", method, "--views", preset]
     if pairs == "nearby":
         going += ["--pairs", pairs, "--max-seconds", f"{max_seconds:g}"]
     summary(
@@ -63,5 +63,5 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
             "picture": str(out), "preset": preset,
             "others": ", ".join(name for name in PRESETS if name != base),
         },
-        next_command=shlex.join(going),
+        next_command=f"sslus train {argument(shards)} {shlex.join(going)}",
     )  # fmt: skip
