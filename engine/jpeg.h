@@ -293,7 +293,7 @@ struct alignas(16) Block {
 SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac,
                                   uint32_t& mean, Block& block) {
   int16_t* to = block.values;
-  for (int i = 0; i < 64; i += 8) _mm_store_si128(reinterpret_cast<__m128i*>(to + i), __m128i{});
+  for (int i = 0; i < 64; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), __m256i{});
   bits.fill();
   Entry entry = dc.entries[bits.index()];
   if (!length_of(entry) && !(entry = long_code(bits.buffer, dc, true))) return false;
@@ -306,7 +306,7 @@ SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& 
 #pragma GCC unroll 3
     for (int i = 0; i < 3 && last < 63; ++i) {
       entry = ac.entries[bits.index()];
-      if (!length_of(entry)) {
+      if (__builtin_expect(!length_of(entry), 0)) {
         entry = long_code(bits.buffer, ac, false);
         if (!entry) return false;
         bits.skip(length_of(entry));
@@ -317,7 +317,7 @@ SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& 
       }
       last += steps_of(entry, 0);
       to[kOrder[last]] = static_cast<int16_t>(value_of(entry, 0));
-      if (last >= 63) {  // a second code is the next block's
+      if (__builtin_expect(last >= 63, 0)) {  // a second code is the next block's
         bits.skip(first_length_of(entry));
         break;
       }
