@@ -293,7 +293,8 @@ struct alignas(16) Block {
 SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac,
                                   uint32_t& mean, Block& block) {
   int16_t* to = block.values;
-  for (int i = 0; i < 64; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), __m256i{});
+  const __m256i zero = _mm256_setzero_si256();
+  for (int i = 0; i < 64; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), zero);
   bits.fill();
   Entry entry = dc.entries[bits.index()];
   if (!length_of(entry) && !(entry = long_code(bits.buffer, dc, true))) return false;
