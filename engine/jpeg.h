@@ -21,7 +21,7 @@
 
 namespace sslus::jpeg {
 
-constexpr int kIndexBits = 13;
+constexpr int kIndexBits = 13;  // of the table, 64 KB: more would outgrow the caches
 constexpr int kEndOfBlock = 128;   // steps from any coefficient past all others
 constexpr int kLongest = 16 + 11;  // bits of a code and its value
 constexpr size_t kPadding = 64 * kLongest / 8 + 16;  // what one block may read behind the end
@@ -77,16 +77,21 @@ inline int steps_of_symbol(int symbol) { return symbol ? (symbol >> 4) + 1 : kEn
 //   4, 6  the second and the first value; if byte 0 is 0, the symbol of the first code
 using Entry = uint64_t;
 
-inline Entry entry_of(int length, int steps, int value) {
-  const uint64_t bits = static_cast<uint16_t>(value);
-  return static_cast<uint64_t>(length) | static_cast<uint64_t>(steps) << 8 |
-         static_cast<uint64_t>(length) << 24 | bits << 32 | bits << 48;
-}
 inline int length_of(Entry e) { return static_cast<uint8_t>(e); }
 inline int first_length_of(Entry e) { return static_cast<uint8_t>(e >> 24); }
 inline size_t steps_of(Entry e, int which) { return static_cast<uint8_t>(e >> (8 + 8 * which)); }
 inline uint16_t value_of(Entry e, int which) {
   return static_cast<uint16_t>(e >> (48 - 16 * which));
+}
+inline Entry pack(size_t length, size_t first_length, size_t steps, size_t second_steps,
+                  uint16_t value, uint16_t second_value) {
+  return length | steps << 8 | second_steps << 16 | first_length << 24 |
+         static_cast<Entry>(second_value) << 32 | static_cast<Entry>(value) << 48;
+}
+inline Entry entry_of(int length, int steps, int value) {
+  const auto size = static_cast<size_t>(length);
+  const auto bits = static_cast<uint16_t>(value);
+  return pack(size, size, static_cast<size_t>(steps), 0, bits, bits);
 }
 
 struct Huffman {
@@ -139,12 +144,9 @@ struct Huffman {
     for (size_t i = 0; i < singles.size(); ++i) {
       const Entry one = singles[i], two = singles[(i << length_of(one)) % singles.size()];
       const int length = length_of(one) + length_of(two);
-      if (!length_of(one) || !length_of(two) || length > kIndexBits) continue;
-      entries[i] = static_cast<Entry>(length) | static_cast<Entry>(steps_of(one, 0)) << 8 |
-                   static_cast<Entry>(steps_of(two, 0)) << 16 |
-                   static_cast<Entry>(length_of(one)) << 24 |
-                   static_cast<Entry>(value_of(two, 0)) << 32 |
-                   static_cast<Entry>(value_of(one, 0)) << 48;
+      if (length_of(one) && length_of(two) && length <= kIndexBits)
+        entries[i] = pack(static_cast<size_t>(length), static_cast<size_t>(length_of(one)),
+                          steps_of(one, 0), steps_of(two, 0), value_of(one, 0), value_of(two, 0));
     }
   }
 };
