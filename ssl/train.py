@@ -270,13 +270,15 @@ def train(
         store = _open_store(shards, tier, settings.pairs, world)
         if recorded is None:
             tier_of(store, world.device, tier)  # raises before a run folder is created
-        settings = _resolved(settings, len(store), world)
+        asked, settings = settings, _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)
         if recorded is not None:
             _refuse_changes(run, recorded, config)
             # A resumed run keeps its recorded configuration, except where the shards are now.
             config = recorded | {"shards": config["shards"]}
+            if asked.max_steps > settings.max_steps:
+                say(f"--max-steps: the run keeps its length, {settings.max_steps} steps")
         if settings.warmup_steps > settings.max_steps:  # a resumed run hears first what it changed
             raise InputError(
                 f"warmup_steps {settings.warmup_steps} is more than the run's"

@@ -590,6 +590,11 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
         (out / "local" / "work" / "request.json").write_bytes(garbage)
         assert not make(clips, out, key, jobs=1, force=True).already
         assert public_bytes(out) == before, name
+    (out / "local").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="made from is not in .*/local; put that back; --force"):
+        make(clips, out, key)
+    shutil.rmtree(out / "local")
+    (tmp_path / "elsewhere").rename(out / "local")
     (out / "local" / "key").write_bytes(garbage)
     with pytest.raises(InputError, match="local/key: want 64 hex digits; put it back") as e:
         make(clips, out, None)

@@ -532,8 +532,14 @@ def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["train", "--resume", "--run", str(run)]) == 0  # settings and shards are the run's
     assert "already finished" in capsys.readouterr().out
+    assert main(["train", "--resume", "--run", str(run), "--max-steps", "5"]) == 1
+    assert "max_steps was 4, now 5" in capsys.readouterr().err
     assert main([*base, "--resume", "--projector", "32"]) == 1
     assert "projector was '16', now '32'" in capsys.readouterr().err
+    base[3] = str(tmp_path / "epoch")
+    epoch = [*base, *small.replace("--max-steps 4", "--epochs 1").split()]
+    assert main(epoch) == main([*epoch, "--resume", "--max-steps", "999"]) == 0
+    assert "--max-steps: the run keeps its length, " in capsys.readouterr().err
     assert main([*base[:2], "--run", str(tmp_path / "x"), "--method", "nothing"]) == 1
     assert re.search("there are: .*vicreg", capsys.readouterr().err)
     assert CliRunner().invoke(sslus, ["train", "--epochs", "0"]).exit_code == 2

@@ -340,9 +340,6 @@ def _train(shards: str, run, given: dict, named: set[str]):
             settled.pop("method")
         if "shards" not in named:
             shards = config["shards"]["path"]
-        length = config["settings"]["max_steps"]
-        if "max_steps" in named and given["max_steps"] > length:
-            tell(f"--max-steps changes nothing: the run keeps its length, {length} steps")
     own = {f.name for f in dataclasses.fields(method_config)}
     method_config = dataclasses.replace(
         method_config, **{k: v for k, v in settled.items() if k in own}
