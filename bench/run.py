@@ -1,6 +1,6 @@
 """Measure sslus against bare libraries on the same input in the same run.
 
-    python bench/run.py                          every stage, some minutes
+    python bench/run.py                          every stage, half an hour
     python bench/run.py --stage decode store     only these
     python bench/run.py --quick                  tiny inputs timed once, under a minute
     python bench/run.py --json out.json          rows for a machine to read

@@ -206,7 +206,7 @@ def _features_of_both(
     stage: Stage,
 ) -> dict[str, np.ndarray]:
     """The features of the trained and the random backbone, by their names in the table."""
-    config, num, features = run.config, len(frames), {}
+    config, num, features, used = run.config, len(frames), {}, set()
     with stage("features", "frames") as report:
         for i, name in enumerate([config["settings"]["method"], RANDOM]):
             backbone = _build(run, name)
@@ -216,10 +216,13 @@ def _features_of_both(
                 backbone.to(device)
                 settle_batch_norm(backbone, (_frames(store, p, config, device) for p in parts))
                 backbone.cpu()
-            features[name] = _features(
+            features[name], path = _features(
                 backbone, store, frames.index, config, device, cache,
                 lambda done, i=i: report(i * num + done, 2 * num, ""),
             )  # fmt: skip
+            used.add(path)
+    for old in set(cache.glob("features-*.npy")) - used:  # of weights or labels before these
+        old.unlink()
     return features
 
 
@@ -306,8 +309,8 @@ def _features(
     device: torch.device,
     cache: Path,
     report: Callable[[int], None],
-) -> np.ndarray:
-    """(n, F) float32: the frozen backbone's output for each frame; cached in the folder `cache`."""
+) -> tuple[np.ndarray, Path]:
+    """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`."""
     name, size = (config["settings"][k] for k in ("backbone", "image_size"))
     mean, std = config["shards"]["mean"], config["shards"]["std"]
     key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
@@ -317,7 +320,7 @@ def _features(
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
     if path.exists():
         report(len(index))
-        return np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False), path
     # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
     backbone.eval().to(device, memory_format=torch.channels_last)
     parts = []
@@ -333,7 +336,7 @@ def _features(
     np.save(content, features)  # in memory: on a full disk, np.save would not name the cause
     with atomic_file(path) as f:
         f.write(content.getbuffer())
-    return features
+    return features, path
 
 
 def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterator[Task]:

@@ -312,7 +312,7 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
         cache.mkdir(exist_ok=True)
         return evaluate._features(
             backbone, store, index, config, torch.device("cpu"), cache, lambda done: None
-        )
+        )[0]
 
     index = np.arange(80)
     together = features(index, tmp_path / "a")
@@ -396,8 +396,12 @@ def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(
 
 def test_the_whole_report(run, shards, videos, tmp_path, capsys):
     out = tmp_path / "report"
+    out.mkdir()
+    (out / "features-0123456789abcdef.npy").write_bytes(b"of other weights")
     command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
     assert main([*command, "--fractions", "10,100", "--seeds", "2", "--device", "cpu"]) == 0
+    assert len(list(out.glob("features-*.npy"))) == 2
+    assert not (out / "features-0123456789abcdef.npy").exists()
     shown = capsys.readouterr().out
     assert "random init" in shown and "majority class" in shown and "4 folds by patient" in shown
     assert f"\nNext: sslus train {shards} --method" in shown

@@ -20,7 +20,7 @@ from unittest import mock
 from harness import Bench, Row, Timed, Work
 
 AT_LEAST = 0.97  # of the ceiling
-CPU_BATCH, TURNS = 32, 40  # seven methods in some minutes
+CPU_BATCH, TURNS = 32, 40  # seven methods in a quarter of an hour, with the usual loops
 # Of a usual loop on a CPU, and how many of them come first: its worker processes fetch two batches
 # each ahead, which would be most of a few steps' data.
 USUAL_STEPS, USUAL_FIRST = 16, 8
