@@ -1,51 +1,55 @@
-"""BarlowTwins and VICReg in Triton: what both are made of.
+"""Triton kernels shared by BarlowTwins and VICReg.
 
-With X, Y (N, D) the views and C = X^T Y / m, both losses are a sum over columns, plus a factor
-times the sum of C_ij^2 off the diagonal. VICReg takes X = Y, each view with itself, centred, and
-m = N - 1; BarlowTwins takes the two standardised views, and m = N. Two exact forms, neither with a
-D x D matrix; the equations and what is subtracted where are in the docstrings of cpu.py.
+With X, Y (N, D) the views and C = X^T Y / m, both losses are a sum over columns plus a factor
+times the sum of C_ij^2 off the diagonal. In VICReg X = Y, one centred view, and m = N - 1; this
+is done for each of the two views. In BarlowTwins X and Y are the two standardised views, and
+m = N. There are two exact forms, neither of which stores a D x D matrix; the equations are in the
+docstrings of the two cpu.py. In the Gram form K = x x^T, (N, N), one for each view.
 
-    Gram (N < D)                                       grid at N = 256, D = 8192, bf16
-    1 columns    means, variances, planes of x         256: 32 columns
-    2 multiply   partial x x^T                         10 tiles x 14 parts of D x 2 views
-    3 gram_sum   K: parts added, mirrored, squared     36: 32 x 32, on and below the diagonal
-    4 exact      where all minus diagonal cancels      256 x 2, which as a rule do nothing
-    5 *_apply    gradients from K x; the loss          VICReg 128 x 4 x 2, BarlowTwins 256 x 2
-    6 backward   times the upstream gradient, in the inputs' type: scale_gpu.py
+    Gram form (N < D)                                      grid at N = 256, D = 8192, bf16
+    1 columns    means, variances, planes of x             256 (32 columns each)
+    2 multiply   partial sums of K                         10 tiles x 14 parts of D x 2 views
+    3 gram_sum   add the parts, mirror K, sum its squares  36 tiles of 32 x 32, lower triangle
+    4 exact      redo what cancellation has spoilt         256 x 2, which usually do nothing
+    5 *apply     gradients from K x; the loss              VICReg 128 x 4 x 2, BarlowTwins 256 x 2
+    6 backward   scale by the upstream gradient, cast to the inputs' type: scale_gpu.py
 
-    tiled (N >= D): 1 and 6, and for every 512 columns at N = 4096, D = 2048: 14 launches
-    2 multiply   partial C, D x 512
-    3 strip_sum  C: parts added, diagonal 0, squared
+    Tiled form (N >= D): 1 and 6 once, and 2, 3 and 5 for every strip of 512 columns, which makes
+    14 launches at N = 4096, D = 2048
+    2 multiply   partial sums of C, D x 512
+    3 strip_sum  add the parts, zero the diagonal, sum the squares
     5 apply      gradients of these columns from x C; the loss so far
 
-Nothing waits for the device, sums have one order (no atomics), and addresses do not depend on
-values, so that a CUDA graph can hold all of it.
+On one rank the host never waits for the device, sums have a fixed order (no atomics), and
+addresses do not depend on values, so all of it can be captured in a CUDA graph.
 
-Precision. float32 multiplies as three products of TF32. Half precision, bfloat16 or float16,
-becomes two planes of bfloat16, x = hi + lo, with 16 bits in all: x as one plane would be off by
-2^-9, and K by as much, while the loss of the definition is exact to float32. K and C are kept in
-such planes too. A product is hi hi + hi lo + lo hi, added in float32; K gets lo lo besides, whose
-diagonal is all of one sign. Scalar parts are added in float64. The covariance term alone is then
-within 1e-6 of itself, as long as its rounding errors average out: with fewer than FEW rows or
-columns, one of which may dominate, half precision takes planes of float32, as float32 does.
+Precision. float32 is multiplied as three TF32 products. Half precision (bfloat16 or float16) is
+split into two bfloat16 planes, x = hi + lo, with 16 significant bits together. A single plane
+would have an error of 2^-9 in x and thus in K, whereas the definition computes the loss in
+float32. K and C are stored as such planes too. A product is hi hi + hi lo + lo hi, accumulated in
+float32; K also gets lo lo, since on its diagonal all lo lo terms are positive and add up. Partial
+sums of the loss are added in float64. The relative error of the covariance term alone is then
+below 1e-6, provided that rounding errors average out. With fewer than FEW rows or columns a single
+one may dominate, so half precision then uses float32 planes, as float32 does.
 
-The Gram form has |K|^2 minus a sum of squared diagonal entries; both are made of the same rounded
-planes, and cancel as equals. Where less than LEFT is left, K is too coarse for the gradient also,
-and nothing but the tiles themselves will do. The host must not look, so `exact` is always
-launched; its programs read the sums and return, or replace the view's gradient and sum.
+Cancellation. The Gram form computes the off-diagonal sum as |K|^2 (BarlowTwins: <Ka, Kb>) minus
+the squared diagonal entries of C. Both come from the same rounded planes, so the rounding of the
+planes cancels. If less than LEFT of the total remains, K is too inaccurate for the gradient as
+well, and tiles of C must be computed instead. The host must not read the sums, so `exact` is
+always launched; its programs read them, and either return or replace the view's gradient and sum.
 
-Matrix products, in N^2 D or N D^2 multiplications for both forms: VICReg 2 x (5/8 + 1),
-BarlowTwins the same in the Gram form, and tiled 2 x (1 + 1) each. Tiled BarlowTwins makes C twice,
-by columns and by rows, so that no gradient is added up in memory. Half precision does 4 (Gram)
-or 3 products of bfloat16 for each.
+Matrix products, in units of N^2 D (Gram) or N D^2 (tiled) multiplications: Gram 2 x (5/8 + 1)
+(10 of 16 tiles at N = 256), tiled 2 x (1 + 1). Tiled BarlowTwins computes C twice, by columns and
+by rows, so that no gradient has to be accumulated in memory. In half precision each takes three
+bfloat16 products; x x^T takes four.
 
-Memory, never more than 4 (N^2 + N D) floats: planes 2 N D; gradients, float32 until backward has
-scaled them, 2 N D; Gram: K 2 N^2, its parts lie where the gradients will; tiled: 2 (parts + 1) D x
-512. Parts are as many as fill 264 programs and find room: 14 at N = 256, D = 8192.
+Memory, at most 4 (N^2 + N D) floats: planes 2 N D; gradients, float32 until backward scales them,
+2 N D; Gram: K 2 N^2, whose parts use the memory of the gradients; tiled: 2 (parts + 1) D x 512.
+The number of parts is what 264 programs need and the memory allows: 14 at N = 256, D = 8192.
 
-Across ranks the Gram form works on all rows of D / world columns and adds K; the tiled form on
-its own rows and adds C. There the host does look whether the sum cancels, since `exact` needs all
-columns: it takes the tiled form then.
+Across ranks, in the Gram form each rank takes all rows of its D / world columns, and K is summed;
+in the tiled form each keeps its own rows, and C is summed. As `exact` needs all columns, the host
+then does read whether the sum cancels, and if so switches to the tiled form.
 """
 
 from collections.abc import Iterator
@@ -60,16 +64,16 @@ from sslus.kernels.aot import Build
 from sslus.kernels.products import LEFT
 from sslus.kernels.ranks import Ranks
 
-FEW = 64  # with less, launches are nearly all of the time, whatever is multiplied
-WIDTH = 512  # columns of a strip: three full launches, and D x 512 is small beside N x D
-PROGRAMS = 264  # two for each multiprocessor of the largest
-SMALL = 512  # rows; with more, half precision's x x^T has tiles of 128
-WHOLE = 256  # rows of a column that a program of barlow_apply holds at once; ragged, half as many
+FEW = 64  # rows or columns; below, launches take nearly all of the time, in any precision
+WIDTH = 512  # columns of a strip: its three launches fill a GPU, and D x 512 is small beside N x D
+PROGRAMS = 264  # two per multiprocessor of an H100
+SMALL = 512  # rows; above, half precision computes x x^T in tiles of 128
+WHOLE = 256  # rows that a program of barlow_apply holds at once; half as many if ragged
 _LEFT = tl.constexpr(LEFT)
 _VICREG_EPS = tl.constexpr(1e-4)
 _BARLOW_EPS = tl.constexpr(1e-5)
-# Rows of `sums`, float64: what has no products; of each view the diagonal; all entries; and the
-# entries off the diagonal, if `exact` made them.
+# Rows of `sums`, float64: 0, the terms without matrix products; then sums of squares, two rows
+# each (view a, view b): the diagonal of C; all of C; C off the diagonal, if computed by `exact`.
 DIAGONAL, ALL = 1, 3
 _DIRECT, _EXACT = tl.constexpr(0), tl.constexpr(5)
 _DIAGONAL, _ALL = tl.constexpr(DIAGONAL), tl.constexpr(ALL)
@@ -78,14 +82,14 @@ NUM_SUMS = 7
 
 @dataclass(frozen=True)
 class Loss:
-    """The sum over columns and the factor; n rows in all, d columns in all."""
+    """The factors of a loss's terms; n and d count the rows and columns of all ranks."""
 
     barlow: bool
     n: int
     d: int
-    off: float  # times the sum of C_ij^2 off the diagonal
-    pull: float = 0.0  # VICReg: times the sum of (za - zb)^2, weighted
-    hinge: float = 0.0  # VICReg: times the sum of relu(1 - s)
+    off: float  # factor of the sum of C_ij^2 off the diagonal
+    pull: float = 0.0  # VICReg: factor of the weighted sum of (za - zb)^2
+    hinge: float = 0.0  # VICReg: factor of the sum of relu(1 - s)
 
     @property
     def m(self) -> int:
@@ -93,16 +97,16 @@ class Loss:
 
     @property
     def slope(self) -> float:
-        """d/dx of off C_ij^2 is this times C_ij y: VICReg meets each entry twice."""
+        """The factor of C_ij y_j in dL/dx_i, i != j. In VICReg x_i occurs in both C_ij and C_ji."""
         return (2 if self.barlow else 4) * self.off / self.m
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the blocks depend on besides the kernel."""
+    """What block sizes depend on, besides the kernel."""
 
-    half: bool  # planes are of bfloat16, else of float32
-    ragged: bool  # 16 does not divide N and D: numbers are loaded one by one, in more registers
+    half: bool  # planes are bfloat16, else float32
+    ragged: bool  # N or D is not a multiple of 16: no vector loads, and more registers
 
 
 @triton.jit
@@ -141,9 +145,9 @@ def _add_up(parts, count):
 
 @triton.jit
 def _cancels(sums, P, view, num_columns, num_tiles, BARLOW: tl.constexpr):
-    """1 if the view's entries off the diagonal are too small a part of all, else 0."""
+    """1 if less than LEFT of the view's sum of squares lies off the diagonal, else 0."""
     if BARLOW:
-        view = view * 0  # both have one C
+        view = view * 0  # both views share one C
     every = _add_up(sums + (view + _ALL) * P, num_tiles)
     rest = every - _add_up(sums + (view + _DIAGONAL) * P, num_columns)
     return (rest < every * _LEFT).to(tl.int32)
@@ -171,16 +175,17 @@ def columns(
     BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Planes hi, lo (2, N, D) of x, coefficients col (., D) for the gradients, parts of the loss.
+    """Planes hi, lo (2, N, D) of x, coefficients col (., D) for the gradients, partial sums.
 
-    VICReg: what x is multiplied with in its own gradient, a and b; the same without C's diagonal.
-    BarlowTwins: 1 / s of a and b; what the other view is multiplied with; the same without the
-    diagonal; the part of N mean(x dL/dx) that has no products.
+    Rows of col, VICReg: 0, 1: the coefficient of -x in the gradient of a and b, for K x; 2, 3: the
+    same for x C with zero diagonal. BarlowTwins: 0, 1: 1 / s of a and b; 2: the coefficient of the
+    other view, for K x; 3: the same for x C with zero diagonal; 4: the part of the sum of x dL/dx
+    over the rows that needs no matrix product.
     """
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     ok = c < D
     n = tl.cast(N, tl.float32)
-    # The first row goes first: exact where a column is collapsed.
+    # Subtract the first row before the mean: exact for collapsed (constant) columns.
     first_a = tl.load(za + c, mask=ok, other=0).to(tl.float32)[None, :]
     first_b = tl.load(zb + c, mask=ok, other=0).to(tl.float32)[None, :]
     mean_a = tl.zeros((BD,), tl.float32)
@@ -212,7 +217,8 @@ def columns(
         root_a = tl.full((BD,), 1.0, tl.float32)
         root_b = root_a
 
-    # Diagonal entries are of the planes, as they are in |K|^2, from which they are subtracted.
+    # The diagonal of C is computed from the rounded planes, as is |K|^2, from which its squares
+    # are subtracted.
     diagonal_a = tl.zeros((BD,), tl.float32)
     diagonal_b = tl.zeros((BD,), tl.float32)
     squares = tl.zeros((BD,), tl.float32)
@@ -249,7 +255,7 @@ def columns(
             diagonal_b += tl.sum(b * b, 0)
 
     if BARLOW:
-        # d - 1, small where the views agree, and so not taken as a difference.
+        # C_jj - 1. It is small where the views agree, so it is not computed as a difference.
         low = -0.5 * (squares / n + (root_a * root_a + root_b * root_b) * _BARLOW_EPS)
         direct = (low * low).to(tl.float64)
         tl.store(col + c, root_a, mask=ok)
@@ -279,7 +285,7 @@ def columns(
 
 @triton.jit
 def _triangle(p):
-    """The p-th pair (i, j) with i >= j."""
+    """The p-th pair (i, j) with i >= j, row by row."""
     i = ((tl.sqrt((8 * p + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
@@ -288,11 +294,12 @@ def _triangle(p):
 
 @triton.jit
 def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr, LOWEST: tl.constexpr = False):
-    """z + x y, added outside of the tensor cores, which cut off where they add: over a long sum
-    all errors would have one sign. The argument keeps the compiler from adding inside after all.
+    """z + x y. z is added outside the tensor cores: they truncate when they accumulate, so that
+    over a long sum all errors would have the same sign. max_num_imprecise_acc keeps the compiler
+    from moving that addition into the dot.
 
-    LOWEST: with lo lo. The products of one block do add up inside, the small ones first: each
-    addition outside takes as many registers again as z.
+    LOWEST: include lo lo. The products of one block do accumulate inside, the smallest first: each
+    addition outside would take as many registers as z.
     """
     if LOW:
         if LOWEST:
@@ -302,7 +309,7 @@ def _dot(xh, xl, yh, yl, z, LOW: tl.constexpr, LOWEST: tl.constexpr = False):
             t = tl.dot(xl, yh, max_num_imprecise_acc=1)
         t = tl.dot(xh, yl, t)
         return z + tl.dot(xh, yh, t)
-    return tl.dot(xh, yh, z, input_precision="tf32x3")  # which adds z outside by itself
+    return tl.dot(xh, yh, z, input_precision="tf32x3")  # tf32x3 itself adds z outside
 
 
 @triton.jit(do_not_specialize=["other"])
@@ -310,9 +317,11 @@ def multiply(
     hi, lo, parts_a, parts_b, N, D, start, width, chunk, other,
     STRIP: tl.constexpr, LOW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one part of x x^T (N, N), or of x^T y (D, width).
+    """A tile of one part of x x^T (N, N) or, with STRIP, of x^T y (D, width).
 
-    y is view a for parts_a (parts, ., .) float32, b for parts_b; x the same, if `other` the other.
+    y is view a for parts_a and view b for parts_b, (parts, ., .) float32; x is the same view as y
+    or, if `other` is 1, the other one. Each part is summed over `chunk` columns (STRIP: rows). With
+    STRIP, only columns start to start + width of y are used.
     """
     part = tl.program_id(1)
     view = tl.program_id(2)
@@ -334,7 +343,7 @@ def multiply(
     z = tl.zeros((BT, BT), tl.float32)
     for k0 in range(part * chunk, tl.minimum((part + 1) * chunk, length), BK):
         k = k0 + depth
-        # From the corner of a block 32 bits are enough; 64 for each number would be registers.
+        # Within a block 32-bit offsets suffice; 64-bit ones would take more registers.
         if STRIP:
             corner_x = x + tl.cast(k0, tl.int64) * D + i * BT
             corner_y = y + tl.cast(k0, tl.int64) * D + start + j * BT
@@ -366,7 +375,7 @@ def gram_sum(
     parts_a, parts_b, kh, kl, sums, N, P, num_parts, m,
     BARLOW: tl.constexpr, LOW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Planes kh, kl (2, N, N) of K from its parts on and below the diagonal; sums of squares."""
+    """Planes kh, kl (2, N, N) of K from the parts of its lower triangle; sums of squares."""
     i, j = _triangle(tl.program_id(0))
     r = i * BS + tl.arange(0, BS)
     c = j * BS + tl.arange(0, BS)
@@ -384,7 +393,8 @@ def gram_sum(
     if i != j:
         _store(kh, kl, mirrored, a, inside, LOW)
         _store(kh + square, kl + square, mirrored, b, inside, LOW)
-    # In float64: what is subtracted from this must not have another factor.
+    # In float64, as in `columns`: the diagonal is subtracted from this sum, so both must be
+    # divided by exactly the same m^2.
     m = tl.cast(m, tl.float64)
     twice = tl.where(i == j, 1, 2) / (m * m)
     a = a.to(tl.float64)
@@ -402,9 +412,10 @@ def strip_sum(
     parts, ch, cl, squares, sums, D, P, start, width, num_parts, first, m,
     LOW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Planes ch, cl (2, D, width) of C with diagonal 0 from its parts; sums of squares.
+    """Planes ch, cl (2, D, width) of C, with zero diagonal, from its parts; sums of squares.
 
-    squares (2, D / BS, width): of each column of a tile. first: where this strip's sums begin.
+    squares (2, D / BS, width): those of each column of a tile. first: index of this strip's first
+    partial sum.
     """
     view = tl.program_id(2)
     i = tl.program_id(0)
@@ -452,7 +463,7 @@ def _product(
 
 @triton.jit
 def _pull(za, zb, weights, r, c, view, N, D, WEIGHTED: tl.constexpr):
-    """za - zb, weighted, and turned round for view b."""
+    """Weighted za - zb for view a, its negative for view b."""
     z = _rows(za, r, c, N, D) - _rows(zb, r, c, N, D)
     if WEIGHTED:
         z *= tl.load(weights + r, mask=r < N, other=0).to(tl.float32)[:, None]
@@ -461,9 +472,10 @@ def _pull(za, zb, weights, r, c, view, N, D, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _to_input(g, x, mean, root, PAIR: tl.constexpr):
-    """dL/dz from g = dL/dx; x standardised with root = 1 / s, mean of g x.
+    """dL/dz from g = dL/dx; x is z standardised, root = 1 / s, mean: of g x over the rows.
 
-    Of two rows x is (u, -u), and so is g: nothing but rounding would be left of a difference.
+    PAIR: with N = 2 rows x is (u, -u) and g is (w, -w), so the difference is w (1 - u^2); computed
+    as a difference, it would be nothing but rounding error.
     """
     if PAIR:
         g *= (root * root * _BARLOW_EPS)[None, :]  # 1 - u^2
@@ -480,9 +492,11 @@ def apply(
     BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr,
     PAIR: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a gradient from scale left right: K x, or x C for columns start to start + width.
+    """A tile of a gradient. Its matrix product, scale times left times right, is K x, or x C for
+    columns start to start + width. The first program also writes the loss.
 
-    strip: 1 for x C, as always for BarlowTwins. rows: of all ranks; N of this one.
+    strip: 1 for x C, which is always the case for BarlowTwins. rows: N over all ranks; N is that of
+    this rank.
     """
     view = tl.program_id(2)
     v = view.to(tl.int64)
@@ -512,7 +526,7 @@ def apply(
         row = 2 * strip + view
         g -= x * tl.load(col + row * D + at, mask=ok, other=0)[None, :]
         g += pull * _pull(za, zb, weights, r, at, view, N, D, WEIGHTED)
-    kept = N  # where `exact` has written: no row
+    kept = N  # rows to write: none if `exact` has written this gradient
     if strip == 0:
         kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, BARLOW))
     inside = (r[:, None] < kept) & ok[None, :]
@@ -530,9 +544,10 @@ def barlow_apply(
     LOW: tl.constexpr, ONE: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Whole columns of a gradient from scale K x, K of the other view: the mean needs all rows.
+    """Whole columns of a gradient, since the mean needs all rows, from scale times K x, with K of
+    the other view. The first program also writes the loss.
 
-    ONE: they fit into one tile. Else dL/dx waits where the gradient will be.
+    ONE: all rows fit into one tile. Otherwise dL/dx is kept in the gradient's memory.
     """
     view = tl.program_id(1)
     v = view.to(tl.int64)
@@ -570,7 +585,7 @@ def barlow_apply(
             place = r[:, None].to(tl.int64) * D + c[None, :]
             tl.store(out + place, g, mask=inside)
         mean /= tl.cast(N, tl.float32)
-        tl.debug_barrier()  # threads of the program read what others of it wrote
+        tl.debug_barrier()  # below, threads read what other threads of the program wrote
         for start in range(0, N, BN):
             r = start + tl.arange(0, BN)
             inside = (r[:, None] < kept) & ok[None, :]
@@ -578,7 +593,7 @@ def barlow_apply(
             g = tl.load(out + place, mask=inside, other=0)
             x = _planes(hi + own, lo + own, r, c, N, D, LOW)
             g = _to_input(g, x, mean, root, False)
-            tl.debug_barrier()  # nobody writes before all have read
+            tl.debug_barrier()  # no thread may write before all have read
             tl.store(out + place, g, mask=inside)
     if (tl.program_id(0) == 0) & (view == 0):
         _write_loss(sums, loss, P, off, num_columns, num_tiles, num_exact, 0, True)
@@ -591,9 +606,9 @@ def exact(
     BARLOW: tl.constexpr, LOW: tl.constexpr, WEIGHTED: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The Gram form's columns from tiles of C, if its sum cancels; slow, and so is the definition.
+    """Where the Gram form's sum cancels: gradient and sum from tiles of C, slow as the definition.
 
-    A program makes the tiles of its columns one after the other, and adds x C up in ga or gb.
+    A program computes the tiles of its columns one after the other and accumulates x C in ga or gb.
     """
     view = tl.program_id(1)
     if _cancels(sums, P, view, num_columns, num_tiles, BARLOW) != 0:
@@ -638,10 +653,10 @@ def exact(
                 inside = (r[:, None] < N) & ok[None, :]
                 g = tl.load(out + place, mask=inside & (k0 > 0), other=0)
                 g = _dot(xh, xl, high, low, g, LOW)
-                tl.debug_barrier()  # nobody writes before all have read, or reads before
+                tl.debug_barrier()  # no thread may write before all have read, and vice versa
                 tl.store(out + place, g, mask=inside)
                 tl.debug_barrier()
-        mean = squares  # for VICReg unused
+        mean = squares  # unused for VICReg
         if BARLOW:
             mean = (tl.load(col + 4 * D + c, mask=ok, other=0) + 2 * off * squares) / N
         for start in range(0, N, BN):
@@ -665,11 +680,11 @@ def exact(
         tl.store(part, tl.sum(squares.to(tl.float64), 0))
 
 
-Blocks = tuple[dict[str, int], int, int]  # with num_warps and num_stages
+Blocks = tuple[dict[str, int], int, int]  # block sizes, num_warps, num_stages
 
 
 def _blocks(kernel: str, kind: Kind) -> Blocks:
-    """What compiles without spills for sm_80, sm_90 and sm_100."""
+    """Block sizes that compile without register spills for sm_80, sm_90 and sm_100."""
     half, ragged = kind.half, kind.ragged
     n = 64 if half else 128
     return {
@@ -698,7 +713,8 @@ def _size(name: str, block: str, kind: Kind) -> int:
 
 
 def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[int, int]:
-    """Into how many parts, and how long ones, a contraction is split to fill the device."""
+    """Number and length of the parts (at most `most`) that a contraction is split into, so that
+    the launch fills the device."""
     step = _size(name, "BK", kind)
     parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step), most))
     chunk = triton.cdiv(length, parts * step) * step
@@ -706,7 +722,7 @@ def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[i
 
 
 def _kind(za: Tensor, zb: Tensor, loss: Loss) -> Kind:
-    """Of these rows and columns: across ranks they are not the loss's."""
+    """The kind for these za and zb, whose shape across ranks differs from the loss's n and d."""
     half = torch.float32 not in (za.dtype, zb.dtype) and min(loss.n, loss.d) >= FEW
     return Kind(half, ragged=any(size % 16 for size in za.shape))
 
@@ -716,7 +732,8 @@ def _triangular(n: int) -> int:
 
 
 def _columns(za, zb, weights, loss: Loss, num_sums: int, kind: Kind) -> tuple[Tensor, ...]:
-    """Planes hi and lo (2, n, .), col, and room for the sums; all rows of these columns."""
+    """Launches `columns`; za, zb: all rows of these columns. Returns planes hi and lo (2, n, d),
+    col, sums, with room for num_sums in each row, and the number of partial sums from here."""
     n, d = za.shape
     new = za.new_empty
     hi = new((2, n, d), dtype=torch.bfloat16 if kind.half else torch.float32)
@@ -733,7 +750,7 @@ def _columns(za, zb, weights, loss: Loss, num_sums: int, kind: Kind) -> tuple[Te
 
 
 def _add_sums(sums: Tensor, num_columns: int, ranks: Ranks) -> int:
-    """What the columns of all ranks add up to; how many parts are left."""
+    """Adds up the partial sums of `columns` over all ranks, if several; returns their number."""
     if ranks.world == 1:
         return num_columns
     sums[:ALL, 0] = ranks.sum_(sums[:ALL, :num_columns].sum(1))
@@ -741,7 +758,7 @@ def _add_sums(sums: Tensor, num_columns: int, ranks: Ranks) -> int:
 
 
 def _all_columns(col: Tensor, d: int, ranks: Ranks) -> Tensor:
-    """The coefficients of all ranks' columns, of which the first ranks have one more."""
+    """The coefficients of all columns, from all ranks; the first d % world have one column more."""
     every = col.new_zeros(len(col), d)
     first = ranks.rank * (d // ranks.world) + min(ranks.rank, d % ranks.world)
     every[:, first : first + col.shape[1]] = col
@@ -754,7 +771,7 @@ def gram(
     """The loss and its gradients by the Gram form; za, zb (N, D) and weights (N,) of this rank."""
     rows = za, zb, weights
     za, zb = ranks.to_columns(za), ranks.to_columns(zb)
-    kind = _kind(za, zb, loss)  # of the columns here: 8192 of three ranks are 2731
+    kind = _kind(za, zb, loss)  # of this rank's columns: a third of 8192 is ragged, for example
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
     new = za.new_empty
@@ -768,7 +785,7 @@ def gram(
     pairs = _triangular(triton.cdiv(n, _size(name, "BT", kind)))
     num_parts, chunk = _parts(name, 2 * pairs, d, kind, d // n)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
-    # The parts are used up before the gradients are made.
+    # The parts can use the memory of the gradients: they are consumed before those are written.
     parts = (ga, gb) if n <= d else new((2, n, n), dtype=torch.float32)
     _launch(
         multiply, name, (pairs, num_parts, 2), hi, lo, *parts, n, d, 0, 0, chunk, 0,
@@ -882,16 +899,18 @@ def tiled(
             kind=kind, BARLOW=loss.barlow, WEIGHTED=weights is not None,
             PAIR=loss.barlow and loss.n == 2,
         )  # fmt: skip
-        del parts, ch, cl, squares  # or the next strip's would be made beside them
+        del parts, ch, cl, squares  # freed before those of the next strip are allocated
     return out, ga, gb
 
 
 def builds(barlow: bool) -> Iterator[Build]:
-    """All that a plan can choose where 16 divides N and D. float16 is as bfloat16 from `hi` on.
+    """Every build that can be chosen when N and D are multiples of 16, for bfloat16 and float32
+    inputs; float16 differs only in the inputs of `columns`, `apply` and `exact`.
 
-    Where it does not, numbers are loaded one by one: right, slower, and in more registers. Of
-    those builds only the ones are here that have spilled, and do not with the blocks they have now.
-    Half precision with FEW rows is not here at all: nothing there takes long enough to matter.
+    Ragged shapes have no vector loads: they are slower and need more registers. Of those builds,
+    only the ones that used to spill are included; with the present block sizes they do not. Half
+    precision in float32 planes (fewer than FEW rows or columns) is left out: it is too short to
+    matter.
     """
     flags = {"BARLOW": barlow, "WEIGHTED": not barlow, "PAIR": False}
     for half in (True, False):
@@ -928,7 +947,7 @@ def builds(barlow: bool) -> Iterator[Build]:
 
 
 def _type(name: str, half: bool) -> str:
-    """Of a kernel's argument."""
+    """Triton's type of a kernel argument."""
     if name in ("N", "D", "K", "start", "width", "chunk"):
         return "i32:16"
     if name in ("P", "other", "first", "strip") or name.startswith("num_"):
