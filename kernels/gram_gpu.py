@@ -10,7 +10,7 @@ docstrings of the two cpu.py. In the Gram form K = x x^T, (N, N), one for each v
     1 columns    means, variances, planes of x             256 (32 columns each)
     2 multiply   partial sums of K                         10 tiles x 14 parts of D x 2 views
     3 gram_sum   add the parts, mirror K, sum its squares  36 tiles of 32 x 32, lower triangle
-    4 exact      redo what cancellation has spoilt         256 x 2, which usually do nothing
+    4 exact      recompute what was lost to cancellation   256 x 2, which usually do nothing
     5 *apply     gradients from K x; the loss              VICReg 128 x 4 x 2, BarlowTwins 256 x 2
     6 backward   scale by the upstream gradient, cast to the inputs' type: scale_gpu.py
 

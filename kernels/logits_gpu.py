@@ -1,11 +1,11 @@
-"""Tiles of logits for the contrastive losses on a GPU, and what their kernels share.
+"""Tiles of logits on a GPU, and other code shared by the kernels of the contrastive losses.
 
-A logit is a product of two rows times a scale. Rows go to the tensor cores as given and are scaled
-to unit length afterwards, in float32: products of bfloat16 or float16 numbers are exact, whereas
-rounded unit vectors would cause errors of 2^-9 / T. float32 is multiplied as three tf32 products,
+A logit is the product of two rows times a scale. Tensor cores multiply the rows as given; scaling
+to unit length follows in float32. Products of bfloat16 or float16 numbers are exact, whereas
+rounded unit vectors would cause errors of 2^-9 / T. float32 is multiplied as three TF32 products,
 which lose its last two bits.
 
-Logits are in base 2 (1 / ln 2 is in the scale): exp2 is one instruction.
+Logits are in base 2 (the scale includes 1 / ln 2), because exp2 is a single instruction.
 """
 
 import math
@@ -18,15 +18,15 @@ from sslus.kernels.aot import Build
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 264  # per launch: two per multiprocessor of an H100. Not queried from the device, so
-# that sums are split, and rounded, in the same way on all devices.
-ROWS, COLUMNS = 16, 128  # a tile of the passes without products
+# that sums are split, and thus rounded, in the same way on all devices.
+ROWS, COLUMNS = 16, 128  # the tile of kernels without matrix products
 
-_NONE = tl.constexpr(-1e30)  # below every logit, but finite: minus itself it is 0
-_SHORTEST = tl.constexpr(1e-12)  # as F.normalize
+_NONE = tl.constexpr(-1e30)  # below every logit, but finite, so that _NONE - _NONE is 0, not NaN
+_SHORTEST = tl.constexpr(1e-12)  # as in F.normalize
 
-# Largest D -> rows and columns of a tile of logits; step along D; columns of a gradient tile. If
-# the last two are equal they hold all of D, and a row is loaded once for both products. Chosen as
-# large as the registers of sm_80, 90 and 100 allow; not timed yet.
+# Largest D -> rows BM and columns BN of a tile of logits; step BK along D; columns BD of a gradient
+# tile. If BK = BD, a block holds all of D, and a row is loaded once for both products. Blocks are
+# as large as the registers of sm_80, sm_90 and sm_100 allow; not timed yet.
 _LONG = {"BM": 64, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 3}
 _128 = {"BM": 128, "BN": 64, "BK": 128, "BD": 128, "num_warps": 8, "num_stages": 3}
 _256 = {"BM": 64, "BN": 64, "BK": 256, "BD": 256, "num_warps": 8, "num_stages": 2}
@@ -40,9 +40,9 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  
 
 
 def plan(d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks, warps and stages for products of rows of d numbers."""
+    """Block sizes, warps and stages for products of rows of length d."""
     table = TABLES[dtype]
-    if d % 16:  # loads of single numbers: a tile with all of D would take all registers
+    if d % 16:  # no vector loads: a tile with all of D would take too many registers
         return table[math.inf]
     return next(blocks for most, blocks in table.items() if d <= most)
 
@@ -63,7 +63,7 @@ def load(p, r, c, d):
 
 @triton.jit
 def multiply(a, b, acc):
-    """acc + a b, without rounding half precision."""
+    """acc + a b, without rounding half-precision inputs."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return tl.dot(a, b, acc)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
@@ -71,7 +71,7 @@ def multiply(a, b, acc):
 
 @triton.jit
 def logits(x, y, i, k, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """x_i . y_k, (BM, BN), of rows longer than a block."""
+    """x_i . y_k, (BM, BN), for rows longer than a block."""
     s = tl.zeros((BM, BN), tl.float32)
     for c0 in range(0, d, BK):
         c = c0 + tl.arange(0, BK)
@@ -81,7 +81,7 @@ def logits(x, y, i, k, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def weigh(w, y, acc, TYPE: tl.constexpr):
-    """acc + w y; w is rounded as coarsely as the gradient, which is of TYPE."""
+    """acc + w y; w may be rounded to the precision of the gradient's final dtype, TYPE."""
     if y.dtype == tl.float32 or tl.float32 == TYPE:
         return tl.dot(w, y.to(tl.float32), acc, input_precision="tf32x3")
     if y.dtype == tl.bfloat16:
@@ -103,7 +103,7 @@ def over(x, length):
 
 @triton.jit(do_not_specialize=["num"])
 def total_kernel(parts, out, num, factor, BLOCK: tl.constexpr):
-    """out = factor x the sum of num parts, in float64, in a fixed order, by one program."""
+    """out = factor times the sum of num parts, in float64 and in a fixed order; one program."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num, BLOCK):
         i = start + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""The incoming gradient of backward times a loss's gradients, on a GPU, in one launch.
+"""Backward on a GPU in one launch: a loss's gradients times the upstream gradient.
 
-The factor is read on the GPU, so nothing waits for it. The gradients come in float32 and are
-rounded only once, here: before the factor of a gradient scaler they may be too small for float16.
+The kernel reads the factor, so the host does not wait for it. The gradients are float32 and are
+rounded only here: before a gradient scaler's factor is applied, they may be too small for float16.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslus.kernels.aot import Build
 
-BLOCK = 4096  # numbers per program: 16 per thread, in loads of 16 bytes
+BLOCK = 4096  # elements per program: 16 per thread, in 16-byte loads
 NUM_WARPS = 8
 
 

@@ -1,30 +1,32 @@
-"""Views of stored frames on a GPU: one Triton launch, whose intermediate steps stay in the cache.
+"""Views of stored frames on a GPU: one Triton launch, with intermediate results kept in cache.
 
 The four linear steps (resize and blur, each along both axes) are the same operation: contract the
 last axis with a banded matrix of weights and transpose,
 
     out[o, m] = sum_k weight[o, k] in[m, k]            frame -> (w, S) -> (h, w) -> (w, h) -> (h, w)
 
-so that each one accesses memory contiguously and is a small tensor-core product. A program makes
-one view after the other and keeps intermediate results in its own scratch memory of some 0.2 MB,
-which fits (or nearly fits) in the L2 cache: only the frame is read from memory, and only the view
-is written to it. A program makes the whole view because contrast needs its mean after a clamp, and
-because weights then serve many lines.
+so that each accesses memory contiguously and is a small tensor-core product. A program computes one
+view after the other and keeps intermediate results in its own scratch memory of some 0.2 MB. That
+of all programs fits (or nearly fits) in the L2 cache, so only the frame is read from memory and
+only the view is written to it. A program computes the whole view because contrast needs the mean of
+the view after clamping, and because the weights are then shared by many lines.
 
-The cost of a view is instructions, many of them for weights. These are computed in registers, never
-loaded, once for every BM lines: a tile is therefore longer in `m` than in `o`, and visits only the
-part of `k` that its outputs need. The mirrored border of the blur is handled by the lines that the
-previous step makes, not by the weights, which thus depend only on a distance.
+The cost of a view is instructions, many of them for weights. Weights are computed in registers,
+once for every BM lines, and never loaded. A tile is therefore longer in `m` than in `o`, and visits
+only the range of `k` that its outputs need. The mirrored border of the blur is produced as extra
+lines by the previous step rather than by the weights, which thus depend only on a distance.
 
-fp16 holds values 0 to 255: bytes are exact, black stays exactly 0 (gamma below 1 would magnify an
-error), and rounding between two steps changes a value by at most 2^-11 of it. Weights are rounded
-first and divided by the sum of the rounded ones, in float32, so that flat areas stay flat.
+Intermediate values are fp16, 0 to 255: bytes are exact, black stays exactly 0 (gamma below 1 would
+magnify an error), and rounding between two steps has a relative error of at most 2^-11. Weights are
+rounded first and divided by the sum of the rounded weights, in float32, so that flat areas stay
+flat.
 
-By its machine code for sm_90, a 256 x 256 frame to 224 x 224 takes about 0.15 million warp
-instructions, 0.24 million with blur; speckle adds 0.05 million. Not timed on a GPU yet.
+According to the machine code for sm_90, a view of 224 x 224 from a frame of 256 x 256 takes about
+0.15 million warp instructions, 0.24 million with blur; speckle adds 0.05 million. Not timed on a
+GPU yet.
 
-A view with parameters that are not finite, or whose frame or box does not exist, becomes NaN: to
-refuse it, the host would have to wait for the device.
+A view whose parameters are not finite, or whose frame or box does not exist, becomes NaN: to raise
+an error, the host would have to wait for the device.
 """
 
 import math
@@ -41,7 +43,7 @@ NUM_WARPS = 8
 PROGRAMS = 2  # per multiprocessor
 _NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 _MAX_RADIUS = tl.constexpr(MAX_RADIUS)
-_MOST_TAPS = tl.constexpr(32)  # at a time: a tile of BO x 1024 takes half a minute to compile
+_MOST_TAPS = tl.constexpr(32)  # summed at once: a tile of BO x 1024 takes half a minute to compile
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _ROOT_HALF_LOG2_E = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))
 _NOISE_STD = tl.constexpr(math.sqrt(21845))
@@ -49,10 +51,10 @@ _NOISE_STD = tl.constexpr(math.sqrt(21845))
 
 @triton.jit
 def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
-    """Weight of pixel k for output o, not normalised; k and o broadcast.
+    """Weight of pixel k for output o, not normalised; k and o are broadcast.
 
-    Terms that depend on k or o alone keep that shape, which leaves two additions and a maximum per
-    weight. Pixels that the box does not touch are moved out of reach.
+    Terms that depend on k or o alone are computed before broadcasting, which leaves two additions
+    and a maximum per weight. Pixels that the box does not touch are moved out of reach.
     """
     scale = length / COUNT
     shrink = 1.0 / tl.maximum(scale, 1.0)
@@ -65,7 +67,7 @@ def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
 def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.constexpr):
     """Sum of output o's rounded weights, over the TAPS pixels around its centre.
 
-    When shrinking by less than 15, all are summed at once, otherwise in several turns.
+    When shrinking by less than 15, they are summed at once, otherwise in several rounds.
     """
     scale = length / COUNT
     left = tl.floor(start + (o.to(tl.float32) + 0.5) * scale - tl.maximum(scale, 1.0) - 0.5)
@@ -80,17 +82,17 @@ def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.const
 
 @triton.jit
 def _mirror(i, COUNT: tl.constexpr):
-    """Line i of an image with mirrored borders, clamped to existing lines."""
+    """Index of line i in an image with mirrored borders, clamped to existing lines."""
     i = (COUNT - 1) - tl.abs((COUNT - 1) - tl.abs(i))
     return tl.minimum(tl.maximum(i, 0), COUNT - 1)
 
 
 @triton.jit
 def _columns(source, line, k, bound, PITCH: tl.constexpr):
-    """(K, M) fp16: the values at k of each line; 0 from `bound` on."""
+    """(K, M) fp16: the values of each line at k; 0 from `bound` on."""
     x = tl.load(source + line[None, :] * PITCH + k[:, None], mask=k[:, None] < bound, other=0)
     if source.dtype.element_ty == tl.uint8:
-        # 0x6400 is 1024 in fp16, whose last bits count ones: this needs no conversion unit.
+        # 0x6400 is 1024 in fp16, with a last bit worth 1: no conversion instruction is needed.
         x = (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
     return x.to(tl.float16)
 
@@ -138,14 +140,15 @@ def _resize(
             tl.store(place, z.to(tl.float16), mask=inside)
             if LAST:
                 own = (o < COUNT)[:, None] & ((m >= margin) & (m < num_lines - margin))[None, :]
-                # In one: Triton 3.6 cannot compile one axis after the other for sm_100.
+                # Both axes at once: for sm_100, Triton 3.6 cannot compile one after the other.
                 total += tl.sum(tl.where(own, z, 0.0))
     return total
 
 
 @triton.jit
 def _gauss(place, o, root, radius):
-    """Weight at place - o pixels, not normalised: 2^-((root distance)^2), cut at the radius."""
+    """Weight at distance place - o in pixels, not normalised: 2^-((root distance)^2), truncated at
+    the radius."""
     distance = tl.abs(place.to(tl.float32) * root - o.to(tl.float32) * root)
     weight = tl.where(distance < (radius + 0.5) * root, tl.exp2(-distance * distance), 0.0)
     return weight.to(tl.float16)
@@ -159,7 +162,7 @@ def _blur(
 ):  # fmt: skip
     """target[o, m] = sum_k gauss(k - o) source[mirror(m + shift), margin + k].
 
-    The lines of the source carry `margin` mirrored pixels on both sides.
+    Each line of the source has `margin` mirrored pixels on both sides.
     """
     root = _ROOT_HALF_LOG2_E / sigma
     radius = tl.minimum(tl.minimum(tl.ceil(3.0 * sigma), _MAX_RADIUS), COUNT - 1)
@@ -185,9 +188,9 @@ def _blur(
 def _tone(z, factor, mean, gamma, DEVICE: tl.constexpr):
     """Contrast about the view's mean, then gamma."""
     z = tl.minimum(tl.maximum(factor * z + (1.0 - factor) * mean, 0.0), 255.0)
-    if gamma != 1.0:  # log2(0) is -inf, and exp2 of that 0
+    if gamma != 1.0:  # black stays 0: log2(0) is -inf, and exp2(-inf) is 0
         z = z * (1.0 / 255.0)
-        if DEVICE:  # one instruction; tl.log2 is twenty
+        if DEVICE:  # one instruction; tl.log2 takes twenty
             z = tl.inline_asm_elementwise(
                 "lg2.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
             )
@@ -219,8 +222,8 @@ def augment_kernel(
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
     DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """A grid of as many programs as the device holds at once shares the views."""
-    # (w, up to S rows or h + 2 margins) and (h, w + 2 margins), both fp16.
+    """Views, distributed over as many programs as the device can hold at once."""
+    # Scratch matrices of fp16: a (w, S rows or h + 2 margins) and b (h, w + 2 margins).
     a = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
     b = a + W * A_PITCH
     for view in tl.range(tl.program_id(0), num_views, tl.num_programs(0), disable_licm=True):
@@ -245,12 +248,12 @@ def augment_kernel(
         sigma = tl.where(fits, sigma, 0.0)
 
         blurred = sigma > 0.0
-        # Narrower than this, a Gaussian is one pixel: keeps distance / sigma finite.
+        # A Gaussian narrower than this is a single pixel; the bound keeps distance / sigma finite.
         sigma = tl.maximum(sigma, 0.01)
         margin = tl.where(blurred, tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), _MAX_RADIUS), 0)
         margin = (margin + 15) // 16 * 16
 
-        # Rows of the frame that the box touches, from a multiple of 16 to a multiple of 16.
+        # Rows of the frame that the box touches, extended to multiples of 16 at both ends.
         row0 = tl.floor(top + _TOLERANCE).to(tl.int32) // 16 * 16
         rows = tl.ceil(top + height - _TOLERANCE).to(tl.int32) - row0
         rows = tl.multiple_of((rows + 15) // 16 * 16, 16)
@@ -318,7 +321,7 @@ def _round_up(n: int, to: int = 16) -> int:
 
 
 def plan(store: int, size: tuple[int, int]) -> dict[str, int]:
-    """Compile-time numbers for frames of side `store` and views of `size`."""
+    """Compile-time constants for frames of side `store` and views of `size`."""
     h, w = size
     a_pitch = max(_round_up(store), _round_up(h) + 2 * MAX_RADIUS)
     b_pitch = _round_up(w) + 2 * MAX_RADIUS
@@ -329,17 +332,17 @@ def plan(store: int, size: tuple[int, int]) -> dict[str, int]:
         "A_PITCH": a_pitch,
         "B_PITCH": b_pitch,
         "SCRATCH": _round_up(w * a_pitch + h * b_pitch, 64),
-        # A product's tile, o by m, and its step. At 8 warps they leave room for two programs on
-        # a multiprocessor of sm_90 and sm_100. Twice the BM would build half the weights, but
-        # takes the registers of both; half the BO is too small for the products of sm_90.
+        # A product's tile, o by m, and its step along k. With 8 warps, two programs fit on a
+        # multiprocessor of sm_90 and sm_100. Twice the BM would halve the weights to compute, but
+        # needs the registers of both programs; half the BO is too small for sm_90's products.
         "BO": 64,
         "BM": 128 if max(store, h, w) > 64 else 64,
         "BK": 32,
         "STAGES": 3,
-        # What 2 max(scale, 1) + 2 pixels hold: a triangle and the fraction at both its ends.
+        # Room for 2 max(scale, 1) + 2 pixels: a triangle and partial pixels at both ends.
         "ROW_TAPS": _power_of_2(2 * max(store / h, 1) + 2),
         "COLUMN_TAPS": _power_of_2(2 * max(store / w, 1) + 2),
-        # The tile of the steps between, 8 pixels a thread: one load of 16 bytes.
+        # The tile of the elementwise steps: 8 pixels per thread, one 16-byte load.
         "BY": 8 if w > 128 else 16,
         "BX": 256 if w > 128 else 128,
     }
@@ -348,16 +351,16 @@ def plan(store: int, size: tuple[int, int]) -> dict[str, int]:
 def augment_gpu(
     frames: Tensor, index: Tensor, params: Tensor, out: Tensor, *, mean: float, std: float
 ) -> None:
-    """(B, S, S) uint8, (V,) int64, (V, P) float32 -> written into out (V, 1, h, w).
+    """(B, S, S) uint8, (V,) int64, (V, P) float32 -> out (V, 1, h, w), which is overwritten.
 
-    All contiguous and on one device, out float32 or bfloat16. One launch on the current stream;
-    the host does not wait.
+    All tensors are contiguous and on one device; out is float32 or bfloat16. One launch on the
+    current stream; the host does not wait.
     """
     num_views, store = len(index), frames.shape[-1]
     if num_views == 0:
         return
     meta = plan(store, tuple(out.shape[2:]))
-    cores = 1  # the interpreter has
+    cores = 1  # of the interpreter
     if frames.is_cuda:
         cores = torch.cuda.get_device_properties(frames.device).multi_processor_count
     programs = min(num_views, PROGRAMS * cores)

@@ -1,7 +1,7 @@
-"""BarlowTwins on a GPU, in Triton: both forms, their launches and their cost are in gram_gpu.py.
+"""BarlowTwins on a GPU, in Triton: gram_gpu.py describes both forms, their launches and cost.
 
 The gradients are those of cpu.py. At N = 256, D = 8192: 6 launches, forward and backward together.
-With N = 2, where the gradient is all but cancelled, what cancels is left out: see _to_input.
+With N = 2 the gradient would almost cancel; gram_gpu._to_input then uses its exact form.
 """
 
 from collections.abc import Iterator

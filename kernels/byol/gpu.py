@@ -1,9 +1,8 @@
 """BYOL's loss on a GPU: dL/dp = (u cos - v) 2 / (N |p|), with u, v the unit vectors.
 
-Launches, forward and backward together: both directions, a few rows a program; the loss's sum;
-the gradients times the upstream one.
-Every number is read from memory once and from a cache twice more. Extra floats: one for every
-16 rows. Across ranks each keeps its rows.
+Three launches, forward and backward together: both directions, 16 rows per program; the sum of
+the partial losses; scaling by the upstream gradient. Every element is read from memory once, and
+twice more from a cache. Extra floats: one for every 16 rows. Across ranks, each keeps its own rows.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from sslus.kernels.ranks import Ranks
 
 @triton.jit
 def _direction(p, t, grad, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.constexpr):
-    """losses[program] = sum |u - v|^2; grad (n, d) = factor (u - v across u) / |p|."""
+    """losses[program] = sum |u - v|^2; grad (n, d) = factor / |p| times the component of u - v
+    orthogonal to u."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = tl.minimum(row, n - 1)
     squares_p = tl.zeros((ROWS,), tl.float32)
@@ -53,7 +53,7 @@ def _direction(p, t, grad, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.cons
 
 @triton.jit(do_not_specialize=["n"])
 def byol_kernel(pa, pb, ta, tb, ga, gb, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Row blocks by directions; losses (2, row blocks)."""
+    """Grid (row blocks, 2 directions); losses (2, row blocks)."""
     if tl.program_id(1) == 0:
         _direction(pa, tb, ga, losses, n, d, factor, ROWS, BD)
     else:
@@ -77,7 +77,7 @@ def byol(
 
 def builds() -> Iterator[Build]:
     names = ("pa", "pb", "ta", "tb")
-    # The last: rows that do not all start at a multiple of 16 bytes.
+    # The last has rows that are not all aligned to 16 bytes.
     for kind, d in (("bf16", "i32:16"), ("fp32", "i32:16"), ("bf16", "i32")):
         yield Build(
             f"byol {kind} {d}", byol_kernel,

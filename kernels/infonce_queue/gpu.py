@@ -1,20 +1,20 @@
-"""InfoNCE with a queue on a GPU: the queue in tiles, neither copied nor concatenated.
+"""InfoNCE with a queue on a GPU: the queue is read in tiles, neither copied nor concatenated.
 
-One pass over the queue. Each tile of logits goes into a running maximum m, sum of exp(s - m) and
-sum of exp(s - m) queue, rescaled when m grows. With x = lse over the queue - q.k / T the loss is
-softplus(x), exact where it is small too, and dL/dq_i = sigmoid(x) (sum_m P_im queue_m - k_i) /
-(N T), P the softmax over the queue alone.
+One pass over the queue: each tile of logits s updates a running maximum top, the sum of
+exp(s - top) and the sum of exp(s - top) queue; the sums are rescaled when top grows. With
+x = lse over the queue - q.k / T, the loss is softplus(x), accurate where it is small too, and
+dL/dq_i = sigmoid(x) (sum_m P_im queue_m - k_i) / (N T), with P the softmax over the queue alone.
 
 Launches, forward and backward together:
 
-    1 mix       tiles of the queue -> of each row, in each part of the queue: m and both sums
-    2 finish    those of all parts, the positive -> loss of a few rows; gradient across q
+    1 mix       tiles of the queue -> maximum and both sums of each row in each part of the queue
+    2 finish    reduce the parts, add the positive -> partial loss; gradient orthogonal to q
     3 total     the loss
-    4 backward  the gradient times the upstream one
+    4 backward  scale by the upstream gradient
 
-Two products of N M D multiplications up to D = 256 (float32: 128); beyond, logits are made
-again for every 256 (128) columns of the gradient. Extra floats: N D for each part, at most 264
-tiles of the gradient or, for large N, N D. Across ranks each keeps its rows.
+Up to D = 256 (float32: 128) there are two products of N M D multiplications; beyond, logits are
+recomputed for every 256 (128) columns of the gradient. Extra floats: N D for each part, about 264
+blocks of BM rows in all or, for large N, N D. Across ranks, each keeps its own rows.
 """
 
 import math
@@ -99,7 +99,7 @@ def mix_kernel(
 def _pull(
     mixed, stats, k, top, total, size_k, row, c, n, parts, d, ROWS: tl.constexpr, BD: tl.constexpr
 ):
-    """What the row is drawn from, sum P queue, minus its unit key."""
+    """sum_m P_m queue_m - k for each row, with k its unit key."""
     g = tl.zeros((ROWS, BD), tl.float32)
     for part in range(parts):
         weight = tl.exp2(tl.load(stats + part * n + row) - top) / total
@@ -112,7 +112,8 @@ def finish_kernel(
     q, k, stats, mixed, grad, losses, n, parts, d, scale, factor,
     ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """losses (programs,): sums of softplus(x); grad (n, d) = factor sigmoid(x) (pull across q)."""
+    """losses (programs,): sums of softplus(x). grad (n, d): factor sigmoid(x) / |q| times the
+    component of `_pull` orthogonal to q."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = tl.minimum(row, n - 1)
     squares_q = tl.zeros((ROWS,), tl.float32)
@@ -134,7 +135,8 @@ def finish_kernel(
         share = tl.load(stats + (parts + part) * n + i)
         total += share * tl.exp2(tl.load(stats + part * n + i) - top)
     x = ((top - product / size_q / size_k * scale) + tl.log2(total)) * _LN_2
-    # log(1 + e) and e / (1 + e) of e = exp(-|x|) <= 1. What e loses in 1 + e is divided out again.
+    # softplus and sigmoid from e = exp(-|x|) <= 1. log(1 + e) is multiplied by e / ((1 + e) - 1),
+    # which corrects for the rounding of 1 + e.
     e = tl.exp(-tl.abs(x))
     one = 1.0 + e
     small = tl.where(one == 1.0, e, tl.log(one) * e / tl.where(one == 1.0, 1.0, one - 1.0))
@@ -199,7 +201,7 @@ def builds() -> Iterator[Build]:
         for most, blocks in table.items():
             yield mix(kind, kind, "i32:16", most, blocks)
         if kind == "fp16":
-            continue  # as bf16
+            continue  # same as bf16
         yield mix(kind, kind, "i32", math.inf, table[math.inf])
         yield Build(
             f"finish {kind}", finish_kernel,

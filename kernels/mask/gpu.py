@@ -1,13 +1,13 @@
-"""Masks on a GPU: one launch to fill; to weigh the error one, after one that counts.
+"""Masks on a GPU: one launch fills; the loss takes one launch that counts and one that weights.
 
-A program draws a sample's mask and leaves it in a row of a small table: the rectangles, then a
-number for each cell. Pixels look their cell up there, in the first-level cache. To fill, the same
-program then goes over the pixels. For the loss the table is made first, because every gradient
-needs the number of hidden pixels of the whole batch; then programs take a tile of pixels each, and
-leave a sum each, which are added in a fixed order: no atomics, the same bits every time.
+A program draws a sample's mask and stores it in a row of a small table: the rectangles, then a
+number for each cell. Pixels look up their cell there, in the L1 cache. `mask_fill` does both in one
+program. The loss needs the table first, because every gradient depends on the number of hidden
+pixels of the whole batch; then each program handles a tile of pixels and stores a partial sum.
+These are added in a fixed order, without atomics, so results are bitwise reproducible.
 
-The rank of the last patch that is hidden is found by bisection, 31 sums over the cells: shorter
-than sorting 1024 of them.
+The rank of the last hidden patch is found by bisection: 31 sums over the cells, which is shorter
+than sorting up to 1024 of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sslus.kernels.aot import Build
 from sslus.kernels.mask.reference import MAX_CELLS, ONE, Plan, check, check_weights, plan
 from sslus.kernels.ranks import Ranks
 
-TILE = 4096  # pixels: 16 for each thread, so that several loads of 16 bytes are on their way
-COUNT_TILE = 2048  # where pixels are counted; at 16 for each thread, ptxas spills a predicate
+TILE = 4096  # pixels: 16 per thread, so that several 16-byte loads are in flight
+COUNT_TILE = 2048  # pixels, for counting; with 16 per thread, ptxas spills a predicate
 NUM_WARPS = 8
 _MAX_CELLS = tl.constexpr(MAX_CELLS)
 _ONE = tl.constexpr(ONE)
@@ -43,7 +43,7 @@ def _sector(
     COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
     BY: tl.constexpr,
 ):  # fmt: skip
-    """(BR, BC): which cells the sector has, out of those `inside` the image."""
+    """(BR, BC): which of the cells `inside` the image belong to the sector."""
     j = tl.arange(0, BX)
     x = tl.arange(0, BC)[:, None] * PATCH + j[None, :]
     own = (j < PATCH)[None, :] & (x < W)
@@ -60,7 +60,7 @@ def _sector(
         bright += tl.where(row == r, count[None, :], 0)
     height = tl.minimum(H - row * PATCH, PATCH)
     width = tl.minimum(W - column * PATCH, PATCH)
-    # 64 bits: a cell may have 2^30 pixels.
+    # 64 bits, since a cell may have 2^30 pixels.
     enough = bright.to(tl.int64) * _ONE >= (height * width).to(tl.int64) * share
     lit = inside & (bright > 0) & enough
     left = tl.min(tl.where(lit, column, BC), 1)[:, None]
@@ -85,7 +85,7 @@ def _draw(
     COLUMNS: tl.constexpr, NUM: tl.constexpr, SECTOR: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
 ):  # fmt: skip
-    """Writes a row of the table; returns the number of hidden pixels, of patches only."""
+    """Writes a row of the table. Returns the number of hidden pixels; 0 for rectangles."""
     row, column = tl.arange(0, BR)[:, None], tl.arange(0, BC)[None, :]
     inside = (row < ROWS) & (column < COLUMNS)
     if SECTOR:
@@ -106,7 +106,7 @@ def _draw(
     if NUM == 0:
         wanted = tl.maximum((candidates * ratio + _ONE // 2) // _ONE, 1)
         low, last = 0, _LAST
-        for _ in range(31):  # the smallest rank with `wanted` candidates up to it
+        for _ in range(31):  # the smallest rank up to which there are `wanted` candidates
             middle = low + (last - low) // 2
             enough = _all(inside & (rank <= middle)) >= wanted
             last = tl.where(enough, middle, last)
@@ -124,7 +124,7 @@ def _draw(
         for r in range(NUM):
             after = _all(inside & (rank > before)) > 0
             smallest = tl.min(tl.min(tl.where(inside & (rank > before), rank, _LAST), 1), 0)
-            before = tl.where(after, smallest, before)  # too few cells: the last one again
+            before = tl.where(after, smallest, before)  # too few cells: repeat the last one
             one = inside & (rank == before)
             box = table + 4 * r + zero
             tl.store(box, top, mask=one)
@@ -132,7 +132,7 @@ def _draw(
             tl.store(box + 2, top + tall, mask=one)
             tl.store(box + 3, left + wide, mask=one)
     tl.store(table + 4 * NUM + cell, inside.to(tl.int32), mask=there)
-    tl.debug_barrier()  # others of this program read it
+    tl.debug_barrier()  # other threads of this program read the row
     return pixels
 
 
@@ -165,7 +165,7 @@ def fill_kernel(
     COLUMNS: tl.constexpr, NUM: tl.constexpr, SECTOR: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (samples, parts): each program draws the mask for itself, and fills its part."""
+    """Grid (samples, parts): each program draws the mask anew and fills its part of the pixels."""
     sample = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     own = table + (sample * tl.num_programs(1) + part) * (4 * NUM + ROWS * COLUMNS)
@@ -192,7 +192,7 @@ def count_kernel(
     COLUMNS: tl.constexpr, NUM: tl.constexpr, SECTOR: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, COUNT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (samples,): rows of the table, and how many pixels each sample hides."""
+    """Grid (samples,): the rows of the table and the number of pixels hidden in each sample."""
     sample = tl.program_id(0).to(tl.int64)
     own = table + sample * (4 * NUM + ROWS * COLUMNS)
     pixels = _draw(
@@ -200,7 +200,7 @@ def count_kernel(
         low_height, high_height, low_width, high_width,
         H, W, PATCH, ROWS, COLUMNS, NUM, SECTOR, BR, BC, BX, BY,
     )  # fmt: skip
-    if NUM > 0:  # they overlap
+    if NUM > 0:  # rectangles overlap, so pixels are counted one by one
         for start in range(0, H * W, COUNT_TILE):
             pixel = start + tl.arange(0, COUNT_TILE)
             there = pixel < H * W
@@ -215,9 +215,9 @@ def loss_kernel(
     H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr, COLUMNS: tl.constexpr,
     CELLS: tl.constexpr, NUM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (samples, tiles): the gradient, and a share of the loss each.
+    """Grid (samples, tiles): the gradient, and a partial sum of the loss from each program.
 
-    counts: (num_counts,) of hidden pixels, which add up to those of all `pixels`.
+    counts (num_counts,): hidden pixels; their sum is that of all `pixels` of the joint batch.
     """
     hidden_pixels = tl.zeros((256,), tl.int64)
     for start in range(0, num_counts, 256):
@@ -225,7 +225,7 @@ def loss_kernel(
         hidden_pixels += tl.load(counts + i, mask=i < num_counts, other=0)
     count = tl.sum(hidden_pixels, 0)
     total = hole * count.to(tl.float64) + rest * (pixels - count).to(tl.float64)
-    # Doubled, the weights are those of the gradient.
+    # Twice the weights of the loss, for the gradient.
     inside, outside = (2 * hole / total).to(tl.float32), (2 * rest / total).to(tl.float32)
 
     sample = tl.program_id(0).to(tl.int64)
@@ -246,7 +246,7 @@ def _power_of_2(n: int) -> int:
 
 
 def _constants(p: Plan) -> dict[str, int]:
-    """Compile-time numbers of _draw."""
+    """Compile-time constants of _draw."""
     br, bc, bx = _power_of_2(p.rows), _power_of_2(p.columns), _power_of_2(p.patch)
     by = max(1, min(_power_of_2(p.patch), COUNT_TILE // (bc * bx)))
     return {
@@ -260,9 +260,10 @@ def _sides(p: Plan) -> tuple[int, int, int, int]:
 
 
 def _parts(num_samples: int, p: Plan, device: torch.device) -> int:
-    """Programs a sample: two for each multiprocessor, but each reads the whole target's sector."""
+    """Programs per sample: enough for two per multiprocessor, but at most 8, since each of them
+    reads the whole target to find the sector."""
     if device.type != "cuda":
-        return 2  # the interpreter has one of everything, and should see both cases
+        return 2  # the interpreter: tests should cover several parts
     cores = torch.cuda.get_device_properties(device).multi_processor_count
     return min(-(-2 * cores // num_samples), -(-p.height * p.width // TILE), 8)
 
@@ -277,7 +278,7 @@ def mask_fill(
     fill: float,
     **scalars,
 ) -> None:
-    """Writes x into out, both (B, 1, H, W), with `fill` where hidden. One launch; no waiting."""
+    """Writes x into out, both (B, 1, H, W), with `fill` where hidden. One launch; does not wait."""
     p = plan(*x.shape[-2:], background=background, **scalars)
     parts = _parts(len(x), p, x.device)
     table = torch.empty((len(x) * parts, 4 * p.num + p.cells), dtype=torch.int32, device=x.device)
@@ -299,7 +300,7 @@ def masked_mse(
     ranks: Ranks,
     **scalars,
 ) -> tuple[Tensor, Tensor]:
-    """The loss () float32, and the gradient of the prediction; the host does not wait."""
+    """The loss () float32 and the gradient of the prediction. The host does not wait."""
     check(prediction, target, ids)
     check_weights(hole, rest)
     p = plan(*prediction.shape[-2:], background=background, **scalars)
@@ -324,7 +325,7 @@ def masked_mse(
 
 
 def builds() -> Iterator[Build]:
-    """What an image of 224 x 224 takes, of both kinds, with and without a sector."""
+    """All kernels for images of 224 x 224: both kinds of mask, with and without a sector."""
     numbers = dict.fromkeys(
         ["share", "ratio", "low_height", "high_height", "low_width", "high_width"], "i32"
     ) | {"background": "fp32"}

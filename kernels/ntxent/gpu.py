@@ -1,23 +1,26 @@
-"""NT-Xent on a GPU: tiles of the logits, used as they are made, in both directions.
+"""NT-Xent on a GPU: tiles of the logits are consumed as they are computed.
 
-With P_ik = exp(s_ik - lse_i) the gradient is dL/du_i = sum_k (P_ik + P_ki) u_k - 2 u_p, over
-2 N T, and as s is symmetric a tile of it needs no logits but its own. What weighs the positive,
-P_ip + P_pi - 2, is one number made of lse - s_p of both rows, which are 0 where the positive is
-all there is: a tile made anew may differ from the first in its last digits.
+With P_ik = exp(s_ik - lse_i) the gradient is
+
+    dL/du_i = (sum_k (P_ik + P_ki) u_k - 2 u_p) / (2 N T)
+
+As s is symmetric, one tile of logits gives both P_ik and P_ki. The weight of the positive,
+P_ip + P_pi - 2, is computed from lse - s_p of both rows, as stored by `combine`: a recomputed tile
+may differ in its last digits, and the weight must vanish where the positive is all there is.
 
 Launches, forward and backward together:
 
     1 stack       both views as one matrix of padded rows, and the scale of each row
-    2 statistics  tiles of s -> of each row, in each part of the columns: maximum, sum, positive
-    3 combine     those of all parts -> lse, lse - s_p, loss
-    4 gradient    tiles of s again, as weights times rows: a part's share of the gradient
-    5 finish      the shares' sum, across u
-    6 backward    times the upstream gradient, in the inputs' type
+    2 statistics  tiles of s -> maximum, sum and positive of each row in each part of the columns
+    3 combine     reduce the parts -> lse, lse - s_p, loss
+    4 gradient    tiles of s again, weights times rows -> each part's share of the gradient
+    5 finish      sum the shares; keep the component orthogonal to u
+    6 backward    scale by the upstream gradient, cast to the inputs' type
 
-Three products of 4 N^2 D multiplications up to D = 256 (128 unless bfloat16), as autograd of the
-definition takes; beyond, tiles are made again for every 256 (float32: 128) gradient columns.
-Extra floats: 2 N D in the inputs' type and the shares, at most 264 tiles of the gradient or, for
-large N, 2 N D. Across ranks each makes the logits of its own rows against everybody's.
+Up to D = 256 (float32: 128) there are three products of 4 N^2 D multiplications, as in autograd of
+the definition; beyond, tiles are recomputed for every 256 (float32: 128) columns of the gradient.
+Extra memory: 2 N D elements in the inputs' type, and the float32 shares: about 264 blocks of BM
+rows or, for large N, 2 N D. Across ranks, each computes the logits of its own rows against all.
 """
 
 from collections.abc import Iterator
@@ -52,14 +55,14 @@ _LN_2 = tl.constexpr(1 / LOG2_E)
 
 @triton.jit(do_not_specialize=["n", "d"])
 def stack_kernel(za, zb, z, scale, n, d, width, root, ROWS: tl.constexpr, BD: tl.constexpr):
-    """za, zb (n, d) -> z (2 n, width) with zeros behind d; scale (2 n,) = root / |z|."""
+    """za, zb (n, d) -> z (2 n, width), zero from column d on; scale (2 n,) = root / |z|."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = tl.minimum(row, n - 1)
     second = tl.program_id(1)
     squares = tl.zeros((ROWS,), tl.float32)
     for c0 in range(0, width, BD):
         c = c0 + tl.arange(0, BD)
-        # Each is converted by itself: what is chosen from has one type, the views may have two.
+        # Converted one by one: both branches must have the same type, but the views may not.
         x = load(za, i, c, d).to(tl.float32) if second == 0 else load(zb, i, c, d).to(tl.float32)
         squares += tl.sum(x * x, 1)
         place = z + (second * n + i)[:, None].to(tl.int64) * width + c[None, :]
@@ -70,7 +73,7 @@ def stack_kernel(za, zb, z, scale, n, d, width, root, ROWS: tl.constexpr, BD: tl
 
 @triton.jit
 def _place(row, n, num, first):
-    """Where a rank's row of 2 n stands among the 2 num of all ranks."""
+    """Index among the 2 num rows of all ranks of a row (of 2 n) of this rank."""
     return first + tl.where(row < n, row, row - n + num)
 
 
@@ -81,8 +84,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """stats (3, parts, 2 n): maximum, sum of exp2(s - maximum) and positive of each row.
 
-    z (2 num, width), scale (2 num,): all ranks' rows, of which n + n, from `first` of each view,
-    are this rank's.
+    z (2 num, width), scale (2 num,): the rows of all ranks. This rank's are the n rows of each
+    view that start at `first`.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     i = _place(tl.minimum(row, 2 * n - 1), n, num, first)
@@ -148,7 +151,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """share (parts, 2 n, width) = sum over a part's k of (P_ik + P_ki - 2 [k = p]) scale_k z_k.
 
-    lse, gap (2 num,), as scale.
+    lse, gap: (2 num,), like scale.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     i = _place(tl.minimum(row, 2 * n - 1), n, num, first)
@@ -157,7 +160,7 @@ def gradient_kernel(
     drawn = tl.exp2(-tl.load(gap + i)) + tl.exp2(-tl.load(gap + partner)) - 2.0
     acc = tl.zeros((BM, BD), tl.float32)
     c = tl.program_id(2) * BD + tl.arange(0, BD)
-    if tl.program_id(1) == 0:  # the positive in float32: the others may all but cancel it
+    if tl.program_id(1) == 0:  # the positive in float32: the negatives may nearly cancel it
         u = load(z, partner, c, width).to(tl.float32)
         acc += u * (drawn * tl.load(scale + partner))[:, None]
     if BK == BD:
@@ -225,13 +228,13 @@ def ntxent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = check(za, zb, temperature)
     num, first = n * ranks.world, n * ranks.rank
-    width = triton.cdiv(d, 16) * 16  # every row starts at a multiple of 16 bytes
+    width = triton.cdiv(d, 16) * 16  # so that every row is aligned to 16 bytes
     every_a, every_b = ranks.join(za), ranks.join(zb)
     dtype = torch.promote_types(za.dtype, zb.dtype)
     z = za.new_empty((2 * num, width), dtype=dtype)
     single = {"dtype": torch.float32}
     scale = za.new_empty(2 * num, **single)
-    root = (LOG2_E / temperature) ** 0.5  # of both factors of a logit, so that s is symmetric
+    root = (LOG2_E / temperature) ** 0.5  # on both factors of a logit, so that s is symmetric
     rows = {"ROWS": ROWS, "BD": COLUMNS, "num_warps": 4}
     stack_kernel[(triton.cdiv(num, ROWS), 2)](
         every_a, every_b, z, scale, num, d, width, root, **rows
@@ -276,11 +279,11 @@ def builds() -> Iterator[Build]:
                 ("gradient", gradient_kernel, ("scale", "lse", "gap", "share")),
             ):
                 if name == "statistics" and kind == "fp16":
-                    continue  # as bf16
+                    continue  # same as bf16
                 signature = z | dict.fromkeys(floats, "*fp32:16") | numbers
                 yield Build(f"{name} {kind} {most}", kernel, signature, blocks, *options)
         if kind == "fp16":
-            continue  # as bf16: what follows has no products
+            continue  # same as bf16: the other kernels have no products
         pair = {"za": f"*{kind}:16", "zb": f"*{kind}:16"}
         rows = {"ROWS": ROWS, "BD": COLUMNS}
         yield Build(

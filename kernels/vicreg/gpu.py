@@ -1,4 +1,4 @@
-"""VICReg on a GPU, in Triton: both forms, their launches and their cost are in gram_gpu.py.
+"""VICReg on a GPU, in Triton: gram_gpu.py describes both forms, their launches and their cost.
 
 The gradients are those of cpu.py. At N = 256, D = 8192: 6 launches, forward and backward together.
 """
