@@ -20,7 +20,7 @@ class Build:
     """A kernel with everything that determines its machine code.
 
     signature: the type of each argument that is not constexpr, as "*bf16", "i32" or "fp32".
-    ":16" after it says that the pointer or number is divisible by 16, which Triton finds out
+    The suffix ":16" says that the pointer or number is divisible by 16, which Triton finds out
     itself at a launch: pointers to the start of a tensor, and row lengths that allow vector loads.
 
     >>> Build("rows 128", rows, {"x": "*bf16:16", "n": "i32"}, {"BN": 128}, 4, 2)

@@ -1,6 +1,6 @@
 """Means and variances of the columns of two views, from which logged terms are computed.
 
-One pass over the views; across ranks only six numbers per column are summed, no rows gathered.
+One pass over the views; across ranks, only six numbers per column are summed, and no rows gathered.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def moments(za: Tensor, zb: Tensor, ranks: Ranks) -> Moments:
     compiled = za.device.type == "cpu" and {za.dtype, zb.dtype} <= {torch.float32, torch.bfloat16}
     own = _moments_cpu(za, zb) if compiled else _in_torch(za, zb)
     if ranks.world > 1:
-        x = own.double()  # else subtracting squares of means would leave their rounding errors
+        x = own.double()  # in float32, subtracting the squared means would leave rounding errors
         means = torch.cat([x[:2], x[:1] - x[1:2]])
         joint = ranks.sum_(torch.cat([means, x[2:] + means.square()])) / ranks.world
         variances = (joint[3:] - joint[:3].square()).clamp(min=0)
@@ -46,7 +46,7 @@ def _in_torch(za: Tensor, zb: Tensor) -> Tensor:
 
 @torch.library.custom_op("sslus::moments_cpu", mutates_args=())
 def _moments_cpu(za: Tensor, zb: Tensor) -> Tensor:
-    """(5, D) float32. In torch a variance over the rows takes several times as long."""
+    """(5, D) float32. torch takes several times as long for a variance over the rows."""
     out = za.new_empty(5, za.shape[1], dtype=torch.float32)
     _cpu.moments(za.contiguous(), zb.contiguous(), out, torch.get_num_threads())
     return out

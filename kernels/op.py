@@ -2,15 +2,15 @@
 
 An op is a scalar loss of float tensors. Its implementations share one signature,
 `(*tensors, **scalars) -> (loss, *gradients)`, except the reference, which returns only the loss and
-gets its gradient from autograd: so no hand-written gradient is ever checked against itself. Each
-implementation is registered as `torch.ops.sslus.<op>_<implementation>`, so that torch.compile
-treats it as opaque.
+gets its gradient from autograd, so that no hand-written gradient is ever checked against itself.
+Each of the others is registered as `torch.ops.sslus.<op>_<implementation>`, so that
+torch.compile treats it as opaque.
 
 If torch.distributed is initialised, a loss is that of the batch joined over all ranks (or those of
-`group`), equal on every rank, and each rank gets the gradient of the joint loss at its own rows.
-All ranks must hold the same number of rows; on a GPU, the number of the op's first call there,
-since asking again would wait for the GPU. DistributedDataParallel divides gradients by the number
-of ranks: multiply the loss by it.
+`group`), equal on every rank, and each rank gets the gradient of the joint loss with respect to its
+own rows. All ranks must hold the same number of rows. On a GPU this number is fixed by the op's
+first call, since comparing it again would wait for the GPU. DistributedDataParallel divides
+gradients by the number of ranks: multiply the loss by it.
 
 `SSLUS_KERNELS` picks the implementation: `auto` (the default), `reference`, `cpu` or `gpu`.
 A named implementation that cannot run raises ValueError; there is no fallback.
@@ -34,8 +34,8 @@ DTYPES = {
     "gpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# On a GPU: the second axis of a grid has at most 65535 programs, of at least 64 rows or columns.
-# Kernels count rows, columns and small multiples of them in 32 bits, and entries in 64.
+# On a GPU, the second axis of a grid has at most 65535 programs, each of at least 64 rows or
+# columns. Kernels index rows, columns and small multiples of them in 32 bits, elements in 64.
 LONGEST = 65535 * 64
 
 OPS: dict[str, "Op"] = {}
@@ -54,8 +54,8 @@ class Op:
     cpu: Callable[..., tuple[Tensor, ...]] | None = None
     gpu: Callable[..., tuple[Tensor, ...]] | None = None
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
-    num_gradients: int = 2  # this many first tensors get a gradient, the others are constants
-    num_batched: int | None = None  # this many first tensors are rows of the batch; None: all
+    num_gradients: int = 2  # the first num_gradients tensors get a gradient; others are constants
+    num_batched: int | None = None  # the first num_batched tensors hold rows of the batch; or all
     wide: bool = False  # kernels return gradients in float32, whatever the dtype of the inputs
     fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
 
@@ -74,7 +74,7 @@ class Op:
         return self.run(which, *tensors, group=group, **scalars)
 
     def why_not(self, which: str, x: Tensor) -> str | None:
-        """Why the implementation `which` cannot take `x`; None if it can."""
+        """Why the implementation `which` cannot run on `x`; None if it can."""
         if which == "reference":
             return None
         if getattr(self, which) is None:
@@ -173,7 +173,7 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         if which == "gpu":
             grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes[0], ctx.dtypes[-1])
         else:
-            # It is one unless the loss is scaled. On a GPU, reading it would wait.
+            # The factor is 1 unless the loss is scaled. On a GPU, reading it would wait.
             one = _is_one(grad_loss)
             pairs = zip(grads, ctx.dtypes, strict=True)
             # Rounded to the dtype of the input only once, after the product.
@@ -189,21 +189,21 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
 
 
 def _is_one(factor: Tensor) -> bool:
-    """False also if the value cannot be read, because the backward is being compiled."""
+    """Also False if the value cannot be read because the backward is being compiled."""
     # In torch 2.11 is_compiling() is False while a backward is traced, where tensors are fake.
     if torch.compiler.is_compiling() or type(factor) is not Tensor:
         return False
     return factor.item() == 1
 
 
-# Not a list of dtypes, which torch 2.11 passes as numbers.
+# Two dtypes rather than a list of them, which torch 2.11 would pass as ints.
 @torch.library.custom_op(
     "sslus::scaled_gpu",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor factor, ScalarType first, ScalarType last) -> Tensor[]",
 )
 def _scaled_on_gpu(grads, factor, first, last):
-    from sslus.kernels import scale_gpu  # triton is imported when it is needed
+    from sslus.kernels import scale_gpu  # imports triton only when needed; it may be missing
 
     with torch.cuda.device_of(factor):
         return scale_gpu.scaled(grads, factor, (first, last))
@@ -240,7 +240,7 @@ class Map:
         self.run(os.environ.get("SSLUS_KERNELS", "auto"), *tensors, **scalars)
 
     def why_not(self, which: str, x: Tensor) -> str | None:
-        """Why the implementation `which` cannot take `x`; None if it can."""
+        """Why the implementation `which` cannot run on `x`; None if it can."""
         if getattr(self, which) is None:
             return "it is not written"
         if which == "cpu" and x.device.type != "cpu":

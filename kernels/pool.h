@@ -1,4 +1,4 @@
-// A thread pool, kept between calls: starting a thread costs as much as making a view.
+// A thread pool, kept between calls: starting a thread takes as long as making a view.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -31,7 +31,7 @@ class Pool {
 
  private:
   // Never destroyed: workers may still be waiting when the process ends. A forked child has none
-  // of its parent's threads, and locks in an unknown state, so it starts a pool of its own.
+  // of its parent's threads, and the locks are in an unknown state, so it starts its own pool.
   static Pool& instance() {
     static std::atomic<Pool*> pool{new Pool};
 #if __has_include(<pthread.h>)
@@ -53,7 +53,7 @@ class Pool {
     wake_.notify_all();
     take();
     std::unique_lock<std::mutex> lock(mutex_);
-    open_ = 0;  // workers that have not joined need not join any more
+    open_ = 0;  // workers that have not joined yet no longer need to
     done_.wait(lock, [this] { return busy_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
@@ -86,7 +86,7 @@ class Pool {
   std::vector<std::thread> workers_;
   Work work_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0, open_ = 0, busy_ = 0;  // open_: places for workers that have not joined yet
+  int64_t count_ = 0, open_ = 0, busy_ = 0;  // open_: how many workers may still join
   std::atomic<int64_t> next_{0};
   std::exception_ptr error_;
 };

@@ -1,8 +1,8 @@
-// The work of products.py between BLAS calls, on blocks of columns, in as few passes as possible.
+// The elementwise work of products.py between BLAS calls, in as few passes over memory as possible.
 //
-// To sum columns, a thread takes a stripe of columns, otherwise some rows. Sums over rows are taken
-// kRun rows at a time, which is as exact as PyTorch's. Matrices are row-major, float32, or bfloat16
-// if they are only read; their row stride may exceed the row length.
+// For sums over the rows, each thread takes a stripe of columns, otherwise a group of rows. These
+// sums are accumulated kRun rows at a time, which makes them as accurate as PyTorch's. Matrices are
+// row-major, float32, or bfloat16 if they are only read; row strides may exceed row lengths.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -37,7 +37,7 @@ void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(std::string("products: ") + message);
 }
 
-// Rows of an input, as float32.
+// The rows of an input, read as float32.
 class Rows {
  public:
   explicit Rows(const Input& z) : stride_(z.stride(0)), data_(z.data()) {
@@ -47,7 +47,7 @@ class Rows {
     require(z.shape(1) <= 1 || z.stride(1) == 1, "want rows without gaps");
   }
 
-  // Columns j .. j + n of row i; `room` is scratch memory for widening bfloat16.
+  // Columns j .. j + n - 1 of row i; `room` is scratch memory for widening bfloat16.
   SSLUS_INLINE const float* at(int64_t i, int64_t j, int64_t n, float* __restrict room) const {
     if (!half_) return static_cast<const float*>(data_) + i * stride_ + j;
     const uint16_t* from = static_cast<const uint16_t*>(data_) + i * stride_ + j;
@@ -70,7 +70,7 @@ struct Out {
   float* data;
 };
 
-// Sums over the rows: add(i, sums) for kRun rows into one array, which is then added to another.
+// Sums over the rows. add(i, run) adds row i to `run`, which is added to `sums` every kRun rows.
 template <typename Add>
 SSLUS_INLINE void sum_rows(int64_t rows, int64_t n, float* __restrict sums, const Add& add) {
   float run[kStripe];
@@ -85,7 +85,7 @@ SSLUS_INLINE void sum_rows(int64_t rows, int64_t n, float* __restrict sums, cons
 SSLUS_CLONES void centre_stripe(const Rows& z, int64_t rows, int64_t j, int64_t n, float eps,
                                 const Out& out, float* squares, float* __restrict packed) {
   float room[kStripe], first[kStripe], mean[kStripe], scale[kStripe];
-  // The first row is subtracted first, which is exact for collapsed columns. The stripe is packed,
+  // The first row is subtracted first, which is exact for constant columns. The stripe is packed,
   // because rows with a power-of-two stride map to few cache sets.
   std::copy_n(z.at(0, j, n, room), n, first);
   sum_rows(rows, n, mean, [&](int64_t i, float* __restrict run) {
@@ -156,9 +156,9 @@ SSLUS_CLONES void distances_stripe(const Rows& a, const Rows& b, int64_t rows, i
 }
 
 // Means and variances over the rows, for the columns of a stripe: those of a and b, and the
-// variance of a - b, which stays exact where they differ little. Squares are of the distance from
-// the first row, whose squared distance from the mean is at most rows - 1 variances; subtracting
-// the square of the mean magnifies the rounding error of a variance by as much.
+// variance of a - b, which stays accurate where they differ little. Values are taken relative to
+// the first row, whose squared distance from the mean is at most rows - 1 variances. Subtracting
+// the squared mean magnifies the relative rounding error of a variance by up to that factor.
 struct Moments {
   float *mean_a, *mean_b, *a, *b, *difference;
 };
@@ -204,7 +204,7 @@ SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int
   }
 }
 
-// A view of Barlow Twins: its columns, which the gradient overwrites, and what that is made from.
+// A view of Barlow Twins: x, which the gradient overwrites, and the inputs of the gradient.
 struct Twin {
   Out x, product;  // product: the other view's Gram matrix times x; overwritten
   const float *left, *scale;
@@ -240,7 +240,7 @@ SSLUS_CLONES void cross_stripe(const Twin& a, const Twin& b, const float* __rest
 
 // Calls work(first, count) for the pieces of `total`, on OpenMP's threads if available: BLAS uses
 // them too, and they keep spinning after a product, which would slow down other threads. The first
-// exception is rethrown after all pieces: leaving OpenMP's loop by one would end the process.
+// exception is rethrown after the loop: one that leaves an OpenMP loop terminates the process.
 template <typename Work>
 void share(int64_t total, int64_t piece, int64_t threads, const Work& work) {
   const int64_t num = (total + piece - 1) / piece;
@@ -299,7 +299,7 @@ double distance(Input a, Input b, std::optional<ConstRow> weights, int64_t threa
   require(alike(b, rows, width), "want matrices of one shape");
   const Rows p(a), q(b);
   const float* w = weights_of(weights, rows);
-  std::vector<double> sums(rows);  // summed in a fixed order, whatever the threads did
+  std::vector<double> sums(rows);  // added in a fixed order, independent of the threads
   share(static_cast<int64_t>(rows), kRun, threads, [&](int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i)
       sums[static_cast<size_t>(i)] =
@@ -367,8 +367,8 @@ void cross_gradients(Matrix xa, Matrix xb, Matrix product_a, Matrix product_b, C
 const sslus::Binding binding([](nb::module_& m) {
   m.def("centre_columns", &centre_columns, nb::arg("z").noconvert(), nb::arg("out").noconvert(),
         nb::arg("squares").noconvert(), nb::arg("eps"), nb::arg("threads"),
-        "out = z less its column means; squares: its columns' sums of squares. eps >= 0: each"
-        " column is then divided by sqrt(squares / N + eps).");
+        "out = z minus its column means; squares: the sums of squares of its columns. With"
+        " eps >= 0, each column is then divided by sqrt(squares / N + eps).");
   m.def("distance", &distance, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
         nb::arg("weights").noconvert().none(), nb::arg("threads"),
         "sum_ij weights_i (a_ij - b_ij)^2.");
@@ -381,7 +381,7 @@ const sslus::Binding binding([](nb::module_& m) {
         nb::arg("out").noconvert(), nb::arg("threads"), "out_j = sum_i (a_ij - b_ij)^2.");
   m.def("moments", &moments, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
         nb::arg("out").noconvert(), nb::arg("threads"),
-        "out (5, D): of the columns, the means of a and b, the biased variances of a, b and a - b.");
+        "out (5, D): the column means of a and b; the biased column variances of a, b and a - b.");
   m.def("cross_gradients", &cross_gradients, nb::arg("xa").noconvert(), nb::arg("xb").noconvert(),
         nb::arg("product_a").noconvert(), nb::arg("product_b").noconvert(),
         nb::arg("w").noconvert(), nb::arg("factor"), nb::arg("left_a").noconvert(),

@@ -14,14 +14,16 @@ from sslus.kernels import _cpu
 from sslus.kernels.ranks import Ranks
 
 TILE = 512  # columns: wide enough for BLAS at full rate, narrow enough that no tile is D x D
-# Entries of a block of columns, so that its results are used while they are in a cache. Smaller
-# blocks fit closer caches, but many short parallel loops wait for each other on a busy machine.
+# Elements of a block of columns: few enough that its results are used while they are in a cache.
+# Smaller blocks would fit smaller caches, but mean many short parallel loops, whose threads wait
+# for each other on a busy machine.
 BLOCK = 1 << 18
 
-# The Gram form computes an off-diagonal sum as total minus diagonal. If less than this part of the
+# The Gram form computes an off-diagonal sum as total minus diagonal. If less than this share of the
 # total is left, float32 rounding would show, and everything is repeated in float64.
-LEFT = 1 / 16  # Barlow Twins: the diagonal, and so its rounding, is spread over all columns
-LEFT_OF_ONE = 1 / 4  # VICReg: one column may have it all, and the difference is its gradient
+# gram_gpu.py uses LEFT for both losses.
+LEFT = 1 / 16  # Barlow Twins: the diagonal, and thus its rounding, is spread over all columns
+LEFT_OF_ONE = 1 / 4  # VICReg: one column may hold all of it, and the difference is its gradient
 
 
 def work(z: Tensor) -> Tensor:
@@ -30,12 +32,12 @@ def work(z: Tensor) -> Tensor:
 
 
 def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the D columns, N x width about BLOCK.
+    """Slices of the D columns, with N x width about BLOCK.
 
     At least 256 columns, for BLAS. At most 2048, since BLAS sums a row in float32 from one end to
-    the other, which is less exact than summing blocks. At most half of D, as several blocks are
-    held at a time. float64, where N x N matrices take twice the memory, gets an eighth: it is
-    rare, and memory matters more than time.
+    the other, which is less accurate than summing blocks. At most half of D, as several blocks are
+    held at a time. For float64, where the N x N matrices take twice the memory, BLOCK is divided by
+    8: it is rare, and memory matters more than time.
     """
     least, entries = (64, BLOCK // 8) if dtype == torch.float64 else (256, BLOCK)
     width = min(max(least, entries // n), max(least, -(-d // 2)), 2048)
@@ -43,7 +45,7 @@ def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z minus its column means. Subtracts the first row first: exact for collapsed columns."""
+    """z minus its column means. Subtracts the first row first: exact for constant columns."""
     z = z.to(dtype)
     z = z - z[:1]
     return z.sub_(z.mean(0))
@@ -98,7 +100,7 @@ def mirror(k: Tensor) -> None:
 
 
 def _bands(n: int) -> list[tuple[int, int]]:
-    """Four bands of rows leave 5/8 of the square to compute; thinner ones would slow BLAS."""
+    """Four bands of rows: 5/8 of the square is computed. Thinner bands would slow down BLAS."""
     step = max(64, -(-n // 4))
     return [(s, min(s + step, n)) for s in range(0, n, step)]
 

@@ -1,9 +1,9 @@
 """Communication between the processes that share one batch, for losses over the global batch.
 
-Every rank holds N rows; the joint batch is their rows in rank order. A kernel works on its part
-(rows or columns), adds sums over the ranks, and returns the joint loss together with its gradient
-at the rank's own rows. Nothing is all-reduced outside autograd, which would make gradients too
-small by the number of ranks.
+Every rank holds N rows; the joint batch is their concatenation in rank order. A kernel works on its
+rank's share (of the rows or columns), sums over the ranks, and returns the joint loss together with
+its gradient with respect to the rank's own rows. Nothing is all-reduced outside autograd, which
+would make gradients too small by a factor of the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# On a GPU: {group: {(op, D): N}}, the shapes that were checked on all ranks.
+# {group: {(op, D): N}}: the shapes that were compared between ranks; used on a GPU.
 _CHECKED: WeakKeyDictionary[dist.ProcessGroup, dict[tuple, int]] = WeakKeyDictionary()
 
 
@@ -47,9 +47,10 @@ class Ranks:
         """Raises ValueError, on every rank, unless all ranks hold equally many rows and columns.
 
         Statistics of an uneven batch would be right, but its loss would be a mean of unequal
-        shares. On a GPU, reading the answer waits for it, so the ranks ask each other only once per
-        op and width. Later, a rank with another number of rows raises by itself: asking would wait,
-        and for ever if the others, whose number has not changed, do not ask.
+        shares. On a GPU, reading the result waits for the device, so the ranks compare their shapes
+        only once per op and width. Later, a rank with another number of rows raises on its own:
+        comparing again would wait, and hang if the other ranks, whose number has not changed, do
+        not take part.
         """
         if not self.group:
             return
@@ -134,5 +135,5 @@ class Ranks:
 
 
 def _asks_once(z: Tensor) -> bool:
-    """Whether reading a value from z's device waits for it."""
+    """Whether reading a value waits for z's device, so that shapes are compared only once."""
     return z.is_cuda

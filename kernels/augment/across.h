@@ -1,9 +1,9 @@
-// Rows of a frame resized along x: from bytes to kFine steps.
+// Resizes rows of a frame along x, from bytes to units of 1 / kFine grey level.
 //
 // Every result needs pixels at its own positions, so a vector of results must gather them. AVX2
-// uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels. Without AVX2
-// or where 8 results need more pixels, 16 rows are transposed: one of their columns is a vector, and
-// gathering becomes a load from another address. The results are the same.
+// uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels. Without AVX2,
+// or if 8 results need more pixels, 16 rows are transposed, so that a column of theirs is a vector
+// and gathering becomes a load from another address. The results are the same.
 #pragma once
 #include "augment/loops.h"
 
@@ -28,7 +28,7 @@ typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias)
 typedef int16_t Eight __attribute__((vector_size(16), aligned(2), may_alias));
 typedef int16_t Sixteen __attribute__((vector_size(32), aligned(2), may_alias));
 
-// Three rounds of this transpose an 8 x 8 block; in Sixteen, two blocks side by side.
+// Three rounds of this transpose an 8 x 8 block; in Sixteen, two such blocks side by side.
 #define SSLUS_INTERLEAVE(from, to, low, high)                             \
   for (int i = 0; i < 4; ++i) {                                           \
     to[2 * i] = __builtin_shufflevector(from[i], from[i + 4], low);       \
@@ -42,7 +42,7 @@ SSLUS_INLINE Eight eight(const uint8_t* pixels) {
   return __builtin_convertvector(*reinterpret_cast<const EightBytes*>(pixels), Eight) * kFine;
 }
 
-// kLanes rows -> n columns of kLanes pixels, in kFine steps.
+// kLanes rows -> n columns of kLanes pixels, in units of 1 / kFine grey level.
 SSLUS_CLONES void to_columns(const uint8_t* const* rows, int64_t n, int16_t* columns) {
   int64_t x = 0;
   for (; x + 8 <= n; x += 8) {
@@ -58,7 +58,7 @@ SSLUS_CLONES void to_columns(const uint8_t* const* rows, int64_t n, int16_t* col
   for (; x < n; ++x) to_column(rows, x, columns);
 }
 
-// And back; n a multiple of 8.
+// The inverse; n is a multiple of 8.
 SSLUS_CLONES void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
   for (int64_t x = 0; x < n; x += 8) {
     Sixteen a[8], b[8];
@@ -76,7 +76,7 @@ SSLUS_CLONES void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int6
   }
 }
 
-#else  // for older compilers without these vectors: the same at a quarter of the speed
+#else  // for older compilers without these vectors: a quarter of the speed
 void to_columns(const uint8_t* const* rows, int64_t n, int16_t* columns) {
   for (int64_t x = 0; x < n; ++x) to_column(rows, x, columns);
 }
@@ -87,7 +87,7 @@ void to_rows(const int16_t* columns, int64_t n, int16_t* rows, int64_t stride) {
 }
 #endif
 
-// kLanes rows of results for each column: out = or += from + sum of kOthers differences.
+// For each column, kLanes rows: out = from (kAdd: out) + sum of kOthers weighted differences.
 template <int kOthers, bool kAdd, bool kLast>
 SSLUS_INLINE void blend_columns_of(const int16_t* __restrict in, const int32_t* __restrict first,
                                    const int16_t* __restrict weights, int64_t stride, int64_t k0,
@@ -123,15 +123,15 @@ SSLUS_CLONES void blend_columns(const int16_t* in, const int32_t* first, const i
 }
 
 #if defined(SSLUS_AVX2)
-// 16 bytes for each half of a vector.
+// Loads 16 bytes into each half of a vector.
 SSLUS_AVX2 inline __m256i two_windows(const uint8_t* low, const uint8_t* high) {
   return _mm256_inserti128_si256(
       _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
 }
 
-// 8 results from the 16 or (kFar) 32 pixels at the start of their window. A byte whose index has
-// its highest bit set becomes 0: this widens bytes to words, and leaves the far pixels to `far`.
+// Computes 8 results from the 16 or (kFar) 32 pixels of their window. A shuffle index with its
+// highest bit set yields 0: this widens bytes to words, and selects between `near` and `far`.
 // kTaps: the number of taps, or 0 for any.
 template <bool kFar, int kTaps>
 SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows,

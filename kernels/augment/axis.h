@@ -16,7 +16,7 @@ constexpr double kTolerance = 1e-3;  // pixels, as in reference.py
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Memory of a thread, kept between calls; zero-initialised and aligned to a cache line.
+// A thread's buffer, kept between calls; zero-initialised and aligned to a cache line.
 template <typename T>
 class Buffer {
  public:
@@ -46,9 +46,9 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// How pixels of a frame make the pixels of a view, along one axis: output o has weight
-// weights[k * stride + o] for pixel start + first[o] + k. Weights are in 2^-15 steps; the first
-// weight of an output is 1 minus its others.
+// The resize filter along one axis: output o has weight weights[k * stride + o] for pixel
+// start + first[o] + k of the frame. Weights are in units of 2^-15; the first weight of an output
+// is taken as 1 minus the others.
 struct Axis {
   int64_t start, span, taps, stride;
   const int32_t* first;
@@ -73,7 +73,7 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
                            int32_t* __restrict first, float* __restrict distance,
                            float* __restrict sum, float* __restrict share,
                            int16_t* __restrict weights) {
-  // Only 32-bit integers convert to doubles and back in vectors on all processors.
+  // On all processors, only 32-bit integers have vector conversions to doubles and back.
   const auto num = static_cast<int32_t>(count);
   for (int32_t o = 0; o < num; ++o) {
     const double c = centre + step * o;
@@ -101,7 +101,7 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
   for (int64_t o = 0; o < count; ++o) first[o] += static_cast<int32_t>(offset);
 }
 
-// The windows of look_up, in a row of `room` readable pixels. Returns the reach.
+// Computes the windows of look_up in a row of `room` readable pixels. Returns the reach.
 SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int64_t taps,
                                   int64_t stride, int64_t room, int32_t* __restrict windows,
                                   int16_t* __restrict places) {
@@ -123,7 +123,7 @@ SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int6
 }
 
 // The triangle filter of reference.py for the box start..start + length and `count` pixels.
-// The span is widened to a multiple of 8 pixels, for whole vectors, if the frame allows it.
+// The span is extended to a multiple of 8 pixels, for full vectors, if the frame allows it.
 Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store, int64_t count,
                bool reverse) {
   const double scale = length / static_cast<double>(count), support = std::max(scale, 1.0);
@@ -155,7 +155,7 @@ Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store,
 
 struct Gaussian {
   int64_t radius = 0;
-  int16_t weights[64];  // of pixels that are 1, 2, ... away; sigma <= 16: at most 48
+  int16_t weights[64];  // weights[k] is for distance k; radius <= 48, as sigma <= 16
 };
 
 Gaussian gaussian(double sigma, int64_t count) {

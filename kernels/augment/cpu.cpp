@@ -58,7 +58,7 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
           static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
           static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half,
           has_avx2(), false};
-  // A batch that fits in the caches until it is read is written through them.
+  // Only batches too large to stay in the caches until they are read bypass them.
   job.past_caches = job.avx2 && out.nbytes() > (size_t{4} << 20);
 
   nb::gil_scoped_release release;
@@ -68,7 +68,7 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
       throw std::invalid_argument("views: out of range: view " + std::to_string(v));
   if (num_views == 0 || job.height == 0 || job.width == 0) return;
   // Within a run of views, writing one overlaps with computing the next. Long runs first, then
-  // shorter ones, so that all threads end at about the same time.
+  // shorter ones, so that all threads finish at about the same time.
   struct Context {
     const Job& job;
     int64_t num_views, share;
@@ -128,7 +128,7 @@ const sslus::Binding binding([](nb::module_& m) {
         nb::arg("size"), nb::arg("out").noconvert(),
         "The table of random views (V, P), written to out. See sslus.ssl.views.draw.");
   m.def("philox", &philox_words, nb::arg("words").noconvert(), nb::arg("key"),
-        "Philox4x32-10 of counters (N, 4), which the random words take the place of.");
+        "Philox4x32-10 of counters (N, 4), which are overwritten by the random words.");
 });
 
 }  // namespace

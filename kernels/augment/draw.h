@@ -16,7 +16,7 @@ struct Ranges {
       max_sigma, p_solarize, solarize, p_gain, gain, p_speckle, speckle;
 };
 
-// One row, whose random numbers depend only on (seed, epoch, frame, view). Each number has one
+// Draws one row; its random numbers depend only on (seed, epoch, frame, view). Each number has one
 // fixed use, so that changing one field changes no other column.
 inline void draw(const Ranges& r, uint32_t frame, uint32_t view, uint32_t epoch, uint64_t seed,
                  double store, double size, float* row) {
@@ -27,7 +27,7 @@ inline void draw(const Ranges& r, uint32_t frame, uint32_t view, uint32_t epoch,
                              static_cast<uint32_t>(seed >> 32));
     for (int i = 0; i < 4; ++i) words[4 * block + i] = four[i] >> 8;
   }
-  // 24 bits fill a float32's mantissa: uniform in [0, 1) and never rounded up to 1.
+  // 24 bits fit into the significand of a float32: uniform in [0, 1), never rounded up to 1.
   const uint32_t* next = words;
   const auto uniform = [&] { return *next++ * 0x1p-24; };
   const auto either = [&](double p) { return uniform() < p; };

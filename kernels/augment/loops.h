@@ -1,9 +1,9 @@
 // Loops over rows of pixels, in 16-bit integers, vectorised along the row.
 //
-// A grey level has kFine steps in the resize, kStep after it. A pixel is blended as
-// `row + weight * (neighbour - row)`, rounded, so that a flat image stays exactly flat. A block is
-// `num_rows` rows of n pixels, `stride` apart. Loops are multiversioned (clones.h), so they process
-// a block per call instead of a row.
+// Pixels are fixed-point: a grey level is kFine steps during the resize and kStep steps after it.
+// A pixel is blended as `row + weight * (neighbour - row)`, rounded, so that a flat image stays
+// exactly flat. A block is `num_rows` rows of n pixels, `stride` apart. Loops are multiversioned
+// (clones.h) and thus never inlined, so each call processes a block instead of a row.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,8 +22,8 @@
 namespace sslus::augment {
 namespace {
 
-constexpr int kFine = 128;  // steps of a grey level in the resize: 255 * 128 fits 16 bits
-constexpr int kStep = 64;   // and after it: the sum of two pixels still does
+constexpr int kFine = 128;  // during the resize: 255 * 128 fits into 16 bits
+constexpr int kStep = 64;   // after it: so does the sum of two pixels
 constexpr int kWhite = 255 * kStep;
 
 // round(x * weight / 2^15), in a form that compilers turn into pmulhrsw or sqrdmulh.
@@ -41,7 +41,7 @@ SSLUS_INLINE int16_t brightened(int16_t x, uint16_t factor) {
   return static_cast<int16_t>(y < kWhite ? y : kWhite);
 }
 
-// out = or += row + sum of kOthers differences; after the last of them, brightness.
+// out = row (kAdd: out) + sum of kOthers weighted differences; if kLast, times the brightness.
 template <int kOthers, bool kAdd, bool kLast>
 SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
                             const int16_t* weights, int64_t weight_stride, uint16_t factor,
@@ -59,7 +59,7 @@ SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
 }
 
 // Rows y0 .. y1 - 1 of the results: sum_k weights[k * stride + y] * row (first[y] + k), then
-// brightness, in kStep steps. Row r is at rows + (r & ring) * n.
+// brightness, in kStep steps. Row r is stored at rows + (r & ring) * n.
 SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
                              int64_t y0, int64_t y1, int64_t n, int16_t* out,
                              int64_t out_stride) {
@@ -91,7 +91,7 @@ SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis
   }
 }
 
-// out = or += in + sum of kPairs of weights[k] * (in k steps before + in k steps after - 2 in).
+// out = in (kAdd: out) + sum over kPairs of weights[k] * (in[-k steps] + in[+k steps] - 2 in).
 template <int kPairs, bool kAdd>
 SSLUS_INLINE void blur_row(const int16_t* __restrict in, int64_t step, const int16_t* weights,
                            int64_t k0, int64_t n, int16_t* __restrict out) {
@@ -109,7 +109,7 @@ SSLUS_INLINE void blur_row(const int16_t* __restrict in, int64_t step, const int
   }
 }
 
-// Blur along the axis whose neighbours are `step` apart; weights[k] is for those k away.
+// Blurs along the axis whose neighbours are `step` apart; weights[k] is for distance k.
 SSLUS_CLONES void blur(const int16_t* in, int64_t in_stride, int64_t step, const int16_t* weights,
                        int64_t radius, int64_t num_rows, int64_t n, int16_t* out,
                        int64_t out_stride) {
@@ -129,10 +129,11 @@ SSLUS_CLONES void blur(const int16_t* in, int64_t in_stride, int64_t step, const
   }
 }
 
-// Multiplying by `one` lets compilers widen and add pairs in one instruction (pmaddwd).
+// The sum of a block. Multiplying by `one` lets compilers widen and add pairs in one instruction
+// (pmaddwd).
 SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, int64_t n,
                            int16_t one) {
-  constexpr int64_t chunk = 65536;  // times white < 2^31
+  constexpr int64_t chunk = 65536;  // chunk * white < 2^31
   int64_t sum = 0;
   for (int64_t y = 0; y < num_rows; ++y, in += stride)
     for (int64_t start = 0; start < n; start += chunk) {
@@ -144,8 +145,8 @@ SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, 
   return sum;
 }
 
-// min(white, max(0, factor * x + add)); factor in 2^-14 steps, at most 3 (bounds of the table).
-// Unsigned 16 bits suffice: 3 * white < 2^16, and subtraction saturates at 0.
+// min(white, max(0, factor * x + add)); factor is in units of 2^-14 and at most 3 (the table's
+// bound). Unsigned 16 bits suffice: 3 * white < 2^16, and subtraction saturates at 0.
 SSLUS_CLONES void stretch(int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
                           uint16_t factor, int add) {
   const auto least = static_cast<uint16_t>(std::min(65535, std::max(0, -add)));
@@ -159,7 +160,7 @@ SSLUS_CLONES void stretch(int16_t* row, int64_t stride, int64_t num_rows, int64_
     }
 }
 
-// white * (x / white)^gamma, as 2^(gamma log2 x): off by less than 0.03 grey levels.
+// white * (x / white)^gamma, as 2^(gamma log2 x): the error is below 0.03 grey levels.
 SSLUS_CLONES void power(int16_t* row, int64_t stride, int64_t num_rows, int64_t n, float gamma,
                         float lowest) {
   for (int64_t y = 0; y < num_rows; ++y, row += stride)
@@ -229,7 +230,7 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
   }
 }
 
-// -------------------------------------------------------- what compilers do not vectorise well
+// ------------------------------------------------- loops that compilers do not vectorise well
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SSLUS_AVX2 __attribute__((target("avx2,fma")))
@@ -239,8 +240,8 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
   return has;
 }
 
-// make_noise for four calls at a time, in 64-bit lanes: multiplying their lower halves is one
-// instruction, and the next multiplication ignores what is left in the upper halves.
+// make_noise with four Philox calls at a time, in 64-bit lanes: multiplying their lower halves is
+// one instruction, and the next multiplication ignores what is left in the upper halves.
 SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noise) {
   const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
   const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
@@ -268,8 +269,8 @@ SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noi
   }
 }
 
-// normalise with non-temporal stores, which bypass the caches: the next frames need them more than
-// the results. `out` is aligned to 32 bytes, n a multiple of 16.
+// normalise with non-temporal stores, which bypass the caches: these are better used for the next
+// frames than for the results. `out` is aligned to 32 bytes; n is a multiple of 16.
 SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
                                       float* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);

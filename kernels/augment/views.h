@@ -6,9 +6,9 @@
 //   Finish    plane --contrast, gamma--> rows --blur along x--> rows --blur along y--> rows
 //             rows --solarize, gain, speckle--> rows --normalise--> out
 //
-// The two are separated by contrast, which needs the mean of the whole view. The plane, with 16
-// bits per pixel, is stored as an image (98 KiB at 224 x 224, which fits in the L2 cache), as are
-// the rows between the blurs; everything else is single rows in the L1 cache.
+// The two are separated because contrast needs the mean of the whole view. The plane, with 16 bits
+// per pixel, is stored as a whole image (98 KiB at 224 x 224, which fits in the L2 cache), as are
+// the rows between the blurs; everything else is a few rows in the L1 cache.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,13 +22,13 @@
 namespace sslus::augment {
 namespace {
 
-// The table of reference.py.
+// The columns of the table in reference.py.
 enum Column {
   kTop, kLeft, kHeight, kWidth, kFlip, kBrightness, kContrast, kGamma, kSigma,
   kSolarize, kGainNear, kGainFar, kSpeckle, kSeed, kColumns
 };
 
-// Rows processed together: few, so that the store buffer can drain meanwhile.
+// Rows processed together: few, so that the store buffer can drain in between.
 constexpr int64_t kRows = 4;
 
 struct Scratch {
@@ -76,7 +76,7 @@ class Resample {
     across_ = make_axis(scratch.columns, p[kLeft], p[kWidth], job.store, job.width, p[kFlip] > 0);
     if (!job.avx2) across_.reach = kNever;
     batch_ = across_.reach == kNever ? kLanes : kRows;
-    // A row of results needs `taps` rows, which are made a batch at a time.
+    // A row of results needs `taps` rows, which are computed a batch at a time.
     ring_ = batch_;
     while (ring_ < down_.taps + batch_) ring_ *= 2;
     rows_ = scratch.ring.at_least(ring_ * across_.stride);
@@ -85,7 +85,7 @@ class Resample {
     factor_ = static_cast<uint16_t>(std::lround(p[kBrightness] * 16384));
   }
 
-  // Makes rows until all above y1 exist, and possibly some more.
+  // Computes all rows above y1, and possibly some more.
   void until(int64_t y1) {
     for (; y_ < y1; ready_ += batch_) {
       resize_across(image_ + ready_ * job_.store, job_.store,
@@ -166,7 +166,7 @@ void mirror_columns(int16_t* rows, int64_t stride, int64_t num_rows, int64_t wid
   }
 }
 
-// Mirrors rows at row `edge`: fills those on its `side` (-1: before it, 1: after it).
+// Mirrors rows at row `edge`: fills those before it (side = -1) or after it (side = 1).
 void mirror_rows(int16_t* edge, int64_t stride, int64_t radius, int side) {
   for (int64_t k = 1; k <= radius; ++k)
     std::memcpy(edge + side * k * stride, edge - side * k * stride,
@@ -233,8 +233,8 @@ class Finish {
   int64_t y_ = 0, done_ = 0;
 };
 
-// Views v0 .. v1 - 1. The first half of each is interleaved with the second half of the one before,
-// so that writing one view to memory overlaps with computing the next.
+// Makes views v0 .. v1 - 1. The first half of each is interleaved with the second half of the
+// previous one, so that writing one view to memory overlaps with computing the next.
 void make_views(const Job& job, int64_t v0, int64_t v1, Scratch& scratch) {
   Finish before;
   for (int64_t v = v0; v < v1; ++v) {

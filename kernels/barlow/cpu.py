@@ -1,25 +1,27 @@
 """BarlowTwins on the CPU: BLAS for the products, closed-form gradients, no D x D matrix.
 
-With a, b the standardised views, sa, sb what divided them, d_j = C_jj, l = off_diagonal:
+With a, b the standardised views, sa, sb the divisors used for that, d_j = C_jj, l = off_diagonal:
 
     form   when     off-diagonal sum                          products       extra floats
     Gram   N < D    <a a^T, b b^T> / N^2 - sum_j d_j^2        3.25 N^2 D     2 N^2 + 2 N D
     tiled  N >= D   |tiles of a^T b / N, diagonal 0|^2        3 N D^2        3 N D + (N + 2 D) T
 
-A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 3 N D^2. The
-Gram matrices are computed to 5/8, being symmetric. The extra floats hold the two gradients; T is
-a tile's width, at most 1024 and D / 2, and blocks of columns come on top. Where the Gram form's
-difference cancels, it is made again in float64, at twice the N^2.
+Products are counted in multiplications, of two operations each; autograd of the definition takes
+3 N D^2. As Gram matrices are symmetric, only 5/8 of each is computed. The extra floats include the
+two gradients; T is the width of a tile, at most 1024 and D / 2; blocks of columns add a little.
+Where the Gram form's difference cancels, it is recomputed in float64, with twice the N^2 memory.
 
 Gradient: dL/da = b M^T / N and dL/db = a M / N, where M = dL/dC has 2 l C_ij off its diagonal and
-2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, m_j the mean over the rows of a_ij dL/da_ij.
-Its mean is zero because b's is; with 1e-5 inside the root the formula is exact as it stands.
+2 (d_j - 1) on it; then dL/dza = (dL/da - a m) / sa, with m_j the mean over the rows of
+a_ij dL/da_ij. dL/da has zero column means because b has. The formula is exact, including the 1e-5
+inside the root.
 
-d_j - 1 is small where the views agree, so it is not taken as a difference:
+d_j - 1 is small where the views agree, so it is not computed as a difference:
 d_j - 1 = -mean_i (a_ij - b_ij)^2 / 2 - (1e-5 / sa_j^2 + 1e-5 / sb_j^2) / 2.
 
-With N = 2 each column is (1, -1) but for the 1e-5, and all that is left of its gradient comes
-from there: float64. So it is for FEW numbers, where it costs nothing and rounding is not averaged.
+With N = 2 each column is (1, -1) except for the effect of the 1e-5, which is all that its gradient
+comes from, so float64 is used. It is also used for up to FEW elements, where it costs little and
+rounding errors do not average out.
 """
 
 import torch
@@ -39,8 +41,8 @@ from sslus.kernels.ranks import Ranks
 
 EPS = 1e-5
 FEW = 4096
-# Columns of a tile, where D / 2 is not fewer: with 512 BLAS is slower, and every elementwise pass
-# over a tile's columns is one more place where threads wait for each other.
+# Columns of a tile, unless D / 2 is smaller. With 512, BLAS is slower, and there are more
+# elementwise passes, after each of which threads wait for each other.
 WIDEST = 1024
 
 
@@ -55,17 +57,17 @@ def barlow(
 
 
 def gram(za, zb, n, off_diagonal, ranks, dtype):
-    """Across ranks each takes its share of the columns, and the N x N matrices are added."""
+    """Across ranks, each takes its share of the columns, and the N x N matrices are summed."""
     d = za.shape[1]
     views = [ranks.to_columns(z) for z in (za, zb)]
     width = views[0].shape[1]
 
     v = views[0].new_empty(2, width, dtype=dtype)
-    low = views[0].new_empty(width, dtype=dtype)  # d - 1
+    low = views[0].new_empty(width, dtype=dtype)  # d_j - 1
     k = views[0].new_zeros(2, n, n, dtype=dtype)
-    excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K, less D
+    excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K minus D
     less = k.new_tensor(-1)
-    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]  # at first, x is kept there
+    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]  # each holds x at first
     threads = torch.get_num_threads()
     for cols in blocks(n, width, dtype):
         pair = []
@@ -78,7 +80,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
             _cpu.distances(*pair, low[cols], threads)
         else:
             low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
-        del pair, x  # or the next block would be made beside this one
+        del pair, x  # freed before the next block is allocated
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
         mirror(k[i])
@@ -92,12 +94,12 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
         del k, grads
         return gram(za, zb, n, off_diagonal, ranks, torch.float64)
 
-    # What the diagonal of K has in common, about D, stretches a, and m takes that away but for
-    # EPS / v. Taken away here, it is not there to be rounded.
+    # A common value of K's diagonal, about D, only scales a in dL/da, and subtracting a m removes
+    # all of it but the share EPS / v. Removing it here avoids its rounding error.
     common = excess.mean(1, keepdim=True)
     k.diagonal(dim1=1, dim2=2).copy_(excess - common)
     factor = 2 * off_diagonal / n**2
-    left = (EPS * factor) * (d + common).flip(0).to(dtype) / v  # of K of the other view
+    left = (EPS * factor) * (d + common).flip(0).to(dtype) / v  # from K of the other view
     w = (low - off_diagonal * (1 + low)) * (2 / n)
     scale = v.rsqrt_()
     for cols in blocks(n, width, dtype):
@@ -119,11 +121,11 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
 
 
 def tiled(za, zb, n, off_diagonal, ranks, dtype):
-    """Across ranks each keeps its rows, and the tiles are added as they are made.
+    """Across ranks, each keeps its rows, and the tiles are summed as they are computed.
 
-    Half of a step's time beyond the products would be fresh memory and passes over (N, D). So b
-    is standardised a tile's columns at a time, in memory used again, and a is only centred: what
-    it and its gradient would be scaled by, the tile is, which is smaller.
+    Fresh memory and passes over (N, D) would take half of the time that is not spent on products.
+    Therefore b is standardised one tile's columns at a time, in reused memory, and a is only
+    centred: the tile, which is smaller, is scaled instead of a and its gradient.
     """
     d = za.shape[1]
     width = min(WIDEST, -(-d // 2))
@@ -131,21 +133,21 @@ def tiled(za, zb, n, off_diagonal, ranks, dtype):
     a = torch.empty_like(ga)
     va = centre(za, a, gb, n, ranks)
     ra = va.rsqrt()
-    ma = torch.zeros_like(va)  # the sums over the rows of C * M; mb: over its columns
+    ma = torch.zeros_like(va)  # sums of C * M over each row of C; mb: over each column
     loss = va.new_zeros((), dtype=torch.float64)
     room = a.new_empty(len(a), width)
     for s in range(0, d, width):
         cols = slice(s, min(s + width, d))
-        b, spare = room[:, : cols.stop - s], gb[:, cols]  # spare until the gradient is made
+        b, spare = room[:, : cols.stop - s], gb[:, cols]  # gb is scratch until it is computed
         vb = centre(zb[:, cols], b, spare, n, ranks)
         rb = vb.rsqrt()
         b *= rb
         low = torch.addcmul(b, a[:, cols], ra[cols], value=-1, out=spare).square_().sum(0)
-        low = (ranks.sum_(low) / n + EPS / va[cols] + EPS / vb) / -2  # d - 1
+        low = (ranks.sum_(low) / n + EPS / va[cols] + EPS / vb) / -2  # d_j - 1
 
         tile = ranks.sum_(a.T @ b).mul_(ra[:, None] / n)
         diagonal = tile[cols].diagonal()
-        diagonal.zero_()  # no sum from which it would have to be subtracted again
+        diagonal.zero_()  # so that it need not be subtracted from the sum of squares
         squares = tile.square()
         mb = squares.sum(0)
         loss += low.double().square().sum() + off_diagonal * mb.sum(dtype=torch.float64)
@@ -163,9 +165,10 @@ def tiled(za, zb, n, off_diagonal, ranks, dtype):
 
 
 def centre(z, out, spare, n, ranks):
-    """z minus its means over the n rows of all ranks, into `out`; returns the variances + EPS.
+    """Write z minus its means over the n rows of all ranks to `out`; returns the variances + EPS.
 
-    In few passes over all rows, where `centred_rows` has many over blocks: threads meet less often.
+    Makes few passes over all rows rather than many over blocks, as `centred_rows` does: threads
+    synchronise less often.
     """
     torch.sub(z, ranks.sum_(z[:1].to(out.dtype, copy=True)).div_(ranks.world), out=out)
     out -= ranks.sum_(out.sum(0)).div_(n)

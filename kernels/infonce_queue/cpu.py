@@ -1,10 +1,10 @@
-"""InfoNCE with a queue on the CPU: the queue in bands, neither copied nor concatenated.
+"""InfoNCE with a queue on the CPU: the queue is read in bands, neither copied nor concatenated.
 
-A band's logits go into the running maximum m, the running sum of exp(s - m) and of
-exp(s - m) queue, each rescaled when m grows: one pass, two products of N M D multiplications.
-With x = lse over the queue - q.k / T the loss is softplus(x), exact where it is small too, and
-dL/dq_i = sigmoid(x) (sum_m P_im queue_m - k_i) / (N T), P the softmax over the queue alone.
-Across ranks each keeps its rows. Extra floats: a band, 4 N D.
+Each band's logits s update a running maximum top and the sums of exp(s - top) and of
+exp(s - top) queue, which are rescaled when top grows: one pass, two products of N M D
+multiplications. With x = lse over the queue - q.k / T, the loss is softplus(x), accurate where it
+is small too, and dL/dq_i = sigmoid(x) (sum_m P_im queue_m - k_i) / (N T), with P the softmax over
+the queue alone. Across ranks, each keeps its own rows. Extra floats: one band, 4 N D.
 """
 
 import torch
@@ -15,7 +15,7 @@ from sslus.kernels.infonce_queue.reference import check
 from sslus.kernels.products import unit, unit_gradient, work
 from sslus.kernels.ranks import Ranks
 
-BAND = 1 << 20  # logits at a time: 4 MiB stay in a cache
+BAND = 1 << 20  # logits at a time: 4 MiB, to stay in a cache
 
 
 def infonce_queue(

@@ -3,17 +3,17 @@
     filled = where(m, fill, x)
     L = sum w (prediction - target)^2 / sum w        w = hole where m, rest elsewhere
 
-over all pixels of the joint batch of all ranks. m is a function of the sample's id and of where the
-target shows the ultrasound sector, and is never stored as a tensor: for one batch only a number per
-cell (of 16 x 16 pixels) and the corners of the rectangles are kept. reference.py defines which
-pixels are hidden, and `draw_mask` shows them.
+over all pixels of the joint batch of all ranks. m depends only on the sample's id and on where the
+target shows the ultrasound sector. It is never stored as a tensor: for one batch only a number per
+cell (by default 16 x 16 pixels) and the corners of the rectangles are kept. reference.py defines
+which pixels are hidden; `draw_mask` returns them.
 
 hole=1, rest=0 is the loss of the masked part alone, as in MAE (He et al. 2022, arXiv:2111.06377,
 section 3: "we compute the loss only on masked patches"); 1, 1 is the mean squared error of the
-whole image; values in between weight the two parts. The gradient goes to the prediction and is
-computed with the loss, in one pass over prediction and target. This needs sum w over
-all ranks first, so the mask is drawn before; that reads nothing but the target, and only if the
-mask depends on the sector.
+whole image; values in between weight the two parts. The gradient with respect to the prediction is
+computed with the loss, in one pass over prediction and target. This needs sum w over all ranks
+first, so the mask is drawn before; that reads only the target, and only if the mask depends on the
+sector.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ __all__ = ["Mask", "draw_mask", "mask_fill", "mask_ids", "masked_mse"]
 
 @dataclass(frozen=True)
 class Mask:
-    """Which part of an image is hidden.
+    """Which pixels of an image are hidden.
 
     background is the largest value outside the sector, in the target's units. For frames in which
     black is 0 and noise reaches 8 of 255, it is (8.5 / 255 - mean) / std, between two grey levels.
     Without it, the whole image is the sector. Black inside the sector, such as a chamber, belongs
-    to it; black that reaches its edge cannot be told from the outside. Raises ValueError for
-    values out of range.
+    to it; black that reaches its edge cannot be distinguished from the outside. Raises ValueError
+    for values out of range.
     """
 
     kind: str = "patches"  # or "rectangles"
@@ -190,7 +190,7 @@ _fill = Map(
 
 _PATCHES = vars(Mask(patch=4, ratio=0.6)) | {"hole": 1.0, "rest": 0.0}
 _RECTANGLES = vars(Mask("rectangles", patch=5, num=3)) | {"hole": 1.0, "rest": 0.25}
-# Of the numbers that the parity test draws, about half are above this.
+# About half of the values that the parity test draws are above this background.
 _SECTOR = {"background": 0.3, "share": 0.5}
 
 # The tests and benchmarks of all losses use one dtype for all tensors of a case, so the

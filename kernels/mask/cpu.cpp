@@ -1,7 +1,7 @@
 // Masks on the CPU. The definition is in reference.py.
 //
-// A mask exists only one row at a time, with 32 bits per pixel, all ones where it is hidden; it is
-// made from the sample's row of the table. With patches, it serves all image rows of its cells.
+// A mask exists only one image row at a time, as 32 bits per pixel, all ones where hidden. It is
+// made from the sample's row of the table. For patches, all image rows of a row of cells share it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kMaxCells = 1024, kOne = 1 << 16;
 
-// As in reference.Plan, in its order.
+// The fields of reference.Plan, in its order.
 struct Plan {
   int64_t height, width, patch, rows, columns, num, ratio, share;
   int64_t low_height, high_height, low_width, high_width, sector;
@@ -79,7 +79,8 @@ SSLUS_CLONES void count_above(const uint16_t* __restrict row, float background, 
   for (int64_t i = 0; i < n; ++i) counts[i] += widened(row[i]) > background;
 }
 
-// Which rectangles cover a row: bit r of columns[x] and of rows is rectangle r.
+// line = cells where a rectangle covers the pixel, else 0. Bit r is set in columns[x] if rectangle
+// r covers column x, and in rows if it covers this image row.
 SSLUS_CLONES void both(const uint32_t* __restrict columns, uint32_t rows,
                        const uint32_t* __restrict cells, int64_t n, uint32_t* __restrict line) {
   for (int64_t i = 0; i < n; ++i) line[i] = (columns[i] & rows) ? cells[i] : 0;
@@ -108,7 +109,7 @@ SSLUS_CLONES void blend(const uint16_t* __restrict row, const uint32_t* __restri
 SSLUS_CLONES double weigh(const float* __restrict prediction, const float* __restrict target,
                           const uint32_t* __restrict line, float hole, float rest, int64_t n,
                           float* __restrict gradient) {
-  constexpr int64_t kLanes = 16;  // separate sums, else additions would form one serial chain
+  constexpr int64_t kLanes = 16;  // separate sums: one sum would be a serial chain of additions
   float sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -138,7 +139,7 @@ struct Scratch {
   std::vector<float> rows;
 };
 
-// Which cells of the sector the target shows.
+// cells[i] = 1 if cell i belongs to the sector in the target, else 0.
 template <class T>
 void find_sector(const Plan& p, const T* target, float background, Scratch& s, int32_t* cells) {
   const int64_t num_cells = p.rows * p.columns;
@@ -165,7 +166,7 @@ void find_sector(const Plan& p, const T* target, float background, Scratch& s, i
     std::fill_n(cells, num_cells, 1);
     return;
   }
-  // A cell counts if it is lit, or between lit cells both in its row and in its column.
+  // A cell belongs to it if it is lit, or between lit cells both in its row and in its column.
   std::vector<uint8_t>& lit = s.lit;
   const auto span = [&](int64_t first, int64_t step, int64_t n, int32_t bit) {
     int64_t low = 0, high = n - 1;
@@ -196,8 +197,8 @@ void place(const Plan& p, uint64_t id, int64_t cell, int32_t* box) {
   for (int i = 0; i < 4; ++i) box[i] = static_cast<int32_t>(edges[i]);
 }
 
-// A row of the table: num rectangles as (top, left, bottom, right), then 1 for each cell that
-// counts (a hidden patch or, with rectangles, a cell of the sector).
+// Writes a row of the table: num rectangles as (top, left, bottom, right), then for each cell 1 or
+// 0: whether the patch is hidden or, with rectangles, whether the cell belongs to the sector.
 template <class T>
 void draw(const Plan& p, const T* target, int64_t signed_id, float background, Scratch& s,
           int32_t* table) {
@@ -224,7 +225,7 @@ void draw(const Plan& p, const T* target, int64_t signed_id, float background, S
     place(p, id, s.sorted[static_cast<size_t>(std::min(r, num - 1))] % kMaxCells, table + 4 * r);
 }
 
-// row(y, line) for each row of the image.
+// Calls row(y, line) for each row of the image.
 template <class F>
 void each_row(const Plan& p, const int32_t* table, Scratch& s, F row) {
   const auto width = static_cast<size_t>(p.width);
@@ -320,7 +321,7 @@ void require_images(const Images& x, size_t num, const Plan& p) {
           "images must be (B, 1, H, W)");
 }
 
-// work(sample, scratch) on the pool.
+// Calls work(sample, scratch) for each sample, on the pool.
 template <class F>
 void each_sample(size_t num, int64_t threads, const F& work) {
   sslus::Pool::run(
@@ -332,7 +333,7 @@ void each_sample(size_t num, int64_t threads, const F& work) {
       const_cast<F*>(&work));
 }
 
-// f(pointer to sample), with the element type of the images.
+// Calls f(images), as a pointer to their element type.
 template <class F>
 void with_type(bool half, const void* images, F f) {
   half ? f(static_cast<const uint16_t*>(images)) : f(static_cast<const float*>(images));
@@ -384,7 +385,8 @@ void mask_fill(Images x, Images target, Ids ids, Images out, const Numbers& numb
   });
 }
 
-// hole, rest: divided by the sum of all weights. losses: per sample, to be summed in order.
+// hole, rest: the weights divided by the sum of all weights. losses: one per sample, to be summed
+// in order.
 void masked_mse(Images prediction, Images target, Table table, Images gradient, Losses losses,
                 const Numbers& numbers, double hole, double rest, int64_t threads) {
   const Plan p = checked(numbers);
@@ -424,7 +426,7 @@ const sslus::Binding binding([](nb::module_& m) {
   m.def("mask_table", &mask_table, nb::arg("target").noconvert(), nb::arg("ids").noconvert(),
         nb::arg("table").noconvert(), nb::arg("numbers"), nb::arg("background"),
         nb::arg("threads"),
-        "What each sample's mask is made of, into table; returns the hidden pixels of all.");
+        "Draws each sample's mask into its row of table; returns the number of hidden pixels.");
   m.def("mask_fill", &mask_fill, nb::arg("x").noconvert(), nb::arg("target").noconvert(),
         nb::arg("ids").noconvert(), nb::arg("out").noconvert(), nb::arg("numbers"),
         nb::arg("background"), nb::arg("fill"), nb::arg("threads"),
@@ -433,7 +435,7 @@ const sslus::Binding binding([](nb::module_& m) {
         nb::arg("target").noconvert(), nb::arg("table").noconvert(),
         nb::arg("gradient").noconvert(), nb::arg("losses").noconvert(), nb::arg("numbers"),
         nb::arg("hole"), nb::arg("rest"), nb::arg("threads"),
-        "Each sample's share of the loss, and the gradient. See sslus.kernels.mask.");
+        "Each sample's share of the loss and the gradient. See sslus.kernels.mask.");
 });
 
 }  // namespace

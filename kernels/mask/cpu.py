@@ -1,8 +1,8 @@
 """Masks on the CPU: glue around cpu.cpp.
 
-The loss takes two passes. The first makes the table of what each sample's mask is made of, reading
-the target only where the sector decides, and counts the hidden pixels; the counts, added over the
-ranks, give sum w. The second reads prediction and target and writes the gradient.
+The loss takes two passes. The first draws each sample's mask, stores it as a row of a table, and
+counts the hidden pixels; the counts, summed over the ranks, give sum w. It reads the target only if
+the mask depends on the sector. The second reads prediction and target and writes the gradient.
 """
 
 import torch
@@ -40,14 +40,14 @@ def masked_mse(
     ranks: Ranks,
     **scalars,
 ) -> tuple[Tensor, Tensor]:
-    """The loss () float32, and the gradient of the prediction."""
+    """The loss () float32 and the gradient of the prediction."""
     from sslus.kernels import _cpu
 
     check(prediction, target, ids)
     check_weights(hole, rest)
     threads = torch.get_num_threads()
     p = plan(*prediction.shape[-2:], background=background, **scalars)
-    # A row: the rectangles, then 1 for each cell that counts.
+    # Each row: the rectangles, then for each cell 1 if it is hidden (rectangles: in the sector).
     table = torch.empty((len(ids), 4 * p.num + p.cells), dtype=torch.int32)
     hidden = _cpu.mask_table(target, ids.long(), table, p.numbers, background, threads)
     count = ranks.sum_(torch.tensor([hidden, prediction.numel()]))

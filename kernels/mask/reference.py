@@ -1,21 +1,22 @@
 """Masks in plain PyTorch: the definition that every kernel is measured against.
 
-The image is cut into square cells; those at the right and lower edge may be smaller. Which
-cells a mask starts from is one rule for both kinds:
+The image is cut into square cells; those at the right and lower edges may be smaller. Both kinds of
+mask select cells by the same rule:
 
-1. A cell is lit if at least `share` of its pixels, and one at least, are above `background`. It
-   belongs to the sector if it is lit or has lit cells on all four sides: blood is as black as
-   what surrounds the sector, but lies inside it. Where no cell is lit, all belong to the sector.
+1. A cell is lit if at least `share` of its pixels, and at least one, are above `background`. It
+   belongs to the sector if it is lit or has lit cells on all four sides, in its row and its column:
+   blood is as black as the outside of the sector, but lies inside it. If no cell is lit, all
+   cells belong to the sector.
 2. Cell c of the sample `id` draws the four words of Philox4x32-10 with counter
    (c, id >> 32, 0, 0) and key (id mod 2^32, 0). The cells of the sector are ranked by the first
    21 bits of their first word, then by c.
-3. `patches` hides the first ratio x (cells of the sector), rounded, one at least.
-   `rectangles` puts a rectangle at each of the first `num`: height and width uniform over the
-   whole numbers in min_side..max_side of the image's, around a uniform pixel of the cell, moved
-   where it sticks out of the image. It hides what is both in a rectangle and in a cell of the
-   sector.
+3. `patches` hides the first cells in this order: ratio x (cells of the sector), rounded, and at
+   least one. `rectangles` draws a rectangle at each of the first `num`: its height and width are
+   uniform integers from min_side to max_side times those of the image; its centre is a uniform
+   pixel of the cell, and it is shifted to lie inside the image. A pixel is hidden if it is both in
+   a rectangle and in a cell of the sector.
 
-All of it is in whole numbers, so that the same pixels are hidden on every machine.
+All arithmetic is in integers, so the same pixels are hidden on every machine.
 """
 
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ from torch import Tensor
 from sslus.kernels.augment.reference import philox
 
 MAX_CELLS = 1024  # a cell's number is the last 10 bits of its rank
-MAX_RECTANGLES = 32  # a bit each
-ONE = 1 << 16  # shares are whole numbers of this part
+MAX_RECTANGLES = 32  # one bit each
+ONE = 1 << 16  # shares are stored as integers, in units of 1 / ONE
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a mask's scalars mean for images of H x W: whole numbers, the same for all kernels."""
+    """A mask's scalars for images of H x W, as integers, the same for all kernels."""
 
     height: int
     width: int
@@ -42,17 +43,17 @@ class Plan:
     rows: int  # of cells
     columns: int
     num: int  # rectangles; 0: patches
-    ratio: int  # of ONE
-    share: int  # of ONE
+    ratio: int  # in units of 1 / ONE
+    share: int  # in units of 1 / ONE
     low_height: int  # of a rectangle
     high_height: int
     low_width: int
     high_width: int
-    sector: int  # 0: every cell is in it, whatever the image holds
+    sector: int  # 0: every cell belongs to it, whatever the image shows
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """In this order."""
+        """All fields, in this order."""
         return tuple(vars(self).values())
 
     @property
@@ -74,7 +75,7 @@ def plan(
     background: float,
     share: float,
 ) -> Plan:
-    """ValueError if the image has more cells than can be ranked."""
+    """Raises ValueError if the image has more than MAX_CELLS cells."""
     rows, columns = -(-height // patch), -(-width // patch)
     if not 1 <= rows * columns <= MAX_CELLS:
         raise ValueError(
@@ -93,7 +94,7 @@ def plan(
 
 
 def sector(target: Tensor, p: Plan, background: float) -> Tensor:
-    """Which cells the sector has: (B, H, W) -> (B, rows, columns) bool."""
+    """The cells of the sector: (B, H, W) -> (B, rows, columns) bool."""
     cells = (len(target), p.rows, p.columns)
     if not p.sector:
         return torch.ones(cells, dtype=torch.bool, device=target.device)
@@ -107,7 +108,7 @@ def sector(target: Tensor, p: Plan, background: float) -> Tensor:
     pixels, bright = total(torch.ones_like(above[:1])), total(above)
     lit = (bright > 0) & (bright * ONE >= pixels * p.share)
 
-    def seen(dim: int) -> Tensor:  # a lit cell before this one and another behind it
+    def seen(dim: int) -> Tensor:  # whether there are lit cells on both sides along dim
         before, after = lit.cumsum(dim), lit.flip(dim).cumsum(dim).flip(dim)
         return (before > 0) & (after > 0)
 
@@ -118,8 +119,9 @@ def sector(target: Tensor, p: Plan, background: float) -> Tensor:
 def draw(
     target: Tensor, ids: Tensor, p: Plan, background: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What a mask is made of: the cells that count (B, rows, columns) bool, the rectangles
-    (B, num, 4) int64 as top, left, bottom, right, or None, and the sector's cells."""
+    """The parts of a mask: for patches, the hidden cells (B, rows, columns) bool and None; for
+    rectangles, the cells of the sector and the corners (B, num, 4) int64 as top, left, bottom,
+    right. The third part is always the cells of the sector."""
     inside = sector(target, p, background)
     cell = torch.arange(p.cells, device=target.device)
     ids = ids.long().view(-1, 1)
@@ -133,7 +135,7 @@ def draw(
         hidden = ((count * p.ratio + ONE // 2) // ONE).clamp(min=1)
         chosen = candidates & (rank <= order.gather(1, hidden - 1))
         return chosen.view_as(inside), None, inside
-    # With fewer cells than rectangles, the last one is there several times.
+    # With fewer cells than rectangles, the last rectangle is repeated.
     first = torch.arange(p.num, device=target.device).expand(len(ids), -1)
     at = at.gather(1, first.minimum(count - 1))
     _, tall, wide, place = (w.expand(len(ids), -1).gather(1, at) for w in words)
@@ -148,7 +150,7 @@ def draw(
 
 
 def mask(target: Tensor, ids: Tensor, *, background: float, **scalars) -> Tensor:
-    """Which pixels are hidden: (B, H, W) bool, for target (B, 1, H, W) and ids (B,)."""
+    """The hidden pixels: (B, H, W) bool, for target (B, 1, H, W) and ids (B,)."""
     height, width = target.shape[-2:]
     p = plan(height, width, background=background, **scalars)
     cells, boxes, _ = draw(target.detach()[:, 0], ids, p, background)
@@ -193,7 +195,7 @@ def masked_mse(
 
 
 def check(prediction: Tensor, target: Tensor, ids: Tensor) -> None:
-    """Refuses what cannot be compared."""
+    """Raises ValueError unless the shapes match."""
     shape = tuple(prediction.shape)
     if len(shape) != 4 or shape[1] != 1 or tuple(target.shape) != shape:
         raise ValueError(
@@ -204,6 +206,6 @@ def check(prediction: Tensor, target: Tensor, ids: Tensor) -> None:
 
 
 def check_weights(hole: float, rest: float) -> None:
-    """Without weight in the hole, an image that is hidden whole would have none at all."""
+    """hole must be positive: if all pixels are hidden, the weights would otherwise sum to 0."""
     if not (hole > 0 and rest >= 0):
         raise ValueError(f"masked_mse: want hole > 0 and rest >= 0, got {hole} and {rest}")

@@ -1,11 +1,14 @@
-"""NT-Xent on the CPU: the 2N x 2N logits in bands of rows, each used as it is made.
+"""NT-Xent on the CPU: the 2N x 2N logits in bands of rows, consumed as they are computed.
 
-With P_ik = exp(s_ik - lse_i) the gradient is dL/du_i = sum_k (P_ik + P_ki) u_k - 2 u_p, over
-2 N T. As s is symmetric, P_ki needs the lse of row k but not its logits: across ranks each makes
-the logits of its own rows against everybody's, and the lse are gathered.
+With P_ik = exp(s_ik - lse_i) the gradient is
 
-Two products of 4 N^2 D multiplications where autograd of the definition takes three; a batch
-with more logits than a band makes them twice. Extra floats: 2 bands, 6 N D.
+    dL/du_i = (sum_k (P_ik + P_ki) u_k - 2 u_p) / (2 N T)
+
+As s is symmetric, P_ki needs the lse of row k but not its logits: across ranks, each computes the
+logits of its own rows against all, and the lse are gathered.
+
+This takes two products of 4 N^2 D multiplications, where autograd of the definition takes three; if
+the logits do not fit into one band, they are computed twice. Extra floats: 2 bands, 6 N D.
 """
 
 import torch
@@ -26,7 +29,7 @@ def ntxent(
     own = torch.cat([ua, ub])
     u = torch.cat([ranks.join(ua), ranks.join(ub)])
     num = len(u)
-    # Where this rank's 2 n views stand in u, and their other views.
+    # The indices in u of this rank's 2 n views, and of the other view of each.
     rows = torch.arange(n) + ranks.rank * n
     rows = torch.cat([rows, rows + num // 2])
     others = (rows + num // 2) % num

@@ -6,15 +6,16 @@ With x the centred z, v_j = |x_j|^2 / (N - 1), s_j = sqrt(v_j + 1e-4), both form
     Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3.25 N^2 D    N^2 + 2 N D
     tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3.25 N D^2    4 N D + 512 D
 
-A product of N^2 D stands for 2 N^2 D operations; autograd of the definition takes 6 N D^2. Only
-5/8 of a symmetric matrix are computed. The extra floats hold the two gradients; blocks of
-columns come on top. Where the Gram form's difference cancels for a view, that view's is made
-again in float64, at twice the N^2 and three times the time: few dimensions with most of the
-variance.
+Products are counted in multiplications, of two operations each; autograd of the definition takes
+6 N D^2. Only 5/8 of a symmetric matrix is computed. The extra floats include the two gradients;
+blocks of columns add a little. If the Gram form's difference cancels for a view, because few
+dimensions have most of the variance, it is recomputed for that view in float64, with twice the
+N^2 memory and in three times the time.
 
 Gradient: dL/dz = 2 / (N - 1) x M, where M = dL/dcov has 2 covariance / D cov_ij off its diagonal
-and -[s_j < 1] variance / (4 D s_j) on it, plus the invariance term's. x M has zero mean because
-x has, so that centring needs no gradient of its own. In the Gram form cov x^T = x^T (x x^T).
+and -[s_j < 1] variance / (4 D s_j) on it, plus that of the invariance term. x M has zero column
+means because x has, so centring needs no gradient of its own. In the Gram form
+cov x^T = x^T (x x^T) / (N - 1).
 """
 
 import torch
@@ -54,7 +55,7 @@ def vicreg(
 
 
 def gram(za, zb, weights, n, factors, ranks):
-    """Across ranks each takes its share of the columns, and the N x N matrices are added."""
+    """Across ranks, each takes its share of the columns, and the N x N matrices are summed."""
     invariance, variance, covariance = factors
     d = za.shape[1]
     views = [ranks.to_columns(z) for z in (za, zb)]
@@ -72,11 +73,11 @@ def gram(za, zb, weights, n, factors, ranks):
 
 
 def spread(z, pull, n, d, variance, covariance, ranks, dtype):
-    """The variance and covariance terms of a view, and its gradient, that of the invariance term
-    included: pull is the other view, the pairs' weights and the factor of what pulls them."""
+    """The variance and covariance terms of a view, and its whole gradient. pull, for the gradient
+    of the invariance term: the other view, the weights of the pairs, and a factor."""
     width = z.shape[1]
     v, k = z.new_empty(width, dtype=dtype), z.new_zeros(n, n, dtype=dtype)
-    grad = torch.empty_like(z, dtype=torch.float32)  # at first, x is kept there
+    grad = torch.empty_like(z, dtype=torch.float32)  # holds x at first
     for cols in blocks(n, width, dtype):
         x, v[cols] = standardised(z[:, cols], dtype, out=grad[:, cols])
         add_gram(k, x)
@@ -115,7 +116,7 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
 
 
 def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
-    """Sum of the squares times the pairs' weights, float64, (); `pull` is weighted in place."""
+    """Sum of squares times the weights of the pairs, float64, (); `pull` is weighted in-place."""
     if pair is None:
         return dot(pull, pull)
     weighted = pull * pair
@@ -125,7 +126,7 @@ def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
 
 
 def tiled(za, zb, weights, n, factors, ranks):
-    """Across ranks each keeps its rows, and the tiles are added as they are made."""
+    """Across ranks, each keeps its rows, and the tiles are summed as they are computed."""
     invariance, variance, covariance = factors
     d = za.shape[1]
     pull = za.float() - zb
@@ -142,7 +143,7 @@ def tiled(za, zb, weights, n, factors, ranks):
             b = min(a + TILE, d)
             tile = ranks.sum_(x[:, a:].T @ x[:, a:b]).div_(n - 1)  # rows a to d of columns a to b
             square, below = tile[: b - a], tile[b - a :]
-            square.diagonal().zero_()  # no sum from which it would have to be subtracted again
+            square.diagonal().zero_()  # so that it need not be subtracted from the sum of squares
             loss += covariance / d * (dot(square, square) + 2 * dot(below, below))
             tile *= 4 * covariance / (d * (n - 1))
             square.diagonal().copy_(slope[a:b])
