@@ -21,8 +21,8 @@ bool decode(Data data, Image out) {
 
 NB_MODULE(_jpeg, m) {
   m.doc() = "Compiled decoding of greyscale JPEGs. Call it through sslus.engine.jpeg.";
-  m.def("is_fast", &sslus::jpeg::is_fast, "Whether this processor can: it needs AVX2.");
+  m.def("is_fast", &sslus::jpeg::is_fast, "Whether this processor can decode (AVX2 and BMI2).");
   m.def("decode", &decode, nb::arg("data").noconvert(), nb::arg("out").noconvert(),
-        "Decode a JPEG into out (H, W). False, with anything in out, if it is not a plain, complete"
-        " and undamaged one of this size.");
+        "Decode a JPEG into out (H, W). False, with undefined contents of out, if it is not a"
+        " plain, complete and undamaged one of this size.");
 }

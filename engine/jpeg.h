@@ -1,12 +1,12 @@
 // Greyscale baseline JPEGs: the pixels of libjpeg-turbo, in less time.
 //
 // Most of the time of decoding a JPEG goes into finding where one Huffman code ends and the next
-// begins. Here one look into a table gives two codes with their runs of zeros and their values,
-// where they are short, as most are. Anything but a plain, complete and undamaged file is refused
-// and left to libjpeg-turbo, as is everything on a processor without AVX2: it knows every kind of
-// JPEG, and what to say about a damaged one.
+// begins. Here one table look-up yields two codes with their zero runs and values, provided that
+// they are short, as most are. Anything but a plain, complete and undamaged file is refused and
+// left to libjpeg-turbo, which supports every kind of JPEG and diagnoses damaged ones; so is
+// everything on a processor without AVX2 and BMI2.
 //
-// ITU-T T.81: B.2 the file, C.2 Huffman tables, F.2.2 decoding.
+// ITU-T T.81: B.2 file format, C.2 Huffman tables, F.2.2 decoding.
 #pragma once
 
 #include <algorithm>
@@ -21,21 +21,21 @@
 
 namespace sslus::jpeg {
 
-constexpr int kIndexBits = 13;  // of the table, 64 KB: more would outgrow the caches
-constexpr int kEndOfBlock = 128;   // steps from any coefficient past all others
+constexpr int kIndexBits = 13;     // of a table, 64 KB; more would outgrow the caches
+constexpr int kEndOfBlock = 128;   // steps that lead past the last coefficient from any other
 constexpr int kLongest = 16 + 11;  // bits of a code and its value
-constexpr size_t kPadding = 64 * kLongest / 8 + 16;  // what one block may read behind the end
+constexpr size_t kPadding = 64 * kLongest / 8 + 16;  // bytes that a block may read past the end
 
 using Order = std::array<uint8_t, 64 + kEndOfBlock + 16>;
 
-// The place in a block of the k-th coefficient in zigzag order; k past the end: a spare place.
+// The index in a block of the k-th coefficient in zigzag order; beyond the end, a dummy index.
 constexpr Order make_order() {
   Order order{};
   for (size_t k = 0; k < order.size(); ++k) order[k] = 64;
   int row = 0, column = 0;
   for (size_t k = 0; k < 64; ++k) {
     order[k] = static_cast<uint8_t>(8 * row + column);
-    if ((row + column) % 2 == 0) {  // upwards to the right
+    if ((row + column) % 2 == 0) {  // moving up and right
       if (column == 7) {
         ++row;
       } else {
@@ -53,27 +53,28 @@ constexpr Order make_order() {
 }
 constexpr Order kOrder = make_order();
 
-// The value of `size` bits: it is negative if they begin with 0.
+// The value that `size` bits encode: negative if they begin with 0.
 inline int extend(uint32_t bits, int size) {
   const int value = static_cast<int>(bits);
   return size && !(bits >> (size - 1)) ? value - (1 << size) + 1 : value;
 }
 
-// A Huffman table as in the file: how many codes of each length, and their symbols in order.
+// A Huffman table as in the file: the number of codes of each length, and their symbols in order.
 struct Spec {
   uint8_t counts[16];
   uint8_t symbols[256];
 };
 
-// How far a symbol's coefficient is from the one before. The upper half of an AC symbol is a number
-// of zeros, the lower half the size of the value in bits; 0 ends the block. A DC symbol is a size.
+// The distance of a symbol's coefficient from the previous one. The upper half of an AC symbol is a
+// number of zeros, the lower half the size of the value in bits; 0 ends the block. A DC symbol is a
+// size, for which the result is unused.
 inline int steps_of_symbol(int symbol) { return symbol ? (symbol >> 4) + 1 : kEndOfBlock; }
 
-// What the next bits hold. An entry has one code with its value or, of AC, two. By byte:
-//   0     length in bits of all it has; 0: some bits of the first value are not in the index
-//   1, 2  steps of the first and second coefficient; 0 for a second code that is not there
+// The decoded next bits: one code with its value or, for AC, up to two. By byte:
+//   0     length of all of it in bits; 0 if the first code and value are longer than the index
+//   1, 2  steps to the first and second coefficient; 0 if there is no second code
 //   3     length of the first code with its value; if byte 0 is 0, of the first code alone,
-//         or 0 if the index does not hold even that
+//         or 0 if even the code is longer than the index
 //   4, 6  the second and the first value; if byte 0 is 0, the symbol of the first code
 using Entry = uint64_t;
 
@@ -98,10 +99,10 @@ struct Huffman {
   Spec spec{};
   bool usable = false;
   Entry entries[1 << kIndexBits];
-  uint32_t ends[17];    // where the codes of each length end, as the first bits of 32
-  int32_t offsets[17];  // from a code of each length to its symbol
+  uint32_t ends[17];    // the end of the codes of each length, left-aligned in 32 bits
+  int32_t offsets[17];  // from a code of each length to the index of its symbol
 
-  // False if no such table exists. Most files have the same, so the last one is kept.
+  // False if the table is invalid. Most files have the same one, so the last one is kept.
   bool prepare(const Spec& wanted, bool dc) {
     if (usable && std::memcmp(&spec, &wanted, sizeof spec) == 0) return true;
     spec = wanted;
@@ -119,7 +120,8 @@ struct Huffman {
       for (int i = 0; i < spec.counts[length - 1]; ++i, ++code, ++number) {
         if (number >= 256 || code >> length) return false;
         const int symbol = spec.symbols[number], size = dc ? symbol : symbol & 15;
-        // 8-bit images have no larger values, and two symbols without one: end, and 16 zeros.
+        // 8-bit images have no larger values, and only two symbols without a value: the end of the
+        // block and 16 zeros.
         if (size > (dc ? 11 : 10) || (!dc && !size && symbol != 0 && symbol != 0xf0)) return false;
         const int left = kIndexBits - length - size;
         for (uint32_t bits = 0; left >= 0 && bits < 1u << size; ++bits)
@@ -138,7 +140,7 @@ struct Huffman {
     return true;
   }
 
-  // Adds a second code where the index holds all its bits, too.
+  // Adds a second code wherever the index holds all of its bits too.
   void pair() {
     const std::vector<Entry> singles(std::begin(entries), std::end(entries));
     for (size_t i = 0; i < singles.size(); ++i) {
@@ -151,13 +153,13 @@ struct Huffman {
   }
 };
 
-// Reads bits. The bytes must go on for kPadding after the end.
+// Reads bits. kPadding bytes must be readable past the end.
 struct Bits {
   const uint8_t* next;
   uint64_t buffer = 0;  // the next bit is the highest
   int count = 0;        // of bits in the buffer
 
-  void fill() {  // up to 56 bits or more
+  void fill() {  // to at least 56 bits
     uint64_t word = 0;
     for (int i = 0; i < 8; ++i) word = word << 8 | next[i];  // compiles to one load
     buffer |= word >> count;
@@ -175,7 +177,7 @@ struct Bits {
   }
 };
 
-// The next code and its value where the index does not hold all their bits; 0: no such code.
+// Decodes a code and value that are longer than the index; 0 if there is no such code.
 __attribute__((noinline)) inline Entry long_code(uint64_t buffer, const Huffman& table, bool dc) {
   const Entry known = table.entries[buffer >> (64 - kIndexBits)];
   int length = first_length_of(known), symbol = value_of(known, 0);
@@ -191,7 +193,7 @@ __attribute__((noinline)) inline Entry long_code(uint64_t buffer, const Huffman&
   return entry_of(length + size, steps_of_symbol(symbol), extend(bits, size));
 }
 
-// What a file says before its pixels; false for anything that is not plain.
+// The segments of a file before its scan; false for anything that is not plain.
 struct Header {
   uint8_t quantisation[4][64];
   Spec specs[2][4] = {};  // DC and AC
@@ -220,7 +222,7 @@ struct Header {
     switch (marker) {
       case 0xdb:
         for (; size >= 65; part += 65, size -= 65) {
-          if (part[0] > 3) return false;  // no such table, or 16 bits for each step
+          if (part[0] > 3) return false;  // no such table, or 16-bit quantisation steps
           std::copy(part + 1, part + 65, quantisation[part[0]]);
           has_quantisation[part[0]] = true;
         }
@@ -244,7 +246,7 @@ struct Header {
         height = part[1] << 8 | part[2], width = part[3] << 8 | part[4];
         component = part[6], quantiser = part[8];
         return height && width;
-      default:  // an application's notes or a comment
+      default:  // only application segments and comments are skipped
         return (marker & 0xf0) == 0xe0 || marker == 0xfe;
     }
   }
@@ -258,7 +260,7 @@ struct Header {
   }
 };
 
-// Copies the scan without its stuffed zeros; false if the image does not end with it.
+// Copies the scan without its stuffed zeros; false if the image does not end after it.
 inline bool unstuff(const uint8_t* data, size_t size, std::vector<uint8_t>& out) {
   out.clear();
   out.reserve(size + kPadding);
@@ -287,11 +289,11 @@ inline bool is_fast() {
 }
 
 struct alignas(16) Block {
-  int16_t values[65];  // row by row; the last is the spare place
+  int16_t values[65];  // row by row; the last is the dummy
   bool flat;           // all but the first are 0
 };
 
-// Takes one block's coefficients from the scan; false if it is damaged.
+// Decodes one block's coefficients from the scan; false if it is damaged.
 SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac,
                                   uint32_t& mean, Block& block) {
   int16_t* to = block.values;
@@ -301,7 +303,7 @@ SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& 
   Entry entry = dc.entries[bits.index()];
   if (!length_of(entry) && !(entry = long_code(bits.buffer, dc, true))) return false;
   bits.skip(length_of(entry));
-  mean += value_of(entry, 0);  // the file has differences
+  mean += value_of(entry, 0);  // the file stores differences
   to[0] = static_cast<int16_t>(mean);
   size_t last = 0;
   while (last < 63) {
@@ -320,7 +322,7 @@ SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& 
       }
       last += steps_of(entry, 0);
       to[kOrder[last]] = static_cast<int16_t>(value_of(entry, 0));
-      if (__builtin_expect(last >= 63, 0)) {  // a second code is the next block's
+      if (__builtin_expect(last >= 63, 0)) {  // a second code belongs to the next block
         bits.skip(first_length_of(entry));
         break;
       }
@@ -333,17 +335,17 @@ SSLUS_FAST inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& 
   return last == 63 || last >= kEndOfBlock;
 }
 
-// p x + q y of 16-bit numbers, in 32 bits: sums[0] has the lower half of each lane, sums[1] the
-// upper.
+// p x + q y of 16-bit numbers, in 32 bits: sums[0] is for the lower half of each lane, sums[1] for
+// the upper half.
 SSLUS_FAST inline void add_products(__m256i x, __m256i y, int p, int q, __m256i* sums) {
   const __m256i factors = _mm256_set1_epi32(q * 65536 | (p & 0xffff));
   sums[0] = _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), factors);
   sums[1] = _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), factors);
 }
 
-// One dimension of the inverse DCT, of 16 columns at once: Loeffler, Ligtenberg and Moschytz
-// (ICASSP 1989), in the integers of libjpeg's "islow" (jidctint.c), where 8192 is 1. Products of
-// sums are multiplied out here, which gives the same integers.
+// One dimension of the inverse DCT, for 16 columns at once: Loeffler, Ligtenberg and Moschytz
+// (ICASSP 1989), in the fixed-point arithmetic of libjpeg's "islow" (jidctint.c), where 8192 is 1.
+// Products of sums are expanded here, which gives the same integers.
 template <int shift>
 SSLUS_FAST inline void transform(__m256i* rows, int offset) {
   __m256i even[4][2], odd[4][2], mixed[2][2], a0[2], a1[2], a2[2], a3[2];
@@ -392,7 +394,7 @@ SSLUS_FAST inline void turn(__m256i* rows) {
   }
 }
 
-// The pixels of two blocks.
+// Computes the pixels of two blocks.
 SSLUS_FAST inline void make_pixels(const Block& a, const Block& b, const __m256i* steps,
                                    uint8_t* to_a, uint8_t* to_b, int64_t stride) {
   __m256i rows[8];
@@ -417,8 +419,8 @@ SSLUS_FAST inline void make_pixels(const Block& a, const Block& b, const __m256i
 
 SSLUS_FAST inline bool decode_scan(const Header& header, const std::vector<uint8_t>& data,
                                    const Huffman& dc, const Huffman& ac, uint8_t* out) {
-  thread_local std::vector<Block> blocks;  // of eight rows of pixels, an even number
-  thread_local std::vector<uint8_t> band;  // these rows, if the image has not all of their pixels
+  thread_local std::vector<Block> blocks;  // of eight rows of pixels; an even number of blocks
+  thread_local std::vector<uint8_t> band;  // these rows, if they reach beyond the image
   const int64_t height = header.height, width = header.width;
   const int64_t num_blocks = (width + 7) / 8, wide = (num_blocks + 1) / 2 * 16;
   blocks.resize(static_cast<size_t>(wide / 8));
@@ -465,10 +467,10 @@ inline bool decode_scan(const Header&, const std::vector<uint8_t>&, const Huffma
 }
 #endif
 
-// Decodes a file into out (height, width). False, with anything in out, if it is not a plain,
-// complete and undamaged JPEG of this size.
+// Decodes a file into out (height, width). False, with undefined contents of out, if it is not a
+// plain, complete and undamaged JPEG of this size.
 inline bool decode(const uint8_t* data, size_t size, int64_t height, int64_t width, uint8_t* out) {
-  thread_local std::vector<uint8_t> scan;  // kept, like the tables, for the next file
+  thread_local std::vector<uint8_t> scan;  // kept for the next file, as are the tables
   thread_local Huffman dc, ac;
   Header header;
   size_t at = 0;

@@ -25,7 +25,7 @@ void add(std::vector<uint8_t>& file, int marker, const std::vector<uint8_t>& par
   file.insert(file.end(), part.begin(), part.end());
 }
 
-// A table that uses nearly all codes, so that random bits are mostly valid.
+// A table that uses nearly all codes, so that random bits are mostly valid codes.
 std::vector<uint8_t> random_table(bool dc) {
   std::vector<uint8_t> part(17);
   part[0] = dc ? 0 : 16;
@@ -88,5 +88,5 @@ int main(int argc, char** argv) {
                 unstuff(data.get() + at, file.size() - at, scan);
   }
   std::printf("%d of %d files could be read up to their pixels\n", num_read, runs);
-  return num_read < runs / 2;  // else this fuzzes the header alone
+  return num_read < runs / 2;  // failure: too few files get past the header
 }

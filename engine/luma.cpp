@@ -1,7 +1,7 @@
 // sslus.engine._luma: the pixel operations between the decoder and the JPEG encoder.
 //
-// Integer arithmetic throughout, so every compiler, vector width and machine gives the same
-// bytes: shards can be compared by their digest.
+// Integer arithmetic throughout, so that every compiler, vector width and machine gives the same
+// bytes, and shards can be compared by their digests.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -40,7 +40,7 @@ void require(bool ok, const char* message) {
 // The division by 219 is the multiplication by 19152 / 2^22, exact for every y (tested).
 SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
   for (int64_t x = 0; x < width; ++x) {
-    // Every step uses the narrowest type, so that most pixels fit into a register.
+    // Every step uses the narrowest type, so that as many pixels as possible fit into a register.
     const uint8_t y = std::min<uint8_t>(std::max<uint8_t>(src[x], 16), 235);
     const auto numerator = static_cast<uint16_t>(static_cast<uint16_t>(y - 16) * 255 + 109);
     const auto high = static_cast<uint16_t>((numerator * 19152u) >> 16);
@@ -48,7 +48,7 @@ SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
   }
 }
 
-// A whole row: groups, then one overlapping last group, so that no slow scalar remainder is left.
+// A whole row in groups. The last group overlaps the one before, so there is no scalar remainder.
 void expand_whole_row(const uint8_t* src, uint8_t* out, int64_t width) {
   constexpr int64_t group = 32;
   const int64_t whole = width < group ? width : width / group * group;
@@ -69,7 +69,7 @@ SSLUS_CLONES void widen(const uint8_t* src, uint16_t* out, int64_t n) {
 }
 
 // row[x] = sum_k weights[k] * src[k][x], with kMiddleBits of fraction.
-// Processes groups of eight; the last group of a row starts early and overlaps the one before.
+// Processes groups of eight; the last group of a row overlaps the one before.
 SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t* weights,
                               int64_t taps, uint16_t* row) {
   constexpr int shift = kWeightBits - kMiddleBits;
@@ -92,7 +92,7 @@ SSLUS_CLONES void shrink_rows(const uint16_t* src, int64_t width, const int32_t*
   }
 }
 
-// columns[x * kLanes] = sum_k weights[x][k] * middle[starts[x] + k][lane], without fraction.
+// columns[x][lane] = sum_k weights[x][k] * middle[starts[x] + k][lane], rounded to integers.
 SSLUS_CLONES void shrink_columns(const uint16_t* middle, const int32_t* starts,
                                  const int32_t* weights, int64_t taps, int64_t width,
                                  uint16_t* columns) {
@@ -112,8 +112,7 @@ SSLUS_CLONES void shrink_columns(const uint16_t* middle, const int32_t* starts,
   }
 }
 
-// Rows and columns change places in a square of 8 x 8: in each of three rounds, row i meets row
-// i + 4.
+// Transposes a block of 8 x 8 in three rounds, each of which interleaves rows i and i + 4.
 #if defined(__clang__) || __GNUC__ >= 12
 inline void turn(const uint16_t* src, int64_t src_stride, uint16_t* out, int64_t out_stride) {
   Words a[8], b[8];
