@@ -1,4 +1,4 @@
-"""Sections through a fetus: shapes of tissue, walls, valves, bones, and what beats."""
+"""Sections through a fetus: tissues, walls, valves, bones and beating chambers."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 from sslus.engine.phantom.clips import PLANES
 
-# Echo level in dB and whether sound passes almost without loss.
+# Echo level in dB, and whether sound passes with almost no loss.
 TISSUES = {
     "fluid": (-42.0, True),  # amniotic fluid, stomach, liquor
     "blood": (-29.0, True),
@@ -38,7 +38,7 @@ class Ellipse:
     centre: np.ndarray
     axis: np.ndarray  # unit vector of the first semi-axis
     semi: tuple[float, float]
-    taper: float = 0.0  # narrower towards the end of the first semi-axis: an egg
+    taper: float = 0.0  # above 0: narrower towards the end of the first semi-axis, like an egg
 
     def distance(self, points: np.ndarray) -> np.ndarray:
         """Signed distance to the contour, inside negative; exact only for circles."""
@@ -52,7 +52,7 @@ class Ellipse:
         return x * self.axis[0] + y * self.axis[1], y * self.axis[0] - x * self.axis[1]
 
     def contour(self, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-        """Points about `spacing` mm apart and the unit normals there."""
+        """Points about `spacing` mm apart, and their unit normals."""
         a, b = self.semi
         n = max(8, int(math.pi * (a + b) / spacing))
         s = np.arange(n) * (2 * math.pi / n)
@@ -98,10 +98,10 @@ def _normals(tangents):
 
 @dataclass(frozen=True)
 class Beat:
-    """A chamber that pulls its surroundings towards its middle, as far as `wave` says."""
+    """A chamber that pulls its surroundings towards its centre, as far as `wave` says."""
 
     shape: Ellipse
-    along: float  # shortening of the first semi-axis at the wave's height 1
+    along: float  # relative shortening of the first semi-axis where the wave is 1
     across: float
     wave: str
 
@@ -123,11 +123,11 @@ class Scene:
     shapes: list = field(default_factory=list)  # (shape, tissue index, wall level in dB or None)
     beats: list[Beat] = field(default_factory=list)
     valves: list[Valve] = field(default_factory=list)
-    bones: list = field(default_factory=list)  # (x, y, radius, sound amplitude let through)
-    pushes: list = field(default_factory=list)  # (centre, unit vector, amount, sigma): valve plane
+    bones: list = field(default_factory=list)  # (x, y, radius, transmitted sound amplitude)
+    pushes: list = field(default_factory=list)  # valve plane: (centre, unit vector, amount, sigma)
 
     def tissue(self, points: np.ndarray) -> np.ndarray:
-        """(N,) tissue index at points in the fetus' frame, or OUTSIDE its skin."""
+        """(N,) tissue indices of points in the fetus's frame; OUTSIDE beyond its skin."""
         out = np.full(len(points), OUTSIDE, np.int8)
         for shape, tissue, _ in self.shapes:
             out[shape.distance(points) < 0] = tissue
@@ -135,7 +135,7 @@ class Scene:
 
 
 class Pen:
-    """Draws into a scene in units and axes of its own: `at` + scale (p e1 + q e2)."""
+    """Draws into a scene in coordinates of its own: `at` + scale (p e1 + q e2)."""
 
     def __init__(self, scene: Scene, at, e1, e2, scale):
         self.scene, self.scale = scene, float(scale)
@@ -146,7 +146,7 @@ class Pen:
         return self.at + self.scale * (pq[..., :1] * self.e1 + pq[..., 1:] * self.e2)
 
     def vector(self, degrees: float):
-        """Unit vector, turned from the first axis towards the second."""
+        """Unit vector at an angle from the first axis towards the second."""
         a = math.radians(degrees)
         return math.cos(a) * self.e1 + math.sin(a) * self.e2
 
@@ -184,7 +184,7 @@ class Pen:
         self.scene.bones.append((x, y, radius * self.scale, through))
 
     def bone_arc(self, centre, semi, start, stop, thickness, through) -> None:
-        """A rib or a piece of skull: part of an ellipse, degrees from the first axis."""
+        """A rib or a piece of skull: an arc of an ellipse, in degrees from the first axis."""
         s = np.radians(np.linspace(start, stop, max(3, int(abs(stop - start) / 3))))
         path = np.stack([centre[0] + semi[0] * np.cos(s), centre[1] + semi[1] * np.sin(s)], 1)
         self.tube("bone", path, thickness, wall=8.0)
@@ -202,7 +202,7 @@ def _smooth_path(t, knots):
 
 
 def _trunk(scene, rng, chest_mm, cavity) -> Pen:
-    """Skin, ribs, spine and what fills the inside of a section of the trunk."""
+    """Skin, ribs and spine of a section of the trunk, filled with the tissue `cavity`."""
     pen = Pen(scene, (0, 0), (1, 0), (0, 1), chest_mm)
     pen.ellipse("muscle", (0, 0), (1.0, 0.94), wall=14.0)
     pen.ellipse("fat", (0, 0), (0.97, 0.91))
@@ -242,7 +242,7 @@ def _heart_pen(body: Pen, rng, origin, degrees=45.0, size=1.22) -> Pen:
 
 
 def four_chambers(rng, chest_mm: float) -> Scene:
-    """Two atria, two ventricles, the crux between them; the apex to the left and front."""
+    """Two atria, two ventricles and the crux between them; the apex is to the left and front."""
     scene = Scene()
     body = _trunk(scene, rng, chest_mm, "lung")
     heart = _heart_pen(body, rng, (0.07, 0.08))
@@ -254,7 +254,7 @@ def four_chambers(rng, chest_mm: float) -> Scene:
     heart.chamber((0.195, -0.152), (0.220, 0.126), 0.14, 0.28, "ventricle", 9, 0.20)
     heart.ellipse("blood", (-0.01, 0.142), (0.10, 0.092))  # mitral and tricuspid openings
     heart.ellipse("blood", (0.02, -0.148), (0.11, 0.098))
-    for path in ([(-0.30, 0.20), (-0.37, 0.26)], [(-0.31, 0.10), (-0.39, 0.07)]):  # lung veins
+    for path in ([(-0.30, 0.20), (-0.37, 0.26)], [(-0.31, 0.10), (-0.39, 0.07)]):  # pulmonary veins
         heart.tube("blood", path, 0.024, wall=4.0)
     heart.tube("septum", [(-0.36, 0.0), (-0.25, 0.005)], 0.014)  # atrial septum, foramen between
     heart.tube("septum", [(-0.11, 0.0), (0.0, 0.0)], 0.016)
@@ -272,7 +272,7 @@ def four_chambers(rng, chest_mm: float) -> Scene:
 
 
 def left_outflow(rng, chest_mm: float) -> Scene:
-    """The aorta leaves the left ventricle: its front wall goes on from the septum."""
+    """The aorta leaves the left ventricle: its front wall continues the septum."""
     scene = Scene()
     body = _trunk(scene, rng, chest_mm, "lung")
     heart = _heart_pen(body, rng, (0.05, 0.08), 52)
@@ -295,7 +295,7 @@ def left_outflow(rng, chest_mm: float) -> Scene:
 
 
 def right_outflow(rng, chest_mm: float) -> Scene:
-    """The pulmonary artery leaves the right ventricle in front and crosses to the left back."""
+    """The pulmonary artery leaves the right ventricle in front and runs to the left and back."""
     scene = Scene()
     body = _trunk(scene, rng, chest_mm, "lung")
     heart = Pen(
@@ -388,7 +388,7 @@ def _limb(rng, chest_mm: float) -> Scene:
 
 
 def not_heart(rng, chest_mm: float) -> Scene:
-    """A section that a sweep to the heart passes: mostly abdomen, else head or limb."""
+    """A section that a sweep to the heart passes: abdomen half of the time, else head or limb."""
     return (_abdomen, _abdomen, _head, _limb)[rng.integers(4)](rng, chest_mm)
 
 

@@ -1,4 +1,4 @@
-"""What is to be made: settings, and what each clip shows."""
+"""The settings of a data set, and what each of its clips shows."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 
-VERSION = 1  # goes up when the same settings no longer give the same clips
+VERSION = 1  # incremented when the same settings no longer give the same clips
 
 PLANES = ("4CH", "LVOT", "RVOT", "3VV", "non-heart")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `sslus synth` was asked for; with a clip's number it fixes every byte of the clip."""
+    """The options of `sslus synth`; with a clip's number they determine every byte of the clip."""
 
     videos: int = 40
     patients: int = 10
@@ -51,7 +51,7 @@ class Clip:
 
 
 def clips(settings: Settings) -> list[Clip]:
-    """What each clip shows: planes cycle through the patients, so both are balanced."""
+    """All clips: planes cycle and patients get equal shares, so both are balanced."""
     order = np.random.default_rng([settings.seed, 0]).permutation(len(PLANES))
     digits = max(3, len(str(settings.videos - 1)))
     patient_digits = max(2, len(str(settings.patients - 1)))

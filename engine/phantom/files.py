@@ -24,17 +24,17 @@ from sslus.engine.workers import uninterrupted
 
 
 def write_clip(settings: Settings, clip: Clip, folder: Path) -> int:
-    """Write one clip as H.264 in MP4, atomically; the number of its frames."""
+    """Write one clip as H.264 in MP4, atomically. Returns the number of its frames."""
     film = Film(settings, clip)
     h, w = film.canvas.shape
-    # Studio range, neutral colour: what every player and every machine's export expects.
+    # Limited range and neutral chroma, which every player expects and every scanner exports.
     studio = np.round(16 + np.arange(256) * (219 / 255)).astype(np.uint8)
     encoded = io.BytesIO()
     with av.open(encoded, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=film.rate_hz)
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
         stream.codec_context.color_range = 1
-        # One thread: the same bytes on every machine.
+        # One thread, so that the bytes are the same on every machine.
         stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
         planes = np.full((h * 3 // 2, w), 128, np.uint8)
         for image in film:
@@ -55,11 +55,11 @@ def synth(
     jobs: int = 1,
     report: Callable[[int, int, str], None] | None = None,
 ) -> int:
-    """Write all clips and `labels.csv` into `out`; the number of clips that were still missing.
+    """Write all clips and `labels.csv` into `out`. Returns the number of clips that were missing.
 
-    The bytes depend on `settings` alone, not on `jobs`. A folder that an interrupted run with
-    the same settings left is completed. Raises InputError for any other folder that is not
-    empty, Interrupted after Ctrl-C or SIGTERM.
+    The bytes depend on `settings` alone, not on `jobs`. A folder left by an interrupted run with
+    the same settings is completed. Raises InputError for any other folder that is not empty, and
+    Interrupted after Ctrl-C or SIGTERM.
     """
     out = Path(out)
     wanted = json.dumps({"phantom": VERSION, **asdict(settings)}, indent=1) + "\n"
@@ -104,7 +104,7 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
         for clip in missing:
             yield write_clip(settings, clip, out)
         return
-    # The first clip is made here, so that the compiled kernels are cached for all workers.
+    # The first clip is made in this process, so that compiled kernels are cached for all workers.
     yield write_clip(settings, missing[0], out)
     todo = iter(missing[1:])
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -118,7 +118,7 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
             }
 
     with pool:
-        # No clip waits in the pool's queue: after Ctrl-C only those in work are finished.
+        # No clip waits in the pool's queue: after Ctrl-C only those in progress are finished.
         working = submit(jobs)
         while working:
             done, working = concurrent.futures.wait(
@@ -130,7 +130,7 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
 
 
 def _worker_starts() -> None:
-    """Ctrl-C is the parent's business; a worker ends with its clip, or with the parent."""
+    """The parent handles Ctrl-C; a worker ends after its clip, or when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

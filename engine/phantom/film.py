@@ -1,4 +1,4 @@
-"""One clip, frame by frame: scatterers, walls and noise, from the anatomy to grey levels."""
+"""One clip, frame by frame: from the anatomy via scatterers, walls and noise to grey levels."""
 
 import math
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from sslus.engine.phantom.motion import Beating, glint_of, leaflet_points, place
 from sslus.engine.phantom.overlay import overlay
 from sslus.engine.phantom.patients import Patient
 
-ROUGH_MM = 0.1  # of walls: about a third of a wavelength, so that they glint but do not mirror
+ROUGH_MM = 0.1  # of walls: about a third of a wavelength, so that they are not perfect mirrors
 
 
 class _Drift:
-    """Slow random movement, 0 at the start: a few sines of 0.1 to 0.6 Hz."""
+    """Slow random movement, 0 at the start: the sum of three sines of 0.1 to 0.6 Hz."""
 
     def __init__(self, rng, amount):
         self.hz, self.at = rng.uniform(0.1, 0.6, 3), rng.uniform(0, 2 * math.pi, 3)
@@ -56,7 +56,7 @@ class Film:
         self.canvas = overlay(sector, patient)
 
     def pose(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix and shift that take the fetus' frame to the probe's at a time in seconds."""
+        """Matrix and shift from the fetus's frame to the probe's, at time t in seconds."""
         a = self.lie + self.drift[2](t)
         c, s = math.cos(a), math.sin(a)
         turn = np.array([[c, -s], [s, c]]) @ np.array([[self.patient.mirror, 0], [0, -1.0]])
@@ -65,7 +65,7 @@ class Film:
     def phase(self, t: float) -> float:
         return (self.start + self.patient.heart_hz * t) % 1.0
 
-    # The mother's tissue lies in layers along the probe's face.
+    # The mother's tissue consists of layers along the probe's face.
     def _layers(self, rng):
         p = self.patient
         self.ripple = rng.uniform(0, 2 * math.pi, 4)
@@ -80,7 +80,7 @@ class Film:
         )
 
     def _wavy(self, depth, angle):
-        """Height of a layer that is nominally at `depth`, so that none is a perfect arc."""
+        """Depth of a layer that is nominally at `depth`: wavy, so that none is a perfect arc."""
         r = self.ripple
         return depth + 0.06 * depth * (
             np.sin(7 * angle + r[0] + 0.1 * depth) + 0.5 * np.sin(17 * angle + r[1])
@@ -104,16 +104,16 @@ class Film:
         return tissue, mother | behind
 
     def _to_fetus(self, points):
-        """From the probe's frame to the fetus', at the clip's start."""
+        """From the probe's frame to the fetus's, at the clip's start."""
         turn, shift = self.pose(0.0)
         out = np.empty_like(points)
         place(points - shift, np.linalg.inv(turn), np.zeros(2), out)
         return out
 
     def _scatter(self, rng):
-        """One scatterer in every grid cell, at random inside it, fixed to what it lies in."""
+        """One scatterer at a random point of every grid cell, fixed to the tissue there."""
         sector = self.sector
-        reach = 4.0  # mm and 1/40 rad that drift may bring into view
+        reach = 4.0  # mm, and in units of 1/40 rad: margin that drift may bring into view
         depth = np.arange(sector.depth[0] - reach, sector.depth[-1] + reach, sector.mm)
         angle = np.arange(sector.angle[0] - reach / 40, sector.angle[-1] + reach / 40, sector.step)
         depth, angle = np.meshgrid(depth, angle, indexing="ij")
@@ -123,7 +123,7 @@ class Film:
         tissue, mother = self.tissue(points)
         body = np.where(mother[:, None], points, self._to_fetus(points))
         moves = self.beating.moves(body) & ~mother
-        order = np.lexsort((moves, ~mother))  # mother | fetus out of the heart's reach | beating
+        order = np.lexsort((moves, ~mother))  # mother | fetus, not reached by the beat | beating
         body, tissue = body[order], tissue[order]
         self.num_mother, self.num_rest = int(mother.sum()), int((~moves).sum())
         level = (LEVEL[tissue] * _texture(rng, body)).astype(np.float32)
@@ -134,15 +134,15 @@ class Film:
         self.flow_weights = random_complex(rng, len(self.flows)) * self.flow_level
 
     def _walls(self, rng):
-        """Smooth interfaces: bright where they face the beam, with the roughness of tissue."""
+        """Rough walls, which are bright where they face the beam; fascia; valve leaflets."""
         sector = self.sector
         spacing = sector.mm / 2
         walls = [(s.contour(spacing), w) for s, _, w in self.scene.shapes if w is not None]
         points = np.concatenate([p for (p, _), _ in walls])
         normals = np.concatenate([n for (_, n), _ in walls])
         level = np.concatenate([np.full(len(p), 10 ** (w / 20)) for (p, _), w in walls])
-        # A contour is a wall only where the tissue changes: chambers that open into each other
-        # have none between them.
+        # A contour is a wall only where the tissue changes: there is none between chambers that
+        # open into each other.
         outer, inner = (self.scene.tissue(points + side * normals) for side in (0.5, -0.5))
         edge = outer != inner
         points = points[edge] + rng.normal(0, ROUGH_MM, (edge.sum(), 2))
@@ -172,13 +172,17 @@ class Film:
         ]
 
     def _loss(self, rng):
-        """(rows, beams) amplitude: liquids take less than the TGC gives back; sliders; noise."""
+        """Sets gain (rows, beams) and noise (rows,), both amplitudes.
+
+        Gain: behind liquids, which attenuate less than TGC compensates; errors of the TGC sliders;
+        weak outer beams.
+        """
         sector = self.sector
         depth, angle = sector.depth[::4], sector.angle[::3]
         d, a = np.meshgrid(depth, angle, indexing="ij")
         tissue, _ = self.tissue(sector.at(d.ravel(), a.ravel()))
         clear = CLEAR[tissue].reshape(d.shape).astype(float)
-        db = np.cumsum(clear, 0) * (sector.mm * 4) * 0.16  # dB a mm of liquid
+        db = np.cumsum(clear, 0) * (sector.mm * 4) * 0.16  # dB per mm of liquid
         kernel = np.hanning(9)[1:-1]
         kernel /= kernel.sum()
         pad = np.pad(db, ((0, 0), (3, 3)), "edge")
@@ -188,16 +192,17 @@ class Film:
         knots = np.linspace(0, sector.depth_mm, len(self.patient.tgc_db))
         slider = np.interp(sector.depth, knots, self.patient.tgc_db)
         db = db - db.mean() + slider[:, None]
-        # Poor contact at the outer beams, and less power outside the focus.
+        # Poor contact at the outer beams.
         edge = np.abs(sector.angle) / (sector.machine.view_angle / 2)
         db -= 3.0 * edge**4
         self.gain = (10 ** (db / 20)).astype(np.float32)
-        # The electronics' noise is flat; TGC lifts it with depth.
+        # Electronic noise is flat, but TGC amplifies it with depth.
         x = np.clip(sector.depth / sector.depth_mm, 0, None)
         self.noise = (10 ** ((-50 + 17 * x**1.5 + slider) / 20)).astype(np.float32)
 
     def echo(self, n: int) -> np.ndarray:
-        """(2, rows, beams) float32: the complex echo of frame `n`; ask for frames in order."""
+        """(2, rows, beams) float32: the complex echo of frame `n`. Frames must be asked for in
+        order, since flow and noise depend on the previous ones."""
         sector, t = self.sector, n / self.rate_hz
         phase = self.phase(t)
         turn, shift = self.pose(t)
@@ -221,7 +226,7 @@ class Film:
         creep = np.array([self.drift[3](t), 0.3 * self.drift[3](t)], np.float32)
         points = np.concatenate([self.points[:mother] + creep, placed, self.fascia + creep])
 
-        # The plane drifts out of the section: scatterers fade into their neighbours.
+        # As the plane drifts out of the section, scatterers fade into a second, independent set.
         away = self.drift[4](t)
         bulk = self.weights[0] * np.float32(math.cos(away))
         bulk += self.weights[1] * np.float32(math.sin(away))
@@ -242,7 +247,7 @@ class Film:
         place(bones[:, :2].copy(), turn, shift, centres)
         loss = _shadow(centres, bones[:, 2:], sector.depth, sector.angle, sector.radius_mm)
         echo *= loss * self.gain
-        # Sound that goes twice between skin and probe shows the near tissue again, deeper.
+        # Reverberation shows the near tissue again, deeper.
         again = round(self.patient.wall_mm / sector.mm)
         echo[:, again : 2 * again] += 0.03 * echo[:, :again]
         noise = self.rng.standard_normal(echo.shape, dtype=np.float32)
@@ -268,7 +273,7 @@ class Film:
 
 
 def _texture(rng, points):
-    """(N,) amplitude: tissue is not even, but varies slowly by about 1.5 dB."""
+    """(N,) amplitude: tissue is not homogeneous, but varies slowly by about 1.5 dB."""
     db = np.zeros(len(points))
     for _ in range(7):
         kx, ky = rng.normal(0, 0.35, 2)
@@ -285,7 +290,7 @@ def random_complex(rng, n: int) -> np.ndarray:
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _shadow(centres, bones, depth, angle, radius):
-    """(rows, beams) share of the amplitude that passes the bones (radius, through)."""
+    """(rows, beams) share of the amplitude that passes the bones, given by (radius, through)."""
     out = np.ones((len(depth), len(angle)), np.float32)
     step = angle[1] - angle[0]
     mm = depth[1] - depth[0]
@@ -303,7 +308,7 @@ def _shadow(centres, bones, depth, angle, radius):
             t = min(max(t, np.float32(0)), np.float32(1))
             through = 1 - (1 - bones[n, 1]) * t * t * (3 - 2 * t)
             for i in range(top, len(depth)):
-                # The bone itself is seen; behind it the shadow deepens over a few mm.
+                # The bone itself is visible: the shadow deepens over the bone's diameter.
                 deep = min(np.float32(1), (i - top) * mm / (2 * bones[n, 0]))
                 out[i, j] = min(out[i, j], 1 - (1 - through) * deep)
     return out

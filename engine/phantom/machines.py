@@ -1,4 +1,4 @@
-"""Scanners: their grid of beams, the echo of point scatterers in it, and the way to the picture."""
+"""Scanners: the grid of beams, the echo of point scatterers in it, and scan conversion."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-MARGIN_MM = 2.0  # echoes just outside the shown sector still blur into it
+MARGIN_MM = 2.0  # echoes just outside the visible sector still blur into it
 MARGIN_ANGLE = 0.04
 SOUND_MM_PER_US = 1.54
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How one maker's scanner shows an echo."""
+    """How one manufacturer's scanner displays an echo."""
 
     logo: str
     width: int
@@ -23,10 +23,10 @@ class Machine:
     mhz: float
     dynamic_range_db: float
     curve: float  # gamma of the grey map; above 1 darker
-    smooth: float  # weight of the two neighbour beams after log compression
-    persistence: float  # weight of the frame before
-    header: str  # "left" or "right": where the text stands
-    bar: bool  # grey wedge
+    smooth: float  # weight of each neighbouring beam, after log compression
+    persistence: float  # weight of the previous frame
+    header: str  # "left" or "right": the position of the text
+    bar: bool  # whether there is a grey wedge
 
 
 MACHINES = (
@@ -46,32 +46,32 @@ MACHINES = (
 
 
 class Sector:
-    """The polar grid of one machine at one depth, and the way from it to the picture.
+    """The polar grid of one machine at one depth setting, and its conversion to an image.
 
-    Row i of the grid is the depth `depth[i]` below the probe's face, column j the beam at
-    `angle[j]`. One row is as high as one pixel.
+    Row i of the grid is at `depth[i]` below the probe's face, column j is the beam at `angle[j]`.
+    One row is as high as one pixel.
     """
 
     def __init__(self, machine: Machine, depth_mm: float, size: int | None = None):
         scale = 1.0 if size is None else size / max(machine.width, machine.height)
-        self.width = 2 * round(machine.width * scale / 2)  # 4:2:0 wants even sides
+        self.width = 2 * round(machine.width * scale / 2)  # 4:2:0 needs even sides
         self.height = 2 * round(machine.height * scale / 2)
         self.radius_mm, self.depth_mm, self.machine = machine.radius_mm, depth_mm, machine
         half = machine.view_angle / 2
-        drop = machine.radius_mm * (1 - math.cos(half))  # the face's middle hangs below its edges
-        self.mm = max(  # of one pixel
+        drop = machine.radius_mm * (1 - math.cos(half))  # from the face's edges to its centre
+        self.mm = max(  # size of one pixel
             (depth_mm + drop) / (self.height * 0.92),
             2 * (machine.radius_mm + depth_mm) * math.sin(half) / (self.width * 0.94),
         )
         self.depth = np.arange(-MARGIN_MM, depth_mm + MARGIN_MM, self.mm, dtype=np.float32)
-        # Close enough that the narrowest beam covers 2.5 columns.
+        # So close that the beam at full depth covers 2.5 columns.
         num_beams = max(32, int(machine.view_angle / self._beam_width(depth_mm) * 2.5))
         step = machine.view_angle / num_beams
         margin = math.ceil(MARGIN_ANGLE / step)
         self.angle = (np.arange(-margin, num_beams + margin + 1) * step - half).astype(np.float32)
         self.step = step
 
-        # A pulse shorter than the pixels would not be sampled: a small picture is a coarse one.
+        # A pulse shorter than the pixels would be undersampled, so small images have long pulses.
         pulse_mm = max(2.2 * SOUND_MM_PER_US / machine.mhz / 2 * 1.6, 2.6 * self.mm)
         self.pulse = _gaussian(pulse_mm / self.mm)
         beam = [_gaussian(self._beam_width(float(d)) / step) for d in self.depth]
@@ -79,7 +79,7 @@ class Sector:
         for row, kernel in zip(self.beam, beam, strict=True):
             row[: len(kernel)] = kernel
 
-        self.top = self.height * 0.03 + drop / self.mm  # pixel row of the face's middle
+        self.top = self.height * 0.03 + drop / self.mm  # pixel row of the face's centre
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32)
         x = (x - (self.width - 1) / 2) * self.mm
         z = (y - self.top) * self.mm + machine.radius_mm
@@ -92,7 +92,7 @@ class Sector:
         self.column = ((a[self.inside] - self.angle[0]) / step).astype("f4")
 
     def _beam_width(self, depth: float) -> float:
-        """Full width at half maximum of the beam, as an angle: narrowest at the focus."""
+        """Full width at half maximum of the beam, as an angle; in mm, narrowest at the focus."""
         focus, length = 0.6 * self.depth_mm, 0.45 * self.depth_mm
         width_mm = 1.25 * 5.0 / self.machine.mhz * math.hypot(1, (depth - focus) / length)
         return max(width_mm, 3.2 * self.mm) / (self.radius_mm + max(depth, 0.0))
@@ -105,8 +105,8 @@ class Sector:
         """(2, rows, beams) float32: real and imaginary part of the echo of point scatterers.
 
         points (N, 2) in the probe's frame, weights (N,) complex64. With one scatterer of unit
-        mean power a grid cell, the mean power of the echo is about 0.9 at every depth: the rest is
-        lost between the grid points.
+        mean power per grid cell, the mean power of the echo is about 0.9 at every depth: the rest
+        is lost by interpolation between the grid points.
         """
         reach = self.beam.shape[1]
         rows, beams = self.shape
@@ -129,7 +129,7 @@ class Sector:
 
 
 def _gaussian(width: float) -> np.ndarray:
-    """Right half of a bell of unit energy, `width` samples wide at half maximum."""
+    """Right half of a Gaussian of unit energy, `width` samples wide at half maximum."""
     sigma = max(width, 1.0) / 2.355
     half = np.exp(-0.5 * (np.arange(math.ceil(3 * sigma) + 1) / sigma) ** 2)
     energy = half[0] ** 2 + 2 * np.sum(half[1:] ** 2)
@@ -183,7 +183,7 @@ def _blur(raw, pulse, beam, rows, beams):
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _scan_convert(grey, row, column, pixels, canvas):
     for n in range(len(pixels)):
-        # The last row or column, at the edge of a small sector, has no neighbour beyond it.
+        # At the edge of a small sector, the last row and column have no next neighbour.
         i = min(int(row[n]), grey.shape[0] - 2)
         j = min(int(column[n]), grey.shape[1] - 2)
         fi, fj = min(row[n] - i, np.float32(1)), min(column[n] - j, np.float32(1))

@@ -1,4 +1,4 @@
-"""The heartbeat: where points of the resting fetus are at a part of the cycle."""
+"""The heartbeat: where points of the resting fetus are at a phase of the cardiac cycle."""
 
 import math
 
@@ -11,7 +11,7 @@ REACH = 1.9  # a chamber's pull ends at this multiple of its semi-axes
 
 
 def wave(name: str, phase: float) -> float:
-    """How far a movement is at this part of the heart cycle (0..1, systole first).
+    """How far a movement has gone at a phase of the cardiac cycle (0..1, starting with systole).
 
     ventricle, vessel, atrium: contraction. inlet, outlet: opening of the valves, 0..1.
     """
@@ -30,7 +30,7 @@ def wave(name: str, phase: float) -> float:
         return bump(0.06, 0.24, 0.75)
     if name == "atrium":
         return bump(0.70, 0.93, 1.15) - 0.5 * bump(0.05, 0.42, 0.75)
-    if name == "inlet":  # early filling, then the atria's kick
+    if name == "inlet":  # early filling, then atrial contraction
         return min(1.0, bump(0.44, 0.56, 0.80) + 0.8 * bump(0.66, 0.84, 1.02))
     return min(1.0, 1.6 * bump(0.04, 0.20, 0.42))
 
@@ -39,8 +39,8 @@ def wave(name: str, phase: float) -> float:
 def _deform(rest, chambers, pushes, out):
     """Pull points towards the chambers and push them with the valve plane.
 
-    chambers (n, 8): centre, first axis, semi-axes, shortening along and across now.
-    pushes (m, 5): centre, displacement now, sigma.
+    chambers (n, 8): centre, first axis, semi-axes, current shortening along and across.
+    pushes (m, 5): centre, current displacement, sigma.
     """
     for s in range(len(rest)):
         x, y = rest[s, 0], rest[s, 1]
@@ -77,7 +77,7 @@ def place(points, turn, shift, out):
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def glint_of(points, normals, turn, radius):
-    """How much of a wall's echo comes back to the probe: all of it at right angles."""
+    """The share of a wall's echo that returns to the probe: all of it at normal incidence."""
     out = np.empty(len(points), np.float32)
     for s in range(len(points)):
         x, z = points[s, 0], points[s, 1] + radius
@@ -89,13 +89,13 @@ def glint_of(points, normals, turn, radius):
 
 
 class Beating:
-    """The scene's movement: where points of the resting fetus are at a part of the cycle."""
+    """A scene's movement: calling it moves points of the resting fetus to a phase of the cycle."""
 
     def __init__(self, scene: Scene):
         self.beats, self.pushes = scene.beats, scene.pushes
 
     def moves(self, points: np.ndarray) -> np.ndarray:
-        """(N,) whether the beat reaches a point at all."""
+        """(N,) whether the beat may move a point at all."""
         near = np.zeros(len(points), bool)
         for b in self.beats:
             near |= b.shape.distance(points) < (REACH - 1) * max(b.shape.semi)
@@ -120,12 +120,12 @@ class Beating:
 def leaflet_points(
     valve: Valve, hinges: np.ndarray, along: np.ndarray, off: np.ndarray, opening: float
 ):
-    """Points of both leaflets between displaced `hinges`; `along` 0..1, `off` mm across."""
+    """Points of both leaflets between displaced `hinges`; `along` is 0..1, `off` in mm across."""
     span = hinges[1] - hinges[0]
     width = np.linalg.norm(span)
     out = []
     for hinge, inward in ((hinges[0], span / width), (hinges[1], -span / width)):
-        # Closed leaflets lean a little forward and meet; open ones lie along the wall.
+        # Closed leaflets tilt slightly forward and meet; open ones lie along the wall.
         lean = math.radians(12 + 62 * opening)
         bend = lean + math.radians(20) * opening * (along - 0.5)
         reach = 0.54 * width * along

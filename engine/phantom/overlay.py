@@ -1,4 +1,4 @@
-"""What a machine writes around the sector."""
+"""The text and scales that a machine draws around the sector."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from sslus.engine.phantom.patients import Patient
 
 
 def overlay(sector: Sector, patient: Patient) -> np.ndarray:
-    """(H, W) uint8: what the machine writes around the sector. The sector itself is 0."""
+    """(H, W) uint8: the text and scales around the sector. The sector itself is 0."""
     from PIL import Image, ImageDraw, ImageFont
 
     machine, h, w = sector.machine, sector.height, sector.width

@@ -1,4 +1,4 @@
-"""Patients: fetus, mother and examination, all clips of one alike."""
+"""Patients: fetus, mother and examination, which are the same in all clips of a patient."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,12 +13,12 @@ class Patient:
     machine: Machine
     weeks: float  # gestational age
     chest_mm: float  # half the width of the chest
-    lie: float  # turn of the fetus; 0: spine away from the probe
+    lie: float  # rotation of the fetus; 0: spine away from the probe
     mirror: int
     heart_hz: float
     gain_db: float
-    tgc_db: tuple[float, ...]  # what the sonographer's sliders get wrong, top to bottom
-    wall_mm: float  # mother's tissue in front of the uterus
+    tgc_db: tuple[float, ...]  # errors of the TGC sliders, top to bottom
+    wall_mm: float  # depth of the mother's tissue, down to the inside of the uterine wall
     placenta_mm: float
     gap_mm: float  # amniotic fluid in front of the fetus
     spare_mm: float  # depth shown behind the fetus
@@ -29,7 +29,7 @@ class Patient:
     def draw(cls, seed: int, patient: str) -> "Patient":
         number = int(patient[1:])
         rng = np.random.default_rng([seed, 1, number])
-        # Golden-ratio steps: even a few patients differ in size.
+        # Golden-ratio steps, so that even a few patients differ in size.
         weeks = 19 + 12 * ((number * 0.618034 + np.random.default_rng(seed).random()) % 1)
         chest_mm = (7.8 * weeks - 5) / (2 * math.pi)  # thoracic circumference by age
         machine = MACHINES[(number + seed) % len(MACHINES)]
