@@ -23,7 +23,7 @@ PACKAGES = {  # name in a row's versions -> distribution
     "torchvision": "torchvision", "triton": "triton", "timm": "timm",
     "dali": "nvidia-dali-cuda130",
 }  # fmt: skip
-SIZE, STRIDE, QUALITY = 256, 5, 95  # what `sslus shard` does when it is told nothing
+SIZE, STRIDE, QUALITY = 256, 5, 95  # the defaults of `sslus shard`
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Row:
 
     stage: str
     name: str  # what is done
-    implementation: str  # by whom: "sslus", a peer, or a "floor: ..." that physics sets
-    case: str  # on what
+    implementation: str  # by whom: "sslus", a peer, or "floor: ...", a physical limit
+    case: str  # with which input
     median: float
     low: float
     high: float
-    unit: str  # "s" and "MiB": less is better; "frames/s", "samples/s": more is
-    threads: int  # threads or processes at work
-    peak_mib: float | None  # memory of a fresh process that does it once, its children included
+    unit: str  # "s", "MiB": less is better; "frames/s", "samples/s": more is better
+    threads: int  # number of threads or processes
+    peak_mib: float | None  # of a fresh process that does it once, including its children
     device: str
     versions: dict[str, str]
     commit: str
@@ -48,14 +48,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What one row is of another, by the median of their turns, and what it should be."""
+    """The ratio of two rows, as the median over their turns, and its target."""
 
     stage: str
     text: str
     value: float
     at_least: float | None = None
     at_most: float | None = None
-    judged: bool = True  # False: the input is too small to tell
+    judged: bool = True  # False: the input is too small to judge it
 
     @property
     def want(self) -> str:
@@ -74,7 +74,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a work returns that leaves its own preparation out of the time."""
+    """Returned by a work that excludes its own preparation from the time."""
 
     amount: float
     seconds: float
@@ -82,27 +82,27 @@ class Timed:
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time: `run()` returns how many units (frames, samples) it did."""
+    """Something to time: `run()` returns the number of units (frames, samples) it processed."""
 
     run: Callable[[], float | Timed]
     threads: int = 1
     device: str = "cpu"
-    fresh: bool = True  # can run in a process of its own, where its peak memory is measured
-    peak_mib: float | None = None  # what is known of it already
+    fresh: bool = True  # whether to measure its peak memory in a process of its own
+    peak_mib: float | None = None  # its peak memory, if already known
 
 
 @dataclass
 class Bench:
-    """Handed to every stage: its inputs, and where its rows go."""
+    """Passed to every stage: provides its inputs and collects its rows."""
 
     quick: bool
     device: str
     data: Path | None  # a folder of videos; None: generated clips
     scratch: Path
-    save: Callable[["Bench"], None]  # called after every comparison: a cut run keeps what it has
+    save: Callable[["Bench"], None]  # called after every comparison, so an aborted run keeps rows
     rows: list[Row] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
-    values: dict[int, list[float]] = field(default_factory=dict)  # id of a row: its turns
+    values: dict[int, list[float]] = field(default_factory=dict)  # id of a row -> its turns
     stage: str = ""
 
     @property
@@ -112,10 +112,11 @@ class Bench:
     def compare(
         self, name: str, case: str, unit: str, works: dict[str, Work], repeats: int = 5
     ) -> dict[str, Row]:
-        """Time `works` in turns, A B A B, so that a noisy minute hits all of them alike.
+        """Time `works` in turns, A B A B, so that a noisy minute affects all of them alike.
 
-        Each runs once unmeasured before, and once in a fresh process for its peak memory.
-        Their rows, by the same keys; a key's part after "|" only tells works apart.
+        Before that, each runs once untimed, and once in a fresh process for its peak memory.
+        Returns their rows under the same keys. The part of a key after "|" only distinguishes
+        works of the same implementation.
         """
         peaks = {k: peak_mib(w) if w.fresh else w.peak_mib for k, w in works.items()}
         amounts = {k: timed(w).amount for k, w in works.items()}
@@ -153,10 +154,10 @@ class Bench:
     def ratio(
         self, text: str, row: Row, to: Row | None = None, *, at_least=None, at_most=None
     ) -> None:
-        """What `row` is of `to`, or by itself, and what it should be.
+        """Record the ratio of `row` to `to`, or the value of `row` alone, and its target.
 
-        Of rows measured in turns, the median of each turn's own ratio: a slow minute hits both
-        works of a turn, but not half of the turns of each.
+        For rows measured in turns this is the median of the ratios of the turns: a slow minute
+        affects both works of a turn, and thus their ratio little.
         """
         value = row.median
         if to is not None:
@@ -176,7 +177,7 @@ class Bench:
             ],
         }  # fmt: skip
 
-    # ------------------------------------------------------------ inputs, made when asked for
+    # ------------------------------------------------------------ inputs, made when first needed
 
     @functools.cached_property
     def videos(self) -> list[Path]:
@@ -192,7 +193,7 @@ class Bench:
         return "given" if self.data else "generated"
 
     def clips(self, codec: str, extension: str, num: int) -> list[Path]:
-        """Generated clips of speckle, each made once."""
+        """Generated clips of speckle; existing ones are reused."""
         folder = self.scratch / f"clips-{codec}"
         folder.mkdir(exist_ok=True)
         paths = [folder / f"clip{i}.{extension}" for i in range(num)]
@@ -204,7 +205,7 @@ class Bench:
 
     @functools.cached_property
     def shards(self) -> Path:
-        """Shards of `videos`, with the settings of a user who gives none."""
+        """Shards of `videos`, with the default settings."""
         from sslus.engine.shard import Settings, shard
 
         out = self.scratch / "shards"
@@ -223,7 +224,7 @@ def timed(work: Work) -> Timed:
 
 
 class Often:
-    """Times as many calls as take `seconds` together; the first time, it counts them."""
+    """Times as many calls as take about `seconds` together; the first time, it counts them."""
 
     def __init__(self, run, device="cpu", amount=1.0, seconds=0.0):
         self.run, self.device, self.amount, self.seconds = run, device, amount, seconds
@@ -232,7 +233,7 @@ class Often:
     def __call__(self) -> Timed:
         each = self._each()
         if self.seconds:
-            each = self._each()  # the first one loads, and compiles
+            each = self._each()  # again, since the first call loads and compiles
             self.count = max(1, min(1000, round(self.seconds / each)))
             self.seconds = 0
         return Timed(self.amount, each)
@@ -256,7 +257,7 @@ def wait(device: str) -> None:
 def peak_mib(work: Work) -> float:
     """Peak memory of a fresh process that does the work once.
 
-    The largest child counts once a job, because the kernel tells of the largest only.
+    The kernel reports only the largest child; it is counted `threads` times.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -274,7 +275,7 @@ def peak_mib(work: Work) -> float:
 
 def _peak(pipe, run) -> None:
     run()
-    # ru_maxrss survives exec: without VmHWM a small process would show its parent's peak.
+    # ru_maxrss survives exec, so a small process would report its parent's peak; VmHWM does not.
     status = Path("/proc/self/status")
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if status.exists():
@@ -301,7 +302,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with a + where files differ from it."""
+    """The checkout's commit, followed by + if files differ from it."""
     git = shutil.which("git")
 
     def ask(*words: str) -> str:
@@ -327,7 +328,7 @@ def device_name(device: str) -> str:
 
 
 def write_clip(path: Path, codec: str, num_frames: int, height: int, width: int, seed: int) -> None:
-    """A clip of speckle that drifts and slowly changes, 25 frames a second."""
+    """A clip of speckle that drifts and slowly changes, 25 frames per second."""
     import av
 
     rng = np.random.default_rng(seed)
@@ -342,7 +343,7 @@ def write_clip(path: Path, codec: str, num_frames: int, height: int, width: int,
             stream.options = {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0"}
         for t in range(num_frames):
             field = np.float32(0.97) * np.roll(field, 1 + t % 2, axis=1)
-            # sqrt(1 - 0.97^2): the variance stays 1
+            # 0.243 = sqrt(1 - 0.97^2), so that the variance stays 1
             field += np.float32(0.243) * rng.standard_normal(field.shape, np.float32)
             smooth = (field + np.roll(field, 1, 1) + np.roll(field, 1, 2)) / 3**0.5
             grey = 110 + 28 * np.log10(smooth[0] ** 2 + smooth[1] ** 2 + np.float32(1e-6))
@@ -352,9 +353,9 @@ def write_clip(path: Path, codec: str, num_frames: int, height: int, width: int,
 
 
 def copy_bytes(num_bytes: int, amount: float) -> float:
-    """Copy `num_bytes` from memory to memory, the least that a result in an array costs.
+    """Copy `num_bytes` from memory to memory, the minimum cost of a result in an array.
 
-    In blocks of 64 MiB, which no cache holds."""
+    In blocks of 64 MiB, which do not fit into a cache."""
     block = min(num_bytes, 64 << 20)
     a, b = _blocks(block)
     for _ in range(max(1, round(num_bytes / block))):
@@ -368,7 +369,7 @@ def _blocks(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_files(paths: list[Path], amount: float) -> float:
-    """Read the files' bytes, from the page cache where the kernel has them."""
+    """Read the files' bytes, from the page cache if they are there."""
     buffer = bytearray(1 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as f:

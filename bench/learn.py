@@ -1,11 +1,11 @@
-"""Do the methods learn: all of them under one budget, judged by patient, over several seeds.
+"""Do the methods learn? Trains all of them with the same budget and evaluates their features.
 
     python bench/learn.py videos/ --labels videos/labels.csv -o learn/ --steps 300 --seeds 3
 
-For each seed every method trains the same backbone for the same number of steps on the same
-frames; a linear probe with patients on one side only tells what the features are worth. Writes
-learn/table.md (mean and standard deviation over the training seeds) and learn/results.json.
-Stopped, it goes on with the run it was at.
+For each seed, every method trains the same backbone for the same number of steps on the same
+frames; a linear probe, with no patient in both training and test data, evaluates the features.
+Writes learn/table.md (mean and standard deviation over the training seeds) and
+learn/results.json. If stopped, the same command resumes with the run that was in progress.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def arguments() -> argparse.Namespace:
 
 
 def one(args, shards: Path, method: str, seed: int) -> list[dict]:
-    """Train and judge; returns a line for each share of the labels, of both backbones."""
+    """Train and evaluate. Returns a line for each share of the labels and each backbone: the
+    trained one and a random one."""
     run = args.out / f"{method}-{seed}"
     done = run / "evaluation" / "lines.json"
     if done.exists():

@@ -1,16 +1,18 @@
-"""Draw how fast VICReg and Barlow Twins multiply, and how fast the machine could.
+"""Roofline plot: how fast VICReg and Barlow Twins multiply, and how fast the machine could.
 
     python bench/run.py --stage losses --json losses.json
     python bench/roofline.py losses.json                     writes losses.png beside it
     python bench/roofline.py losses.json -o roofline.png
 
-Across: arithmetic intensity, the operations of the chosen form's matrix products over the bytes
-that its passes move. Up: those operations over the time. Both are counted, not measured: see
-form_flops and form_bytes in bench/stages/losses.py. Roofs are measured in the same run: level, the
-fastest bare product of that form; slanted, a large copy (left out where the file has none).
+Horizontal axis: arithmetic intensity, the operations of the chosen form's matrix products divided
+by the bytes that its passes move. Vertical axis: those operations divided by the time. Operations
+and bytes are counted, not measured: see form_flops and form_bytes in bench/stages/losses.py. The
+roofs are measured in the same run: horizontal, the fastest bare product for that dtype; slanted, a
+large copy (left out if the file has none).
 
-Filled: sslus. Hollow: others, at the same work, so that the distance is the ratio of the times,
-whatever they multiply. On a GPU half precision is drawn apart from float32.
+Filled markers are sslus. Hollow ones are others, plotted with the same operations whatever they
+compute, so that the distance is the ratio of the times. On a GPU, half precision and float32 have
+separate panels.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from stages.losses import FLOOR, floor_flops, form_bytes, form_flops
 CASE = re.compile(r"(?P<name>vicreg|barlow) N=(?P<n>\d+) D=(?P<d>\d+)(?: (?P<dtype>fp32|bf16))?")
 TITLES = {"vicreg": "VICReg", "barlow": "Barlow Twins"}
 OURS = "sslus"
-MARKERS = {  # colours that differ in grey too
+MARKERS = {  # colours that differ in greyscale too
     OURS: ("o", "#0b5394"), "sslus, CUDA graph": ("*", "#0b5394"), "definition": ("s", "#b45f06"),
     "definition, TF32": ("D", "#b45f06"), "definition, CUDA graph": ("P", "#b45f06"),
     "torch.compile": ("^", "#38761d"), "lightly": ("v", "#741b47"),
@@ -53,11 +55,11 @@ class Point:
         return form_flops(self.n, self.d, self.dtype)
 
     @property
-    def rate(self) -> float:  # operations a second
+    def rate(self) -> float:  # operations per second
         return self.flops / self.seconds
 
     @property
-    def intensity(self) -> float:  # operations a byte
+    def intensity(self) -> float:  # operations per byte
         work = form_flops(self.n, self.d, self.dtype)
         return work / form_bytes(self.n, self.d, self.dtype)
 
@@ -83,7 +85,7 @@ def main() -> int:
 
 
 def read(path: Path) -> tuple[list[Point], float | None]:
-    """The file's points, and the bytes a second of its copy; ValueError if there are no points."""
+    """The file's points and the bytes per second of its copy. ValueError if it has no points."""
     try:
         rows = json.loads(path.read_text())["rows"]
         rows = [row for row in rows if row["stage"] == "losses"]
@@ -109,8 +111,8 @@ def points_of(rows: Iterable[dict]) -> Iterable[Point]:
 
 
 def draw(points: list[Point], bandwidth: float | None, out: Path) -> None:
-    """A panel for each type of number and loss, all with the same axes."""
-    from matplotlib.figure import Figure  # not pyplot: no window, whatever the machine has
+    """A panel for each dtype and loss, all with the same axes."""
+    from matplotlib.figure import Figure  # not pyplot, which may open a window
 
     dtypes = sorted({p.dtype for p in points}, key=str)
     names = [name for name in TITLES if any(p.name == name for p in points)]
@@ -122,7 +124,7 @@ def draw(points: list[Point], bandwidth: float | None, out: Path) -> None:
         )
         for axes, name in zip(row, names, strict=True):
             mine = [p for p in points if (p.name, p.dtype) == (name, dtype)]
-            if not any(p.implementation == OURS for p in mine):  # the run was cut before it
+            if not any(p.implementation == OURS for p in mine):  # the run was aborted before it
                 axes.set_axis_off()
                 continue
             axes.set(xscale="log", yscale="log")
@@ -161,9 +163,9 @@ def draw_points(axes, points: list[Point]) -> None:
 
 
 def draw_labels(axes, ours: list[Point], points: list[Point]) -> None:
-    """N x D, right of the points whose intensities are nearly one, moved down to be apart."""
+    """Labels N x D to the right of points of similar intensity, moved down so as not to overlap."""
     rates = [p.rate for p in points]
-    line = max(1.05, (max(rates) / min(rates)) ** 0.035)  # of text, as a factor
+    line = max(1.05, (max(rates) / min(rates)) ** 0.035)  # height of a text line, as a factor
     groups: list[list[Point]] = []
     for p in sorted(ours, key=lambda p: p.intensity):
         if not groups or p.intensity > 1.7 * groups[-1][0].intensity:
@@ -182,7 +184,7 @@ def draw_labels(axes, ours: list[Point], points: list[Point]) -> None:
 
 
 def draw_roofs(axes, at: list[float], roof: float | None, bandwidth: float | None) -> None:
-    """From half the lowest intensity to twice the highest."""
+    """Draws the roofs from half the lowest intensity to twice the highest."""
     low, high = min(at) / 2, max(at) * 2
     if roof:
         axes.plot([low, high], [roof, roof], color="black", lw=1, label="roof: bare products")

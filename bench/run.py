@@ -3,11 +3,12 @@
     python bench/run.py                          every stage, half an hour
     python bench/run.py --stage decode store     only these
     python bench/run.py --quick                  tiny inputs timed once, under a minute
-    python bench/run.py --json out.json          rows for a machine to read
+    python bench/run.py --json out.json          also writes the rows as JSON
 
-A stage is a file in bench/stages: a docstring and measure(bench). Dropping one in is enough.
-Videos: --data FOLDER, else $SSLUS_REAL_DATA, else generated clips of speckle; --quick always
-generates. Each work is warmed up, then all are timed in turns; shown are median, low and high.
+A stage is a file in bench/stages with a docstring and measure(bench); adding the file is enough.
+Videos: --data FOLDER, else $SSLUS_REAL_DATA, else generated clips of speckle; --quick generates
+them unless --data is given. Each work is warmed up, then all are timed in turns; the table shows
+median, lowest and highest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from harness import ROOT, Bench
 
 STAGES = Path(__file__).resolve().parent / "stages"
-# A public set of 44 lung ultrasound clips, as it is found in a folder of data sets.
+# A public set of 44 lung ultrasound clips: its path in a folder of data sets.
 POCUS = Path("pocus-ccby/pocus_videos")
 
 
@@ -66,7 +67,7 @@ def main() -> int:
 
 
 def real_data() -> Path | None:
-    """Videos in $SSLUS_REAL_DATA (a folder of them, or of data sets), or beside the checkout."""
+    """Videos in $SSLUS_REAL_DATA (a folder of videos or of data sets), or next to the checkout."""
     given = os.environ.get("SSLUS_REAL_DATA")
     folder = Path(given) if given else ROOT.parent / "shared" / "data"
     if (folder / POCUS).is_dir():
@@ -75,7 +76,7 @@ def real_data() -> Path | None:
 
 
 def show(bench: Bench) -> None:
-    """The stage's rows, then its ratios with what they should be."""
+    """Print the stage's rows, then its ratios with their targets."""
     rows = [r for r in bench.rows if r.stage == bench.stage]
     lines = [("what", "implementation", "case", "threads", "median", "low", "high", "unit", "MiB")]
     for r in rows:

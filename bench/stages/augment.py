@@ -1,11 +1,11 @@
-"""256^2 grey frames -> two normalised 224^2 float views a sample, on one thread
+"""256^2 grey frames -> two normalised 224^2 float views per sample, on one thread
 
 Crop .2-1, flip, brightness and contrast .6-1.4 with p .8, Gaussian blur sigma .1-2 with p .5,
 from decoded frames and from JPEG. Against torchvision v2, DALI on the CPU and AlbumentationsX, each
 with the fastest settings found that do the same; a library that is not installed is left out.
-Floor: the writing of as many bytes; for what two threads gain, arithmetic alone. With --device cuda
-the same of a batch that lies on the GPU, against kornia and torchvision there; floor: a copy that
-reads and writes as many bytes.
+Floors: writing as many bytes; decoding alone; for the gain from two threads, arithmetic alone. With
+--device cuda the same for a batch that is already on the GPU, against kornia and torchvision there;
+floor: a copy that reads and writes as many bytes.
 """
 
 import functools
@@ -69,7 +69,7 @@ def on_cpu(bench: Bench, folder: Path, num: int) -> None:
 
 
 def often(run, num: int, *args, **options) -> Often:
-    """As long a turn as the slower ones have: what the machine does meanwhile hits all alike."""
+    """Turns as long as those of slower works, so that noise of the machine affects all alike."""
     return Often(partial(run, *args, **options), amount=num, seconds=0.3)
 
 
@@ -87,7 +87,7 @@ def judge(bench: Bench, rows: dict, source: str) -> None:
         bench.ratio(f"from {source}: sslus / {fastest.implementation}", mine, fastest,
                     at_least=least)  # fmt: skip
     bench.ratio(f"from {source}: two threads / one", rows["sslus|two"], mine, at_least=1.9)
-    # What the machine's two cores have to give at the time.
+    # What the machine's two cores can give at that time.
     bench.ratio(f"from {source}: two threads / one, arithmetic alone",
                 rows["floor: arithmetic|two"], rows["floor: arithmetic"])  # fmt: skip
 
@@ -99,7 +99,7 @@ def avx512() -> bool:
 
 
 def extras(bench: Bench, folder: Path, num: int) -> None:
-    """What single steps cost, and other sizes; ours only."""
+    """The cost of single steps and of another size; sslus only."""
     kinds = {
         "sslus, bfloat16": {"half": True}, "sslus, no blur": {"blur": 0.0},
         "sslus, with gamma": {"gamma": True}, "sslus, speckle": {"speckle": 0.2},
@@ -115,7 +115,7 @@ def extras(bench: Bench, folder: Path, num: int) -> None:
 
 
 def on_gpu(bench: Bench, frames: np.ndarray, device: str = "cuda") -> None:
-    """Two views of every frame of a batch; what is drawn for them is drawn before."""
+    """Two views of every frame of a batch; sslus draws their parameters beforehand."""
     import torch
 
     num = len(frames)
@@ -127,7 +127,7 @@ def on_gpu(bench: Bench, frames: np.ndarray, device: str = "cuda") -> None:
         copies[name] = f"floor: a copy|{name}"
         works[f"sslus, {name}"] = resident(frames, dtype)
         works[copies[name]] = partial(torch.empty_like(half).copy_, half)
-    if num <= 256:  # frame by frame, it takes seconds for more
+    if num <= 256:  # it goes frame by frame: more would take seconds
         works["torchvision v2, 13 taps"] = partial(torchvision_resident, frames)
     if importlib.util.find_spec("kornia"):
         works["kornia, 13 taps"] = partial(kornia_resident, frames)
@@ -144,7 +144,7 @@ def on_gpu(bench: Bench, frames: np.ndarray, device: str = "cuda") -> None:
         mine = rows[f"sslus, {name}"]
         bench.ratio(f"{num} samples, {name}: bytes/s, sslus / a copy", mine, rows[copy],
                     at_least=0.6)  # fmt: skip
-    # Both in float32, which kornia works in.
+    # In float32, as kornia works in it.
     for key, least in (("kornia, 13 taps", 20), ("torchvision v2, 13 taps", None)):
         if key in rows:
             bench.ratio(f"{num} samples: sslus / {key}", rows["sslus, float32"], rows[key],
@@ -191,7 +191,7 @@ def decode_into(frames: np.ndarray, jpegs: list[bytes], share: np.ndarray) -> No
 
 
 def samples(folder: Path, jpeg: bool):
-    """(256, 256, 1) uint8 frames, one by one, as a data set gives them."""
+    """(256, 256, 1) uint8 frames, one by one, as from a data set."""
     if jpeg:
         yield from map(decode, jpegs_of(folder))
     else:
@@ -200,7 +200,7 @@ def samples(folder: Path, jpeg: bool):
 
 @functools.cache
 def views_of(num: int, view: int = VIEW, half: bool = False):
-    """Where the views go, the loader's memory: used before, so that no one pays for the pages."""
+    """Output memory like the loader's. It is reused, so that no work pays for page faults."""
     import torch
 
     from sslus.ssl.memory import large_pages
@@ -213,7 +213,7 @@ def views_of(num: int, view: int = VIEW, half: bool = False):
 
 @functools.cache
 def decoded(num: int) -> np.ndarray:
-    """Where JPEGs are decoded to; used again, as the loader's memory and DALI's is."""
+    """Memory for decoded JPEGs; reused, as the loader's and DALI's memory is."""
     return np.zeros((num, SIZE, SIZE), np.uint8)
 
 
@@ -257,7 +257,7 @@ def ours(
     frames = frames_of(folder)
     if jpeg:
         frames = decoded(len(frames))
-        with ThreadPoolExecutor(threads) as pool:  # small shares: the threads end together
+        with ThreadPoolExecutor(threads) as pool:  # small shares, so that threads end together
             shares = np.array_split(np.arange(len(frames)), max(1, len(frames) // 8))
             list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
     num = len(frames)
@@ -287,7 +287,7 @@ def torchvision_pipe(taps: int):
     import torch
     from torchvision.transforms import v2
 
-    return v2.Compose([  # bytes until the end: the fastest that it offers
+    return v2.Compose([  # uint8 until the end: its fastest way
         v2.RandomResizedCrop(VIEW, scale=AREA, ratio=ASPECT, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(brightness=FACTOR, contrast=FACTOR)], JITTER),
@@ -310,13 +310,13 @@ def by_albumentations(folder: Path, jpeg: bool, taps: int) -> int:
 def albumentations_pipe(taps: int):
     import os
 
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for one on the network
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no search for updates on the network
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(1)
-    # The sum of bytes that it takes (NumKong 7.8) ends with an illegal instruction or not at all
-    # where a picture is flipped, whose strides are negative; OpenCV's mean is as fast.
+    # Its sum of bytes (NumKong 7.8) crashes with an illegal instruction or hangs for flipped
+    # images, whose strides are negative; OpenCV's mean is as fast.
     stats = importlib.import_module("albucore.stats")
     stats._global_mean_uint8_only = lambda x: cv2.mean(np.ascontiguousarray(x))[0]
     change = (FACTOR[0] - 1, FACTOR[1] - 1)
@@ -389,7 +389,7 @@ def resident(frames, dtype):
 
 
 def torchvision_resident(frames) -> None:
-    """Frame by frame: on a batch it draws once for all."""
+    """Frame by frame, because for a batch it draws only once."""
     pipe = torchvision_pipe(13)
     for frame in frames:
         pipe(frame[None]), pipe(frame[None])
@@ -428,7 +428,7 @@ def write(num: int) -> int:
 
 
 def hashes(num: int, threads: int) -> int:
-    """Work for the cores alone, shared among threads as JPEGs are."""
+    """Pure computation, shared among threads in the same way as JPEGs."""
     block = bytes(1 << 19)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda _: hashlib.sha256(block).digest(), range(num // 8)))

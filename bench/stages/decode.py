@@ -1,7 +1,8 @@
 """video file -> luma of every frame
 
 Against a bare PyAV loop that decodes and drops the frames, and PyAV's own conversion to grey.
-Floors: the files' bytes read, the frames' bytes copied.
+Floors: reading the files' bytes, copying the frames' bytes. For information also against DALI on
+the CPU and, with --device cuda, on the GPU.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ def sslus_decode(paths: list[Path]) -> int:
 
 
 def bare_pyav(path: Path):
-    """The frames of a file as FFmpeg leaves them, on one thread."""
+    """The frames of a file as FFmpeg decodes them, on one thread."""
     import av
 
     with av.open(str(path)) as container:
@@ -39,7 +40,7 @@ def pyav_grey(paths: list[Path]) -> int:
 
 
 def dali_decode(paths: list[Path], device: str) -> int:
-    """DALI's reader alone. A chunk is filled up at the end of a file; the fill is not counted."""
+    """DALI's reader alone. At the end of a file a chunk is padded; padding is not counted."""
     from nvidia import dali
 
     count = 0
@@ -65,7 +66,7 @@ def dali_decode(paths: list[Path], device: str) -> int:
 def measure(bench: Bench) -> None:
     if bench.device == "cuda":  # first, in case the time runs out
         on_gpu(bench)
-    videos = bench.videos[:: 4 if len(bench.videos) > 16 else 1]  # short turns share the noise
+    videos = bench.videos[:: 4 if len(bench.videos) > 16 else 1]  # short turns, with equal noise
     frames, pixels = 0, 0
     for path in videos:
         for frame in bare_pyav(path):
@@ -91,7 +92,7 @@ def measure(bench: Bench) -> None:
 
 
 def against_dali(bench: Bench) -> None:
-    """For information: DALI without a GPU, in the formats that it reads there."""
+    """For information: DALI without a GPU, with codecs that it can read there."""
     for codec, encoder, extension in (("VP9", "libvpx-vp9", "webm"), ("MJPEG", "mjpeg", "avi")):
         clips = bench.clips(encoder, extension, 2)
         rows = bench.compare(
@@ -118,7 +119,7 @@ def _start_backend() -> None:
 
 
 def _prepared(path: Path) -> int:
-    """The way of `sslus shard --device cuda --all`: decode, resize, JPEG, all on the GPU."""
+    """As `sslus shard --device cuda --all`: decode, resize and encode JPEG, all on the GPU."""
     from sslus.engine.video import probe
 
     return sum(1 for _ in _backend.prepared(path, probe(path), keep_all, SIZE, QUALITY))
@@ -137,7 +138,7 @@ def _each(pool: ProcessPoolExecutor, function, paths: list[Path]) -> int:
 
 
 def nvdec_videos(bench: Bench) -> list[Path]:
-    """Some of the videos that this GPU decodes."""
+    """Up to 14 of the videos that this GPU can decode."""
     from sslus.engine.dali import DaliBackend
     from sslus.engine.video import probe
 
@@ -147,14 +148,14 @@ def nvdec_videos(bench: Bench) -> list[Path]:
 
 
 def on_gpu(bench: Bench) -> None:
-    """One NVDEC session uses one engine, so several pipelines, a process each."""
+    """One NVDEC session uses one engine, so several pipelines are run, each in its own process."""
     clips = nvdec_videos(bench)
     works = {}
     pools = []
     for pipelines in (1, 2) if bench.quick else (1, 2, 4, 7):
         pool = ProcessPoolExecutor(pipelines, get_context("spawn"), _start_backend)
         pools.append(pool)
-        # The first call of each worker starts CUDA, which the warm-up run takes.
+        # The first call of each worker initialises CUDA; this happens in the warm-up run.
         for name, function in (
             ("sslus: NVDEC, resize, nvJPEG", _prepared),
             ("DALI on the GPU, decode only", _bare_nvdec),

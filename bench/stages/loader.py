@@ -1,10 +1,9 @@
-"""Batches through the loader, against the op that makes views alone, on the same frames
+"""Batches through the loader, against the views op alone, on the same frames
 
-256^2 grey -> two 224^2 float views, one thread, nothing else running; crops of .2-1, else SimCLR's
-views. ram and disk are the loader's tiers over a frame store; stream decodes the shards each
-time, and is compared with the decoder and the op. A repeat is one turn: as many frames as the
-loader draws views for at once, first through each tier, then without it. Floor: the writing of as
-many bytes.
+256^2 grey -> two 224^2 float views, one thread, nothing else running; SimCLR's views with crops of
+.2-1. ram and disk are the loader's tiers over a frame store; stream decodes the shards each time
+and is compared with the decoder plus the op. In one turn, every work processes as many frames as
+the loader draws views for at once. Floor: writing as many bytes.
 """
 
 import functools
@@ -64,7 +63,7 @@ def measure(bench: Bench) -> None:
 
 
 class ByLoader:
-    """Takes batches as fast as the background thread makes them."""
+    """Takes batches as fast as the loader's background thread makes them."""
 
     def __init__(self, shards: Path, size: int, tier: str):
         import torch
@@ -83,14 +82,13 @@ class ByLoader:
         next(self.batches)
 
     def settle(self) -> None:
-        """Until what is made ahead is made: a turn makes as many batches as it takes."""
+        """Waits for the batches made ahead, so that a turn makes as many batches as it takes."""
         self.loader.pool.submit(int).result()
 
 
 class OpAlone:
-    """Indices and tables of an epoch's batches are drawn before, and taken again and again.
-
-    As many frames as the loader goes through: a few would stay in the processor's caches.
+    """The op on its own. The indices and tables of an epoch's batches are drawn beforehand and
+    reused. It covers as many frames as the loader: a few would stay in the processor's caches.
     """
 
     def __init__(self, shards: Path, size: int, decode: bool):
@@ -105,7 +103,7 @@ class OpAlone:
             table = [draw(c, batch.first, v, 0, 0, SIZE, VIEW) for v, c in enumerate(parse(VIEWS))]
             found.append((torch.from_numpy(batch.first), torch.from_numpy(np.concatenate(table))))
         self.batches = itertools.cycle(found)
-        # The frames where the loader finds them too: in the system's cache.
+        # The frames come from where the loader finds them too: the system's page cache.
         mapped = np.memmap(store.frames.filename, np.uint8, "c", shape=store.frames.shape)
         self.frames = torch.from_numpy(mapped)
         self.jpegs = jpegs_of(shards) if decode else None
@@ -130,7 +128,7 @@ class OpAlone:
 
 
 def endless(store, size: int) -> Iterator:
-    """Batches of all frames; of repeated ones where there are fewer than a batch."""
+    """Batches of all frames; if they are fewer than a batch, they are repeated."""
     from sslus.ssl.loader import Batch
 
     epoch = 0
@@ -154,7 +152,7 @@ def jpegs_of(shards: Path) -> list[bytes]:
 
 @functools.cache
 def views_of(size: int):
-    """The loader's memory."""
+    """Output memory like the loader's."""
     import torch
 
     from sslus.ssl.memory import large_pages

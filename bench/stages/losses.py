@@ -1,14 +1,15 @@
 """two batches of projections -> loss and gradients; images -> masked images and masked error
 
 Against the definition in plain PyTorch with autograd, on a GPU also under torch.compile, and
-lightly's losses where lightly can be imported (`pip install --no-deps --target FOLDER lightly`,
-then PYTHONPATH=FOLDER). Floor: the chosen form's matrix products alone; bench/roofline.py draws
-them. Memory: what a step needs beyond its inputs. Masks: against a mask tensor and F.mse_loss.
+against lightly's losses if lightly can be imported (`pip install --no-deps --target FOLDER
+lightly`, then PYTHONPATH=FOLDER). Floor: the chosen form's matrix products alone; bench/roofline.py
+plots them. Memory: what a step needs beyond its inputs. Masks: against a mask tensor and
+F.mse_loss.
 
-On a GPU a measurement is as many steps as take 0.05 s, issued one after the other and waited for
-at the end: the larger of what the host needs to launch them and the device to run them. The
-definition multiplies in float32, whatever its inputs are, as the ops do to the last digits; TF32
-is there as a row of its own. What does not fit the device's memory is left out, with a line.
+On a GPU, one measurement is as many steps as take 0.05 s, launched without waiting and synchronised
+at the end: it gives the larger of the host's launch time and the device's run time. The definition
+multiplies in float32 whatever the dtype of its inputs, which matches the accuracy of the ops; TF32
+has a row of its own. What does not fit into the device's memory is left out, with a message.
 """
 
 import functools
@@ -29,14 +30,14 @@ SCALARS = {
     "infonce_queue": {"temperature": 0.2},
     "byol": {},
 }
-# (N, D): how many times faster than lightly, at least.
+# {(N, D): the least speed-up over lightly}.
 TARGETS = {
     "vicreg": {(256, 8192): 150, (1024, 8192): 20, (4096, 2048): 2},
     "barlow": {(256, 8192): 40, (1024, 8192): 7, (4096, 2048): 1},
 }
 LIGHTLY = {"vicreg": "VICRegLoss", "barlow": "BarlowTwinsLoss", "ntxent": "NTXentLoss"}
-# On a GPU what has a target comes first, and the masks after the first size, in case the time runs
-# out.
+# On a GPU, sizes with a target come first, and the masks after the first size, in case the time
+# runs out.
 GPU_SIZES = (
     (256, 8192), (1024, 8192), (4096, 8192), (4096, 2048), (4096, 16384), (1024, 16384),
     (256, 2048), (256, 16384), (1024, 2048),
@@ -44,7 +45,7 @@ GPU_SIZES = (
 GPU_DTYPES = ("bf16", "fp32")
 GPU_TARGETS = {"definition": 10, "torch.compile": 4}  # at N = 256, D = 8192
 OF_MATMUL_RATE = 0.7  # where N >= 1024 and D >= 8192
-COPY = 1 << 28  # bytes; no cache holds it
+COPY = 1 << 28  # bytes; too large for any cache
 FLOOR = "floor: the products"
 
 
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def text(self) -> str:
-        """Where the device is a GPU, with the type: bench/roofline.py reads it."""
+        """The case in words, on a GPU with the dtype; bench/roofline.py parses it."""
         n, d = self.shapes[0]
         size = f"N={n} D={d}"
         if self.name not in TARGETS:
@@ -69,22 +70,23 @@ class Case:
 
 
 def form_flops(n: int, d: int, dtype: str | None) -> float:
-    """Operations of the products of a form: x x^T by its triangle, and (x x^T) x, of both views.
+    """Operations of a form's products for both views: x x^T (one triangle) and (x x^T) x.
 
-    That is 3 N^2 D multiplications, and 3 N D^2 where N >= D; an operation is half of one. dtype:
-    of inputs on a GPU, where every product of fp32 is three of TF32, and of bf16 three of bf16
-    planes, or four for x x^T where N < D. None: on a CPU.
+    That is 3 N^2 D multiply-adds, or 3 N D^2 if N >= D, of two operations each. dtype: that of
+    inputs on a GPU, where a product of fp32 takes three TF32 products, and one of bf16 takes three
+    products of bf16 planes, or four for x x^T if N < D. None: on a CPU.
     """
     planes = {None: 1, "fp32": 3, "bf16": 10 / 3 if n < d else 3}[dtype]
     return 6 * planes * n * d * min(n, d)
 
 
 def form_bytes(n: int, d: int, dtype: str | None) -> float:
-    """What a form's passes move, each tensor once a pass, if no pass finds it in a cache.
+    """Bytes that a form's passes move: each tensor once per pass, if no pass finds it in a cache.
 
-    Inputs are read for the planes and for the gradient's pull, gradients written; planes, four
-    bytes an entry, are written, and read for x x^T and for the gradient, where N >= D for every
-    512 columns; N x N or D x D matrices, in float32, are written and read.
+    Inputs are read for the planes and for the gradient of the invariance term; gradients are
+    written. Planes, four bytes per element, are written once, and read for x x^T and for the
+    gradient, if N >= D for every 512 columns. The float32 N x N or D x D matrices are written and
+    read.
     """
     strips = 1 if n < d else -(-d // 512)
     side = min(n, d)
@@ -132,13 +134,13 @@ def loss_of(case: Case, who: str) -> Callable:
     if who == "torch.compile":
         import torch
 
-        torch.compiler.reset()  # after eight shapes it would run what it was given uncompiled
+        torch.compiler.reset()  # after eight shapes it would fall back to uncompiled code
         return torch.compile(loss, dynamic=False)
     return loss
 
 
 def step(case: Case, loss: Callable) -> int:
-    """One loss and its gradients, as the backward of a projector asks for them."""
+    """One loss and its gradients, as the backward pass of a projector needs them."""
     import torch
 
     torch.set_num_threads(case.threads)
@@ -149,14 +151,14 @@ def step(case: Case, loss: Callable) -> int:
 
 
 def products(case: Case) -> int:
-    """The chosen form's multiplications: Gram matrices (N < D) or D x D ones, made whole."""
+    """The chosen form's products alone: with whole N x N (N < D) or D x D matrices."""
     import torch
 
     torch.set_num_threads(case.threads)
     with torch.no_grad():
         n, d = case.shapes[0]
         views = [z if n < d else z.T for z in inputs(case)]
-        if case.device != "cpu":  # plain products, once, for the rate
+        if case.device != "cpu":  # plain products in a single precision, for the rate
             for x in views:
                 (x @ x.T) @ x
             return 1
@@ -165,7 +167,7 @@ def products(case: Case) -> int:
             c @ views[0], c @ views[1]
             return 1
         for x in views:
-            half = len(x) // 2  # three quarters of a symmetric matrix
+            half = len(x) // 2  # computes three quarters of a symmetric matrix
             x[:half] @ x[:half].T
             lower = x[half:] @ x.T
             lower @ x, lower @ x
@@ -183,7 +185,7 @@ def in_tf32(run: Callable[[], object]) -> None:
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The same as a CUDA graph: the host launches once."""
+    """`run` as a CUDA graph, which takes the host a single launch."""
     import torch
 
     side = torch.cuda.Stream()
@@ -199,7 +201,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def warmed(run: Callable[[], float], small: Callable[[], object]) -> Callable[[], float]:
-    """A peer that takes seconds: what it does first, to warm up, is small."""
+    """For peers that take seconds: the first call, the warm-up, runs `small` instead."""
     first = iter([small])
 
     def work() -> float:
@@ -229,7 +231,7 @@ def _extra(pipe, case, who) -> None:
     loss = loss_of(case, who)
     step(smaller(case), loss)
     inputs(case)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     step(case, loss)
     pipe.send((_status("VmHWM") - before) / 1024)
@@ -245,10 +247,10 @@ def _status(key: str) -> int:
 
 
 def extra_mib_on_gpu(run: Callable[[], object]) -> float:
-    """Peak memory of the device during a call, beyond what is allocated before."""
+    """Peak device memory during a call, beyond what is allocated before it."""
     import torch
 
-    run()  # compiles, and keeps what it keeps
+    run()  # compiles, and allocates what it keeps
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -325,7 +327,7 @@ def on_cpu(bench: Bench, threads: int) -> None:
 
 def memory(bench: Bench, case: Case) -> None:
     n, d = case.shapes[0]
-    whos = ["sslus", *(["definition"] if n == 256 else [])]  # it is D x D whatever N is
+    whos = ["sslus", *(["definition"] if n == 256 else [])]  # its D x D does not depend on N
     values = {who: extra_mib(case, who) for who in whos}
     values["4 (N^2 + N D) floats"] = 16 * (n * n + n * d) / 2**20
     rows = {
@@ -365,7 +367,7 @@ def measure_on_gpu(bench: Bench, case: Case) -> None:
     }
     if has_lightly():
         makers["lightly"] = partial(bare, "lightly")
-    if target:  # where launches are most of the time
+    if target:  # where launches take most of the time
         for who in ("sslus", "definition"):
             makers[f"{who}, CUDA graph"] = lambda who=who: graphed(bare(who))
     works = {}
@@ -402,11 +404,11 @@ def measure_on_gpu(bench: Bench, case: Case) -> None:
         least = OF_MATMUL_RATE if n >= 1024 and d >= 8192 else None
         bench.ratio(f"{case.text}: rate of sslus / of bare products",
                     rates["sslus"], rates[FLOOR], at_least=least)  # fmt: skip
-    bench.save(bench)  # with its ratios, should the run be cut short before the next case
+    bench.save(bench)  # with its ratios, in case the run is aborted before the next case
 
 
 def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
-    """What `make` makes and its extra memory; None, and a line, where it cannot run."""
+    """What `make` returns, and its extra memory; None, with a message, if it cannot run."""
     import torch
 
     try:
@@ -414,7 +416,7 @@ def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
         return run, extra_mib_on_gpu(run)
     except torch.OutOfMemoryError:
         why = "it does not fit the device's memory"
-    except Exception as e:  # a peer's and a compiler's errors are of any kind; it is told below
+    except Exception as e:  # peers and compilers raise errors of any kind; reported below
         if what.endswith(": sslus"):
             raise
         first, _, _ = str(e).partition("\n")
@@ -425,7 +427,7 @@ def what_fits(what: str, make: Callable) -> tuple[Callable, float] | None:
 
 
 def others(bench: Bench, threads: int, dtype: str) -> None:
-    """For information."""
+    """The other losses, for information: there are no targets."""
     n, d, m = (8, 16, 64) if bench.quick else (1024, 128, 65536)
     for name, shapes in {
         "ntxent": ((n, d),) * 2,
@@ -453,10 +455,10 @@ def others(bench: Bench, threads: int, dtype: str) -> None:
 
 
 def masks(bench: Bench, threads: int, dtype: str) -> None:
-    """Three quarters of an image's patches hidden, and the error in the hole, for information.
+    """Hide three quarters of an image's patches and compute the error there, for information.
 
-    The peers hold the mask as a tensor; `ready`: its making is not timed. Theirs are patches
-    anywhere in the image, which is drawn as MAE does.
+    The peers store the mask as a tensor of patches anywhere in the image, drawn as in MAE. Making
+    a `ready` mask tensor is not timed.
     """
     import torch
     import torch.nn.functional as F
@@ -513,7 +515,7 @@ def masks(bench: Bench, threads: int, dtype: str) -> None:
 
 
 def mask_tensor(image, mask):
-    """(B, 1, H, W) bool: the share of the cells, by the order of random numbers."""
+    """(B, 1, H, W) bool: hides the cells with the smallest random numbers, as in MAE."""
     import torch
 
     rows, columns = (side // mask.patch for side in image.shape[2:])

@@ -1,7 +1,7 @@
 """folder of videos -> shards on the disk
 
 Against bare PyAV decoding plus bare JPEG encoding of as many ready frames, in as many processes.
-Floor: the videos' bytes read and the shards' bytes written and synced.
+Floor: reading the videos' bytes, and writing and syncing the shards' bytes.
 """
 
 import os
@@ -16,7 +16,7 @@ from harness import QUALITY, SIZE, STRIDE, Bench, Work, peak_mib, read_files
 from stages.decode import bare_pyav, nvdec_videos
 
 TURNS = 7
-COPIES = 3  # of the videos: in a job of seconds the start of its workers would weigh too much
+COPIES = 3  # of each video: in a job of a few seconds, starting the workers would weigh too much
 
 
 def sslus_shard(videos: list[Path], out: Path, jobs: int, device: str = "cpu") -> int:
@@ -28,7 +28,7 @@ def sslus_shard(videos: list[Path], out: Path, jobs: int, device: str = "cpu") -
 
 
 def bare(videos: list[Path], frames: Path, jobs: int) -> int:
-    """Decode and drop; encode ready frames; a pool of processes, the largest file first."""
+    """Decode and drop; encode ready frames; in a pool of processes, largest files first."""
     tasks = sorted(videos, key=lambda p: -p.stat().st_size)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         return sum(pool.map(_bare_video, tasks, [frames] * len(tasks)))
@@ -66,7 +66,7 @@ def start_workers(jobs: int) -> int:
 
 
 def _nothing() -> None:
-    import sslus.engine.shard  # noqa: F401, what a worker has to import
+    import sslus.engine.shard  # noqa: F401, imported by every worker
 
 
 def measure(bench: Bench) -> None:
@@ -79,7 +79,7 @@ def measure(bench: Bench) -> None:
     copies = 1 if bench.quick else COPIES
     videos = copied(bench.videos, copies, bench.scratch / "copied")
     manifest = read_manifest(bench.shards)
-    # The frames that the bare encoder gets are those of the shards: noise would cost it more.
+    # The bare encoder gets the frames of the shards: noise would take it longer.
     FrameStore.open(bench.shards, folder=bench.scratch / "ready")
     ready = bench.scratch / "ready" / "frames.u8"
     num_bytes = copies * sum(s["bytes"] for s in manifest.shards)
@@ -98,14 +98,14 @@ def measure(bench: Bench) -> None:
     for jobs in (1, 2):
         peer = rows[f"PyAV decode + simplejpeg encode|{jobs}"]
         bench.ratio(f"jobs {jobs}: sslus / bare", rows[f"sslus|{jobs}"], peer, at_most=1.35)
-    # Two processes on one core are no faster than one: there the target says nothing.
+    # Two processes on one core are no faster than one, so there is no target then.
     bound = 1.8 if bench.cores >= 2 else None
     bench.ratio("sslus: 1 job / 2 jobs", rows["sslus|1"], rows["sslus|2"], at_least=bound)
     bench.ratio(
         "bare: 1 job / 2 jobs",
         *(rows[f"PyAV decode + simplejpeg encode|{jobs}"] for jobs in (1, 2)),
     )
-    # Part of the times above.
+    # For information: this is part of the times above.
     bench.compare(
         "start-up", "worker processes, started once a run", "s",
         {"sslus": Work(partial(start_workers, 2), 2, fresh=False)}, repeats=3,
@@ -114,7 +114,7 @@ def measure(bench: Bench) -> None:
 
 
 def copied(videos: list[Path], copies: int, folder: Path) -> list[Path]:
-    """So many copies of each video, as files of their own."""
+    """`copies` copies of each video, as separate files."""
     folder.mkdir()
     names = [f"{n}-{i}-{path.name}" for n, path in enumerate(videos) for i in range(copies)]
     paths = [folder / name for name in names]
@@ -124,7 +124,7 @@ def copied(videos: list[Path], copies: int, folder: Path) -> list[Path]:
 
 
 def memory(bench: Bench, videos: list[Path], out: Path) -> None:
-    """Four times the videos, which are copies, so that the largest stays the same."""
+    """Peak memory for n videos, and for four copies of each, so that the largest is the same."""
     few = videos[:: 4 if len(videos) >= 16 else 1]
     folders = [copied(few, copies, bench.scratch / f"copies{copies}") for copies in (1, 4)]
     rows = []
@@ -138,7 +138,7 @@ def memory(bench: Bench, videos: list[Path], out: Path) -> None:
 
 
 def on_gpu(bench: Bench) -> None:
-    """The same on a GPU, where the frames are decoded, resized and encoded."""
+    """Wall time with and without a GPU, which decodes, resizes and encodes the frames."""
     clips = nvdec_videos(bench)
     out = bench.scratch / "shard-out"
     jobs = {"cpu": min(bench.cores, 16), "cuda": 2 if bench.quick else 7}

@@ -1,7 +1,7 @@
 """shards -> frame store
 
 Against simplejpeg decoding the same bytes, ready in memory, on as many threads.
-Floor: the frames' bytes copied.
+Floor: copying the frames' bytes.
 """
 
 import shutil
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from harness import Bench, Timed, Work, copy_bytes
 
-CHUNK = 16  # frames a task, as the store's own builder takes them at 256 px
+CHUNK = 16  # frames per task, as in the store's own builder at 256 px
 
 
 def build(shards: Path, folder: Path, threads: int) -> Timed:
-    """Build it where there is none: to remove an old one is no part of it."""
+    """Build a new store. Removing the previous one is not timed."""
     from sslus.engine.store import FrameStore
 
     shutil.rmtree(folder, ignore_errors=True)

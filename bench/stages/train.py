@@ -1,10 +1,10 @@
-"""frame store -> training steps of every method, two views a sample
+"""frame store -> training steps of every method, two views per sample
 
-Against the ceiling: the same model, loss and optimiser on one batch of ready views that stays on
-the device, which no loader can beat. And against the usual loops: torchvision transforms in a
-PyTorch DataLoader, with lightly's heads and losses (where lightly can be imported) and with this
-project's definitions in plain PyTorch, which are the losses of solo-learn and the authors' codes.
-Floor: the step's multiplications at the rate of a bare matrix product.
+Against a ceiling that no loader can beat: the same model, loss and optimiser on one batch of ready
+views that stays on the device. Also against the usual loops: torchvision transforms in a PyTorch
+DataLoader, with lightly's heads and losses (if lightly can be imported) and with this project's
+definitions in plain PyTorch, which are the losses of solo-learn and of the authors' code. Floor:
+the step's multiplications at the rate of a bare matrix product.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ from unittest import mock
 from harness import Bench, Row, Timed, Work
 
 AT_LEAST = 0.97  # of the ceiling
-CPU_BATCH, TURNS = 32, 40  # seven methods in a quarter of an hour, with the usual loops
-# Of a usual loop on a CPU, and how many of them come first: its worker processes fetch two batches
-# each ahead, which would be most of a few steps' data.
+CPU_BATCH, TURNS = 32, 40  # seven methods take a quarter of an hour, with the usual loops
+# Steps of a usual loop on a CPU, and how many of them are not timed: each worker process prefetches
+# two batches, which would be most of the data of a few steps.
 USUAL_STEPS, USUAL_FIRST = 16, 8
-USUAL = ("vicreg", "barlowtwins", "simclr")  # whose usual loops are measured too: they are slow
-# Samples/s, two views each, bf16. ResNet-50: MLPerf's 7,005 pictures/s of an H100 make 3,500; the
-# ViT's forward and backward alone 2,680 as others have them, and 871 with their loop.
+USUAL = ("vicreg", "barlowtwins", "simclr")  # only these usual loops are measured: they are slow
+# Samples/s, two views each, bf16. ResNet-50: MLPerf's 7,005 images/s on an H100 are 3,500
+# samples/s. ViT: others report 2,680 for forward and backward alone, and 871 with their loop.
 ON_AN_H200 = {(name, "resnet50", 256): 3000 for name in USUAL} | {
     ("barlowtwins", "vit_small_patch16_224", 256): 2600
 }
@@ -34,7 +34,7 @@ ON_AN_H200 = {(name, "resnet50", 256): 3000 for name in USUAL} | {
 
 @dataclass
 class Setting:
-    """One training run's settings, and what a bare step of it is made of. Can be pickled."""
+    """One training run's settings, and the parts of a bare step of it. Can be pickled."""
 
     shards: Path
     run: Path
@@ -46,8 +46,8 @@ class Setting:
     method_config: object
 
     def sslus(self) -> Timed:
-        """`sslus.ssl.train`, timed by its own log. The first line holds the start, so it is left
-        out; the last holds nothing but steps either, as the checkpoint follows it."""
+        """`sslus.ssl.train`, timed by its own log. The first line includes the start-up and is left
+        out; the last line, too, includes steps only, since the checkpoint follows it."""
         self.train(log_every=self.log_every)
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").open()][1:]
         batch = self.settings.batch_size
@@ -55,7 +55,8 @@ class Setting:
         return Timed(self.amount, seconds)
 
     def train(self, report=None, **options) -> None:
-        """A run without checkpoints on the way, nor a picture, which takes longer than the rest."""
+        """A run without intermediate checkpoints and without curves, whose drawing takes longer
+        than the rest."""
         from sslus.ssl.train import Options, train
 
         shutil.rmtree(self.run, ignore_errors=True)
@@ -86,7 +87,7 @@ class Setting:
         return State.build(self.settings, self.method_config, world, grey=grey)
 
     def bare(self, views) -> None:
-        """One update, nothing else; on a GPU replayed from a graph, as the loop's are."""
+        """One update and nothing else; on a GPU replayed from a CUDA graph, as in the loop."""
         if self.settings.step == "graph":
             self.graph([views], self.settings.lr)
         else:
@@ -131,9 +132,9 @@ class Setting:
             return loader.at_once(Batch(0, frames, frames))
 
     def in_turns(self) -> tuple[list[float], list[float]]:
-        """Seconds of each of the loop's steps, and of a bare step between any two of them.
+        """Seconds of each of the loop's steps, and of a bare step after each of them.
 
-        Repeats of whole runs differ by more on a CPU than what is looked for. The loader makes a
+        On a CPU, whole runs differ by more than the difference to be measured. The loader makes a
         batch when one is taken, so it works during the loop's steps, not during the bare ones.
         """
         loop, bare, views = [], [], self.ready
@@ -155,7 +156,7 @@ class Setting:
         return self._steps((ready for _ in range(self.steps)), self.bare)
 
     def usual(self, whose: str, workers: int) -> Timed:
-        """The usual loop: a Dataset that transforms one frame, worker processes."""
+        """The usual loop: a Dataset that transforms one frame at a time, in worker processes."""
         import torch
         from torch.utils.data import DataLoader, RandomSampler
 
@@ -202,7 +203,7 @@ class Setting:
             "simclr": (partial(heads.SimCLRProjectionHead, num_layers=3), loss.NTXentLoss),
         }[self.settings.method]
         head = head(num, first, last).to(self.device).train()
-        self.state.method.projector = head  # in place of ours, so that the optimiser has it
+        self.state.method.projector = head  # replaces ours, so that the optimiser updates it
         from sslus.ssl import optimizers
 
         s = self.settings
@@ -220,7 +221,7 @@ class Setting:
         self.update(loss)
 
     def _steps(self, batches, step) -> Timed:
-        """Steps on all batches; the time of the first `log_every` is left out, as above."""
+        """Steps on all batches; the first `log_every` are not timed, as in `sslus`."""
         import torch
 
         wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
@@ -241,12 +242,12 @@ class Setting:
         return counter.get_total_flops() / self.settings.batch_size
 
     def products(self, flops_per_sample: float) -> Timed:
-        """As many multiplications as the steps have, in large square matrix products."""
+        """The time of as many multiplications as the steps have, in large matrix products."""
         import torch
 
         cuda, bf16 = self.device == "cuda", self.settings.precision == "bf16"
         side = 8192 if cuda else 2048
-        # Not ones: products of equal numbers take less power, and clocks rise.
+        # Random numbers, because products of equal numbers take less power, and clocks rise.
         a = torch.randn(side, side, device=self.device, dtype=torch.bfloat16 if bf16 else None)
         wait = torch.cuda.synchronize if cuda else lambda: None
         a @ a
@@ -258,7 +259,7 @@ class Setting:
         rate = count * 2 * side**3 / (time.perf_counter() - start)
         return Timed(self.amount, self.amount * flops_per_sample / rate)
 
-    def __getstate__(self):  # the models are made anew where a process starts from this
+    def __getstate__(self):  # without the models, which another process builds anew
         return {k: v for k, v in vars(self).items() if k in self.__dataclass_fields__}
 
 
@@ -296,7 +297,7 @@ def measure(bench: Bench) -> None:
 
     from sslus.ssl import methods
 
-    # As `train` has it: the ceiling would be slower than the loop without.
+    # As in `train`; otherwise the ceiling would be slower than the loop.
     torch.backends.cudnn.benchmark = bench.device == "cuda"
     names = sorted(methods.names(), key=lambda name: name not in USUAL)
     for name in names:
@@ -308,7 +309,7 @@ def measure(bench: Bench) -> None:
 
 
 def measure_method(bench: Bench, name: str, **other) -> None:
-    """`other` than the default settings, if anything."""
+    """other: settings that replace the defaults."""
     import torch
 
     from sslus.engine.store import FrameStore
@@ -318,12 +319,12 @@ def measure_method(bench: Bench, name: str, **other) -> None:
     num = len(FrameStore.open(bench.shards))
     cuda = bench.device == "cuda"
     steps, log_every = (40, 10) if cuda and not bench.quick else (6, 2)
-    # PyTorch's threads wait for each other by spinning: on a shared machine tiny layers crawl.
+    # PyTorch's threads spin while they wait: on a shared machine, tiny layers become very slow.
     threads = 1 if bench.quick else None
     if threads:
         torch.set_num_threads(threads)
     values, method_config = methods.recipe(name, "default")
-    # Which way of running a step is fastest would be tried anew, and compiled for, in each repeat.
+    # "auto" on a GPU would try and compile the ways of running a step anew in each repeat.
     wanted = Settings(method=name, max_steps=steps, step="graph" if cuda else "auto", **values)
     if bench.quick:
         wanted = replace(wanted, backbone="resnet10t", image_size=32, batch_size=4)
@@ -386,7 +387,7 @@ def against_usual_loops(bench: Bench, name: str, case: str, one: Setting, sslus,
         "definition + DataLoader": work(partial(one.usual, "definition", workers)),
     }
     if importlib.util.find_spec("lightly"):
-        other = replace(one)  # a model of its own, with lightly's head
+        other = replace(one)  # with its own model, for lightly's head
         works["lightly + DataLoader"] = work(partial(other.usual, "lightly", workers))
     rows = bench.compare("steps", case, "samples/s", works, repeats=2)
     for peer in ("definition + DataLoader", "lightly + DataLoader"):
