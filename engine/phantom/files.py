@@ -27,7 +27,7 @@ def write_clip(settings: Settings, clip: Clip, folder: Path) -> int:
     """Write one clip as H.264 in MP4, atomically. Returns the number of its frames."""
     film = Film(settings, clip)
     h, w = film.canvas.shape
-    # Limited range and neutral chroma, which every player expects and every scanner exports.
+    # Limited range and neutral chroma: what players expect and scanners export.
     studio = np.round(16 + np.arange(256) * (219 / 255)).astype(np.uint8)
     encoded = io.BytesIO()
     with av.open(encoded, "w", format="mp4") as container:

@@ -1,6 +1,6 @@
 """BarlowTwins on the CPU: BLAS for the products, closed-form gradients, no D x D matrix.
 
-With a, b the standardised views, sa, sb the divisors used for that, d_j = C_jj, l = off_diagonal:
+With a, b the standardised views, sa, sb what they were divided by, d_j = C_jj, l = off_diagonal:
 
     form   when     off-diagonal sum                          products       extra floats
     Gram   N < D    <a a^T, b b^T> / N^2 - sum_j d_j^2        3.25 N^2 D     2 N^2 + 2 N D
@@ -19,9 +19,9 @@ inside the root.
 d_j - 1 is small where the views agree, so it is not computed as a difference:
 d_j - 1 = -mean_i (a_ij - b_ij)^2 / 2 - (1e-5 / sa_j^2 + 1e-5 / sb_j^2) / 2.
 
-With N = 2 each column is (1, -1) except for the effect of the 1e-5, which is all that its gradient
-comes from, so float64 is used. It is also used for up to FEW elements, where it costs little and
-rounding errors do not average out.
+With N = 2 each column is (1, -1) except for the effect of the 1e-5. The whole gradient comes from
+that small difference, so float64 is used. It is also used for up to FEW elements, where it costs
+little and rounding errors do not average out.
 """
 
 import torch
