@@ -23,7 +23,7 @@ namespace sslus::augment {
 namespace {
 
 constexpr int kFine = 128;  // during the resize: 255 * 128 fits into 16 bits
-constexpr int kStep = 64;   // after it: so does the sum of two pixels
+constexpr int kStep = 64;   // after it: the sum of two pixels still fits
 constexpr int kWhite = 255 * kStep;
 
 // round(x * weight / 2^15), in a form that compilers turn into pmulhrsw or sqrdmulh.
