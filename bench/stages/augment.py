@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -183,7 +184,7 @@ def decode(jpeg: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(jpeg, "GRAY")
 
 
-def decode_into(frames: np.ndarray, jpegs: list[bytes], share: np.ndarray) -> None:
+def decode_into(frames: np.ndarray, jpegs: list[bytes], share: Iterable[int]) -> None:
     from sslus.engine.jpeg import decode
 
     for i in share:
@@ -417,9 +418,9 @@ def kornia_pipe():
 
 
 def decode_all(folder: Path) -> int:
-    for jpeg in jpegs_of(folder):
-        decode(jpeg)
-    return len(jpegs_of(folder))
+    jpegs = jpegs_of(folder)
+    decode_into(decoded(len(jpegs)), jpegs, range(len(jpegs)))
+    return len(jpegs)
 
 
 def write(num: int) -> int:
