@@ -4,7 +4,8 @@
 // begins. Here one table look-up yields two codes with their zero runs and values, provided that
 // they are short, as most are. Anything but a plain, complete and undamaged file is refused and
 // left to libjpeg-turbo, which supports every kind of JPEG and diagnoses damaged ones; so is
-// everything on a processor without AVX2 and BMI2.
+// everything on a processor without AVX2 and BMI2. Pixels differ from libjpeg-turbo's only where 16
+// bits overflow, which an encoder of 8-bit pixels cannot cause.
 //
 // ITU-T T.81: B.2 file format, C.2 Huffman tables, F.2.2 decoding.
 #pragma once
@@ -116,9 +117,11 @@ struct Huffman {
     std::fill(std::begin(entries), std::end(entries), Entry{0});
     uint32_t code = 0, number = 0;
     for (int length = 1; length <= 16; ++length) {
+      const uint32_t count = spec.counts[length - 1];
+      // No code is all ones (C.2). Too many codes would also overrun the arrays.
+      if (number + count > 256 || code + count >= 1u << length) return false;
       offsets[length] = static_cast<int32_t>(number - code);
-      for (int i = 0; i < spec.counts[length - 1]; ++i, ++code, ++number) {
-        if (number >= 256 || code >> length) return false;
+      for (uint32_t i = 0; i < count; ++i, ++code, ++number) {
         const int symbol = spec.symbols[number], size = dc ? symbol : symbol & 15;
         // 8-bit images have no larger values, and only two symbols without a value: the end of the
         // block and 16 zeros.
@@ -133,8 +136,7 @@ struct Huffman {
           std::fill_n(entries + (code << free), 1 << free, known);
         }
       }
-      const uint64_t end = static_cast<uint64_t>(code) << (32 - length);
-      ends[length] = static_cast<uint32_t>(std::min<uint64_t>(end, UINT32_MAX));
+      ends[length] = code << (32 - length);
       code <<= 1;
     }
     return true;

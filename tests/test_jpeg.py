@@ -75,6 +75,23 @@ def test_every_kind_of_jpeg_is_decoded(make, plain):
 
 
 @needs_avx2
+def test_a_table_with_a_code_of_ones_is_left_to_libjpeg_turbo():
+    """It takes such a table for damage."""
+    jpeg, out = encoded(np.full((16, 16), 100, np.uint8)), np.empty((16, 16), np.uint8)
+    table = jpeg.index(b"\xff\xc4") + 5  # the number of its codes of each length
+    assert fast(jpeg, out)
+    codes = np.frombuffer(jpeg, np.uint8)[table : table + 16]
+    assert codes.tolist() == [0, 1, 5, 1, 1, 1, 1, 1, 1] + [0] * 7  # of DC
+    ones = bytearray(jpeg)
+    ones[table + 8] = 2
+    ones[table + 16 + 12 : table + 16 + 12] = b"\x00"
+    ones[table - 2] += 1
+    assert not fast(bytes(ones), out)
+    with pytest.raises(ValueError, match="Huffman"):
+        decode(bytes(ones), out)
+
+
+@needs_avx2
 def test_what_it_takes_for_whole_libjpeg_turbo_does_too():
     """Bytes changed, cut out, or cut off. Not every damage can be seen: the scan may still be
     valid. Then nearly all images are the same; the two differ where values overflow."""
