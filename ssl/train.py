@@ -125,7 +125,8 @@ class Settings:
             precision=precision,
             views=self.views or methods.recipe(self.method, "default")[0]["views"],
         )
-        module, views = methods.load(settings.method), parse_views(settings.views)
+        module = methods.load(settings.method)
+        views = parse_views(settings.views, settings.image_size)
         if not getattr(module, "TWO_VIEWS", True) and (
             settings.pairs == "nearby" or settings.pair_weights
         ):

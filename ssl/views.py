@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sslus.engine.errors import InputError
-from sslus.kernels.augment import COLUMNS, identity, views
+from sslus.kernels.augment import COLUMNS, PARAMS, identity, views
+
+MAX_SIGMA = PARAMS[COLUMNS.index("sigma")][3]  # pixels
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class ViewConfig:
 
     min_area: float = 0.08  # share of the frame; the crop's is uniform from here to max_area
     max_area: float = 1.0
-    max_aspect: float = 4 / 3  # width / height is log-uniform between 1 / this and this
+    # width / height is log-uniform between 1 / this and this; then a side longer than the frame's
+    # is shortened to it, which makes large crops smaller and rounder
+    max_aspect: float = 4 / 3
     p_flip: float = 0.5  # horizontal
     p_jitter: float = 0.8  # of brightness, contrast and gamma together
     brightness: float = 0.4  # factor 1 +- this
@@ -86,8 +90,10 @@ PRESETS: dict[str, tuple[ViewConfig, ViewConfig]] = {
 }  # fmt: skip
 
 
-def parse(text: str) -> tuple[ViewConfig, ViewConfig]:
+def parse(text: str, size: int | None = None) -> tuple[ViewConfig, ViewConfig]:
     """`PRESET` or `PRESET,field=value,...`, where fields of ViewConfig change in both views.
+
+    size: of the views, in pixels; if given, InputError is also raised for a blur too wide for it.
 
     >>> parse("ultrasound,min_area=0.2,p_blur=0")
     """
@@ -105,6 +111,12 @@ def parse(text: str) -> tuple[ViewConfig, ViewConfig]:
         except ValueError as e:
             raise InputError(f"--views: {field} wants a number, got {value!r}") from e
     first, second = (dataclasses.replace(c, **values) for c in PRESETS[name])
+    widest = max(c.max_sigma * (c.p_blur > 0) for c in (first, second))
+    if size and widest * size > MAX_SIGMA:  # else the op refuses the step that happens to draw it
+        raise InputError(
+            f"--views: want max_sigma of at most {MAX_SIGMA / size:.3g} for views of {size} px, got"
+            f" {widest:g}"
+        )
     return first, second
 
 
@@ -147,7 +159,7 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
     from sslus.engine.atomic import atomic_file
     from sslus.engine.plan import Plan, nearby
 
-    presets = parse(text)
+    presets = parse(text, size)
     first = Plan(max(len(store), 2), 2, seed).order(0)  # a plan wants two frames
     first = first[first < len(store)][:num]
     second = first

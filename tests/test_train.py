@@ -492,6 +492,7 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         ({"warmup_epochs": math.nan}, "warmup_epochs nan"),
         ({"warmup_steps": -1}, "warmup_steps -1: want a whole number from 0"),
         ({"image_size": 0}, "image_size must be above 0, got 0"),
+        ({"views": "simclr,max_sigma=0.6"}, "max_sigma of at most 0.5 for views of 32 px"),
         ({"batch_size": 0}, "batch size 0: .* give at least 2"),
         ({"batch_size": 10_000}, "give --batch-size"),
     ]:

@@ -181,6 +181,14 @@ def test_presets_are_changed_by_name():
             parse(text)
 
 
+def test_a_blur_that_the_op_refuses_is_refused_before_it_is_drawn():
+    text = "ultrasound,max_sigma=0.072,p_blur=0.001"
+    parse(text, 222)
+    with pytest.raises(InputError, match="at most 0.0714 for views of 224 px, got 0.072"):
+        parse(text, 224)
+    parse("ultrasound,max_sigma=1,p_blur=0", 224)
+
+
 def batches_of(store, order, size, epoch=2):
     return [Batch(epoch, o, o) for o in np.array_split(order, len(order) // size)]
 
