@@ -156,7 +156,8 @@ class Loader:
 
     A background thread makes them `ahead` batches early (by default one that is ready and one in
     progress); its exceptions are raised when the next batch is requested. Order and values do not
-    depend on `threads`, `ahead` or the tier. Leaving the loop or the `with` block ends the
+    depend on `threads` or `ahead`, nor on the tier, except that a streamed frame has another
+    number than in a frame store, hence other views. Leaving the loop or the `with` block ends the
     thread's work. The memory of a batch is reused once nothing refers to it.
     """
 

@@ -455,7 +455,7 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
         and json.loads(json.dumps(new[part].get(key))) != was
     ]
     if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
-        changed.append("frames were streamed or not (--tier), which changes their order")
+        changed.append("frames were streamed or not (--tier), which changes order and views")
     if old["shards"]["digest"] != new["shards"]["digest"]:
         changed.append(f"the shards are not those of {old['shards']['path']}")
     if changed:

@@ -277,7 +277,7 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
 
 # Options that change what is logged and kept, not the result.
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
-WHERE = ("device", "tier", "threads")  # nor do these change it
+WHERE = ("device", "tier", "threads")  # nor do these, but for streaming, which draws anew
 NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # set by each call
 
 
