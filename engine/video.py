@@ -390,6 +390,8 @@ def _plane(frame, turn: Turn) -> tuple[np.ndarray, bool]:
     """
     kind, limited = frame.format, False
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
+        if kind.name.endswith(("555be", "565be")):  # FFmpeg 8's swscale takes them for "le"
+            frame = _converted(frame, kind.name.replace("be", "le"))
         rgb = _converted(frame, "rgb24").to_ndarray().astype(np.uint32)
         out = ((rgb @ np.array([299, 587, 114], np.uint32) + 500) // 1000).astype(np.uint8)
     else:

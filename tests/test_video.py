@@ -108,6 +108,23 @@ def test_bits_at_the_upper_end_of_a_word_and_floats(pixel_format):
         np.testing.assert_allclose(video.luma(frame), grey, atol=1)
 
 
+@pytest.mark.parametrize("name", ["rgb555be", "rgb565be", "bgr555be", "bgr565be", "rgb565le"])
+def test_rgb_of_16_bits_in_either_order_of_bytes(name):
+    """QuickTime's own is rgb555be."""
+    import av
+
+    bits = [int(digit) for digit in name[3:6]]
+    rgb = [np.random.default_rng(b).integers(0, 1 << n, (6, 20)) for b, n in enumerate(bits)]
+    high, middle, low = rgb if name[:3] == "rgb" else rgb[::-1]
+    words = (high << (bits[1] + bits[2])) | (middle << bits[2]) | low
+    frame = av.VideoFrame(20, 6, name)
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(6, -1)
+    rows[:, :40] = words.astype(">u2" if name.endswith("be") else "<u2").view(np.uint8)
+    red, green, blue = (x * 255 / ((1 << n) - 1) for x, n in zip(rgb, bits, strict=True))
+    want = 0.299 * red + 0.587 * green + 0.114 * blue
+    np.testing.assert_allclose(video.luma(frame), want, atol=1.2)
+
+
 def test_grey_gif_is_exact(tmp_path):
     from PIL import Image
 
