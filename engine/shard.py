@@ -44,7 +44,7 @@ from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
-DECODING = 4  # increased when some file would give other frames or times than before
+DECODING = 5  # increased when some file would give other frames or times than before
 KEY_BYTES = 32
 ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
 # Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
