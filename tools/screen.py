@@ -112,7 +112,7 @@ def one_line(text: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """ "1 file", "2 files"."""
+    """A number with its noun: 1 file, 2 files."""
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
