@@ -1,11 +1,12 @@
 // Resizes rows of a frame along x, from bytes to units of 1 / kFine grey level.
 //
-// Every result needs pixels at its own positions, so a vector of results must gather them. AVX2
-// uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels. Without AVX2,
-// or if 8 results need more pixels, 16 rows are transposed, so that a column of theirs is a vector
-// and gathering becomes a load from another address. The results are the same.
+// Every result needs pixels at its own positions, so a vector of results must gather them. avx.h
+// uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels, or 32 results
+// from 64. On other processors, or if the results need more pixels, 16 rows are transposed, so
+// that a column of theirs is a vector and gathering becomes a load from another address. The
+// results are the same.
 #pragma once
-#include "augment/loops.h"
+#include "augment/avx.h"
 
 namespace sslus::augment {
 namespace {
@@ -122,61 +123,12 @@ SSLUS_CLONES void blend_columns(const int16_t* in, const int32_t* first, const i
   blend_columns_of<1, true, true>(in, first, w, stride, k, n, out);
 }
 
-#if defined(SSLUS_AVX2)
-// Loads 16 bytes into each half of a vector.
-SSLUS_AVX2 inline __m256i two_windows(const uint8_t* low, const uint8_t* high) {
-  return _mm256_inserti128_si256(
-      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
-      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
-}
-
-// Computes 8 results from the 16 or (kFar) 32 pixels of their window. A shuffle index with its
-// highest bit set yields 0: this widens bytes to words, and selects between `near` and `far`.
-// kTaps: the number of taps, or 0 for any.
-template <bool kFar, int kTaps>
-SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows,
-                           const Axis& axis, int16_t* out) {
-  const __m256i one = _mm256_set1_epi16(1), far_away = _mm256_set1_epi16(0x80);
-  const int64_t n = axis.stride, taps = kTaps > 0 ? kTaps : axis.taps;
-  for (int64_t y = 0; y < num_rows; ++y, rows += row_stride, out += n)
-    for (int64_t x = 0; x < n; x += 16) {
-      const uint8_t *low = rows + axis.windows[x / 8], *high = rows + axis.windows[x / 8 + 1];
-      const __m256i near = two_windows(low, high);
-      const __m256i far = kFar ? two_windows(low + 16, high + 16) : near;
-      __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(axis.places + x));
-      __m256i first = _mm256_shuffle_epi8(near, place);
-      if (kFar)  // 0x70 + p becomes p - 16
-        first = _mm256_or_si256(first,
-                                _mm256_shuffle_epi8(far, _mm256_sub_epi8(place, far_away)));
-      __m256i sum = _mm256_slli_epi16(first, 7);
-      for (int64_t k = 1; k < taps; ++k) {
-        place = _mm256_add_epi16(place, one);
-        __m256i other = _mm256_shuffle_epi8(near, place);
-        if (kFar)
-          other = _mm256_or_si256(other,
-                                  _mm256_shuffle_epi8(far, _mm256_sub_epi8(place, far_away)));
-        const __m256i weights =
-            _mm256_load_si256(reinterpret_cast<const __m256i*>(axis.weights + k * n + x));
-        const __m256i difference = _mm256_slli_epi16(_mm256_sub_epi16(other, first), 7);
-        sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(difference, weights));
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + x),
-                          _mm256_max_epi16(sum, _mm256_setzero_si256()));
-    }
-}
-#endif
-
 // num_rows <= kLanes rows, `row_stride` apart -> contiguous rows of axis.stride results.
 // `columns`: room for kLanes * (axis.span + axis.taps + axis.stride) numbers.
 void resize_across(const uint8_t* rows, int64_t row_stride, int64_t num_rows, const Axis& axis,
                    int64_t count, int16_t* columns, int16_t* out) {
 #if defined(SSLUS_AVX2)
-  if (axis.reach == 16 && axis.taps == 2)
-    return look_up<false, 2>(rows, row_stride, num_rows, axis, out);
-  if (axis.reach == 16 && axis.taps == 3)
-    return look_up<false, 3>(rows, row_stride, num_rows, axis, out);
-  if (axis.reach == 16) return look_up<false, 0>(rows, row_stride, num_rows, axis, out);
-  if (axis.reach == 32) return look_up<true, 0>(rows, row_stride, num_rows, axis, out);
+  if (look_up(rows, row_stride, num_rows, axis, out)) return;
 #endif
   const uint8_t* row[kLanes];
   for (int64_t y = 0; y < kLanes; ++y) row[y] = rows + std::min(y, num_rows - 1) * row_stride;

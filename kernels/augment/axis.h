@@ -53,8 +53,9 @@ struct Axis {
   int64_t start, span, taps, stride;
   const int32_t* first;
   const int16_t* weights;
-  // The same for look_up: 8 results use the `reach` pixels (at most 32, or kNever) from
-  // windows[o / 8] on; the low byte of places[o] is 0x70 + the position of first[o] in them.
+  // The same for look_up: a group of results uses the `reach` pixels from windows[o / group] on.
+  // Reach 16 or 32: groups of 8; the low byte of places[o] is 0x70 + the position of first[o].
+  // Reach 64: groups of 32; places[o] is the position. kNever: a group's pixels are too many.
   int64_t reach;
   const int32_t* windows;
   const int16_t* places;
@@ -101,31 +102,33 @@ SSLUS_CLONES void triangle(double centre, double step, double support, int64_t o
   for (int64_t o = 0; o < count; ++o) first[o] += static_cast<int32_t>(offset);
 }
 
-// Computes the windows of look_up in a row of `room` readable pixels. Returns the reach.
-SSLUS_CLONES int64_t make_windows(int32_t* __restrict first, int64_t count, int64_t taps,
+// Computes the windows of look_up, for groups of 8 or 32, in a row of `room` readable pixels.
+// Returns the reach. first[] rises, or falls where the view is flipped.
+SSLUS_CLONES int64_t make_windows(const int32_t* __restrict first, int64_t group, int64_t taps,
                                   int64_t stride, int64_t room, int32_t* __restrict windows,
                                   int16_t* __restrict places) {
-  for (int64_t o = count; o < stride; ++o) first[o] = first[count - 1];
   int64_t reach = 0;
-  for (int64_t o = 0; o < stride; o += 8) {  // first[] rises, or falls where the view is flipped
-    reach = std::max<int64_t>(reach, std::abs(first[o + 7] - first[o]));
-    windows[o / 8] = std::min(first[o], first[o + 7]);
+  for (int64_t o = 0; o < stride; o += group) {
+    reach = std::max<int64_t>(reach, std::abs(first[o + group - 1] - first[o]));
+    windows[o / group] = std::min(first[o], first[o + group - 1]);
   }
   reach += taps;
-  const int64_t size = reach <= 16 ? 16 : 32;
+  const int64_t size = group == 32 ? 64 : reach <= 16 ? 16 : 32;
   if (reach > size || room < size) return kNever;
-  for (int64_t o = 0; o < stride; o += 8) {
-    windows[o / 8] = std::min(windows[o / 8], static_cast<int32_t>(room - size));
-    for (int64_t i = 0; i < 8; ++i)
-      places[o + i] = static_cast<int16_t>(0x8070 + first[o + i] - windows[o / 8]);
+  const int32_t zero = group == 32 ? 0 : 0x8070;
+  for (int64_t o = 0; o < stride; o += group) {
+    windows[o / group] = std::min(windows[o / group], static_cast<int32_t>(room - size));
+    for (int64_t i = 0; i < group; ++i)
+      places[o + i] = static_cast<int16_t>(zero + first[o + i] - windows[o / group]);
   }
   return size;
 }
 
 // The triangle filter of reference.py for the box start..start + length and `count` pixels.
 // The span is extended to a multiple of 8 pixels, for full vectors, if the frame allows it.
+// `group`: that of look_up, or 0 if it is not used.
 Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store, int64_t count,
-               bool reverse) {
+               bool reverse, int64_t group) {
   const double scale = length / static_cast<double>(count), support = std::max(scale, 1.0);
   const auto low = static_cast<int64_t>(std::floor(start + kTolerance));
   const auto high = std::min(store, static_cast<int64_t>(std::ceil(start + length - kTolerance)));
@@ -144,8 +147,11 @@ Axis make_axis(AxisBuffers& buffers, double start, double length, int64_t store,
            low - axis.start, high - low, axis.taps, count, axis.stride, first,
            buffers.distance.at_least(count), buffers.sum.at_least(count),
            buffers.share.at_least(axis.taps * axis.stride), weights);
-  axis.reach = make_windows(first, count, axis.taps, axis.stride, store - axis.start, windows,
-                            places);
+  for (int64_t o = count; o < axis.stride; ++o) first[o] = first[count - 1];
+  axis.reach = kNever;
+  for (; group >= 8 && axis.reach == kNever; group = group == 32 ? 8 : 0)
+    axis.reach = make_windows(first, group, axis.taps, axis.stride, store - axis.start, windows,
+                              places);
   axis.first = first;
   axis.weights = weights;
   axis.windows = windows;

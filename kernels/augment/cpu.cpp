@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "augment/draw.h"
 #include "pool.h"
@@ -54,12 +56,12 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
   require(params.shape(0) == index.shape(0) && params.shape(1) == kColumns,
           "params must have a row for each view and a value for each column");
   require(out.shape(0) == index.shape(0) && out.shape(1) == 1, "out must be (V, 1, h, w)");
-  Job job{frames.data(), index.data(), params.data(), static_cast<char*>(out.data()), store,
-          static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
+  Job job{frames.data(), index.data(), nullptr, params.data(), static_cast<char*>(out.data()),
+          store, static_cast<int64_t>(out.shape(2)), static_cast<int64_t>(out.shape(3)),
           static_cast<float>(1 / (std * kWhite)), static_cast<float>(-mean / std), half,
-          has_avx2(), false};
+          widest(), false};
   // Only batches too large to stay in the caches until they are read bypass them.
-  job.past_caches = job.avx2 && out.nbytes() > (size_t{4} << 20);
+  job.past_caches = out.nbytes() > (size_t{4} << 20);
 
   nb::gil_scoped_release release;
   for (int64_t v = 0; v < num_views; ++v)
@@ -67,6 +69,14 @@ void views(Frames frames, Index index, Params params, Out out, double mean, doub
                store))
       throw std::invalid_argument("views: out of range: view " + std::to_string(v));
   if (num_views == 0 || job.height == 0 || job.width == 0) return;
+  // The views of a frame follow one another: all but the first find it in the caches.
+  thread_local std::vector<int64_t> order;  // kept between calls
+  order.resize(static_cast<size_t>(num_views));
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return job.index[a] != job.index[b] ? job.index[a] < job.index[b] : a < b;
+  });
+  job.order = order.data();
   // Within a run of views, writing one overlaps with computing the next. Long runs first, then
   // shorter ones, so that all threads finish at about the same time.
   struct Context {

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <random>
+#include <string>
 
 #include "pool.h"
 #include "augment/views.h"
@@ -55,22 +57,29 @@ void fill(float* p, double side) {
   p[kSeed] = static_cast<float>(whole(0, (1 << 24) - 1));
 }
 
+struct Free {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+
 struct Views {
   Job job;
   std::unique_ptr<uint8_t[]> frames;
-  std::unique_ptr<int64_t[]> index;
+  std::unique_ptr<int64_t[]> index, order;
   std::unique_ptr<float[]> params;
-  std::unique_ptr<char[]> out;
+  std::unique_ptr<char[], Free> out;  // aligned as PyTorch's, for non-temporal stores
   int64_t num_views, num_bytes;
 };
 
 Views make(int64_t run) {
   const int64_t store = chance(0.1) ? whole(300, 1100) : whole(1, 130), num_frames = whole(1, 3);
-  const int64_t height = whole(1, chance(0.2) ? 300 : 60), width = whole(1, chance(0.2) ? 300 : 60);
+  const int64_t height = whole(1, chance(0.2) ? 300 : 60);
+  int64_t width = whole(1, chance(0.2) ? 300 : 60);
+  if (chance(0.3)) width = round_up(width, chance(0.5) ? 16 : 32);  // for non-temporal stores
   Views v;
   v.num_views = whole(1, 5);
   v.frames.reset(new uint8_t[num_frames * store * store]);
   v.index.reset(new int64_t[v.num_views]);
+  v.order.reset(new int64_t[v.num_views]);
   v.params.reset(new float[v.num_views * kColumns]);
   const int kind = static_cast<int>(whole(0, 2));  // noise, white with black, flat
   for (int64_t i = 0; i < num_frames * store * store; ++i) {
@@ -79,14 +88,14 @@ Views make(int64_t run) {
   }
   for (int64_t i = 0; i < v.num_views; ++i) {
     v.index[i] = whole(0, num_frames - 1);
+    v.order[i] = v.num_views - 1 - i;
     fill(&v.params[i * kColumns], static_cast<double>(store));
   }
   const bool half = chance(0.2);
   v.num_bytes = v.num_views * height * width * (half ? 2 : 4);
-  v.out.reset(new char[v.num_bytes]);
-  const bool past_caches = chance(0.5) && has_avx2();
-  v.job = Job{v.frames.get(), v.index.get(), v.params.get(), v.out.get(), store, height, width,
-              1.0f / kStep, 0, half, has_avx2(), past_caches};
+  v.out.reset(new (std::align_val_t{64}) char[v.num_bytes]);
+  v.job = Job{v.frames.get(), v.index.get(), v.order.get(), v.params.get(), v.out.get(), store,
+              height, width, 1.0f / kStep, 0, half, widest(), chance(0.5)};
   return v;
 }
 
@@ -113,14 +122,13 @@ int main(int argc, char** argv) {
   for (int64_t run = 0; run < runs; ++run) {
     Views v = make(run);
     make_all(v, 1 + run % 3);
-    if (v.job.avx2) {  // hand-written AVX2 code must agree with the generic code, bit for bit
-      std::unique_ptr<char[]> by_avx2(new char[v.num_bytes]);
-      std::memcpy(by_avx2.get(), v.out.get(), v.num_bytes);
-      v.job.avx2 = v.job.past_caches = false;
+    const std::string widest_views(v.out.get(), static_cast<size_t>(v.num_bytes));
+    while (v.job.vectors != Vectors::kCompilers) {  // all must agree, bit for bit
+      v.job.vectors = v.job.vectors == Vectors::kAvx512 ? Vectors::kAvx2 : Vectors::kCompilers;
       make_all(v, 1);
-      if (std::memcmp(by_avx2.get(), v.out.get(), v.num_bytes) != 0)
-        return std::fprintf(stderr, "run %lld: other views without AVX2\n",
-                            static_cast<long long>(run)), 1;
+      if (std::memcmp(widest_views.data(), v.out.get(), widest_views.size()) != 0)
+        return std::fprintf(stderr, "run %lld: other views with Vectors %d\n",
+                            static_cast<long long>(run), static_cast<int>(v.job.vectors)), 1;
     }
     if (v.job.half) continue;  // only for sanitizers: rounding would hide or create differences
     const auto* pixels = reinterpret_cast<const float*>(v.out.get());

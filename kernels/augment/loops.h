@@ -10,10 +10,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
-
 #include "augment/axis.h"
 #include "bits.h"
 #include "clones.h"
@@ -199,7 +195,7 @@ SSLUS_INLINE float noise_of(uint32_t word) {
   return static_cast<float>(static_cast<int32_t>((pairs & 0xffff) + (pairs >> 16)) - 510);
 }
 
-// Row y of the noise of reference.py, n pixels and up to 15 more, four per Philox4x32-10 call.
+// Row y of the noise of reference.py, n pixels and up to 3 more, four per Philox4x32-10 call.
 SSLUS_CLONES void make_noise(uint32_t seed, uint32_t y, int64_t n, float* __restrict noise) {
   for (int64_t x = 0; 4 * x < n; ++x) {
     const auto words = philox(static_cast<uint32_t>(x), y, 0, 0, seed, 0);
@@ -229,84 +225,6 @@ SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float sh
     out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
-
-// ------------------------------------------------- loops that compilers do not vectorise well
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SSLUS_AVX2 __attribute__((target("avx2,fma")))
-
-[[maybe_unused]] bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-}
-
-// make_noise with four Philox calls at a time, in 64-bit lanes: multiplying their lower halves is
-// one instruction, and the next multiplication ignores what is left in the upper halves.
-SSLUS_AVX2 void make_noise_avx2(uint32_t seed, uint32_t y, int64_t n, float* noise) {
-  const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
-  const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
-  const __m256i mean = _mm256_set1_epi32(510);
-  const auto store = [&](__m256i words, float* to) SSLUS_AVX2 {  // noise_of
-    const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(words, ones8), ones16);
-    _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, mean)));
-  };
-  __m256i x = _mm256_setr_epi64x(0, 1, 2, 3);
-  for (int64_t i = 0; i < n; i += 16, x = _mm256_add_epi64(x, _mm256_set1_epi64x(4))) {
-    __m256i a = x, b = _mm256_set1_epi64x(y), c = _mm256_setzero_si256(), d = c;
-    uint32_t k0 = seed, k1 = 0;
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1) {
-      const __m256i p = _mm256_mul_epu32(a, m0), q = _mm256_mul_epu32(c, m1);
-      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-      a = _mm256_xor_si256(_mm256_srli_epi64(q, 32), _mm256_xor_si256(b, key0));
-      c = _mm256_xor_si256(_mm256_srli_epi64(p, 32), _mm256_xor_si256(d, key1));
-      b = q, d = p;
-    }
-    const __m256i ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0b10101010);
-    const __m256i cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0b10101010);
-    const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
-    store(_mm256_permute2x128_si256(even, odd, 0x20), noise + i);
-    store(_mm256_permute2x128_si256(even, odd, 0x31), noise + i + 8);
-  }
-}
-
-// normalise with non-temporal stores, which bypass the caches: these are better used for the next
-// frames than for the results. `out` is aligned to 32 bytes; n is a multiple of 16.
-SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
-                                      float* out) {
-  const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-    const __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x));
-    _mm256_stream_ps(out + i, _mm256_fmadd_ps(y, a, b));
-  }
-}
-
-SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
-                                      uint16_t* out) {
-  const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
-  const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
-  const auto rounded = [&](const int16_t* from) SSLUS_AVX2 {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x)), a, b);
-    const __m256i bits = _mm256_castps_si256(y);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
-  };
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m256i both = _mm256_packus_epi32(rounded(row + i), rounded(row + i + 8));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_permute4x64_epi64(both, 0b11011000));
-  }
-}
-#else
-[[maybe_unused]] bool has_avx2() { return false; }
-const auto make_noise_avx2 = make_noise;
-
-template <typename T>
-void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n, T* out) {
-  normalise(row, scale, shift, n, out);
-}
-#endif
 
 }  // namespace
 }  // namespace sslus::augment

@@ -40,13 +40,14 @@ struct Scratch {
 struct Job {
   const uint8_t* frames;
   const int64_t* index;
+  const int64_t* order;  // in which the views are made
   const float* params;
   char* out;
   int64_t store, height, width;
   float scale, shift;  // result = step * scale + shift
   bool half;           // bfloat16, else float32
-  bool avx2;           // false: do not use AVX2 even if the processor has it
-  bool past_caches;    // non-temporal stores; only with avx2
+  Vectors vectors;     // at most those of the processor
+  bool past_caches;    // non-temporal stores, where there are any
 };
 
 // A view in progress: the weights of its blur, and its pixels between the two halves.
@@ -58,12 +59,12 @@ struct View {
   int64_t plane_stride;
 };
 
-View begin(const Job& job, int64_t v, Scratch& scratch) {
+View begin(const Job& job, int64_t v, int64_t parity, Scratch& scratch) {
   const float* p = job.params + v * kColumns;
   View view{v, p, gaussian(p[kSigma], job.width), gaussian(p[kSigma], job.height), nullptr, 0};
   const int64_t margin = round_up(view.across.radius, 32);  // for mirrored pixels
   view.plane_stride = round_up(job.width, 32) + 2 * margin;
-  view.plane = scratch.plane[v & 1].at_least(job.height * view.plane_stride) + margin;
+  view.plane = scratch.plane[parity].at_least(job.height * view.plane_stride) + margin;
   return view;
 }
 
@@ -72,9 +73,9 @@ class Resample {
  public:
   Resample(const Job& job, const View& view, Scratch& scratch) : job_(job), view_(view) {
     const float* p = view.params;
-    down_ = make_axis(scratch.rows, p[kTop], p[kHeight], job.store, job.height, false);
-    across_ = make_axis(scratch.columns, p[kLeft], p[kWidth], job.store, job.width, p[kFlip] > 0);
-    if (!job.avx2) across_.reach = kNever;
+    down_ = make_axis(scratch.rows, p[kTop], p[kHeight], job.store, job.height, false, 0);
+    across_ = make_axis(scratch.columns, p[kLeft], p[kWidth], job.store, job.width, p[kFlip] > 0,
+                        group_of(job.vectors));
     batch_ = across_.reach == kNever ? kLanes : kRows;
     // A row of results needs `taps` rows, which are computed a batch at a time.
     ring_ = batch_;
@@ -120,14 +121,6 @@ class Resample {
   int64_t y_ = 0, ready_ = 0, sum_ = 0;  // rows of the view, rows of the frame
 };
 
-template <typename T>
-void write(const Job& job, const int16_t* row, T* out) {
-  if (job.past_caches && job.width % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0)
-    normalise_past_caches(row, job.scale, job.shift, job.width, out);
-  else
-    normalise(row, job.scale, job.shift, job.width, out);
-}
-
 // The last steps for rows y.. of a view, in-place: solarize, gain, speckle, normalisation.
 void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* rows, int64_t stride,
             Scratch& scratch) {
@@ -144,16 +137,18 @@ void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* row
     }
     if (p[kSpeckle] > 0) {
       constexpr float deviation = 147.80054f;  // sqrt(21845): of the sum of four bytes
-      float* noise = scratch.noise.at_least(round_up(width, 16));
-      (job.avx2 ? make_noise_avx2 : make_noise)(
-          static_cast<uint32_t>(p[kSeed]), static_cast<uint32_t>(y + i), width, noise);
+      float* noise = scratch.noise.at_least(round_up(width, 32));
+      make_noise(job.vectors, static_cast<uint32_t>(p[kSeed]), static_cast<uint32_t>(y + i), width,
+                 noise);
       speckle(rows, noise, p[kSpeckle] / deviation, kWhite, width);
     }
     const int64_t place = (v * job.height + y + i) * width;
     if (job.half)
-      write(job, rows, reinterpret_cast<uint16_t*>(job.out) + place);
+      normalise(job.vectors, job.past_caches, rows, job.scale, job.shift, width,
+                reinterpret_cast<uint16_t*>(job.out) + place);
     else
-      write(job, rows, reinterpret_cast<float*>(job.out) + place);
+      normalise(job.vectors, job.past_caches, rows, job.scale, job.shift, width,
+                reinterpret_cast<float*>(job.out) + place);
   }
 }
 
@@ -233,12 +228,12 @@ class Finish {
   int64_t y_ = 0, done_ = 0;
 };
 
-// Makes views v0 .. v1 - 1. The first half of each is interleaved with the second half of the
-// previous one, so that writing one view to memory overlaps with computing the next.
-void make_views(const Job& job, int64_t v0, int64_t v1, Scratch& scratch) {
+// Makes views order[i0] .. order[i1 - 1]. The first half of each is interleaved with the second
+// half of the previous one, so that writing one view to memory overlaps with computing the next.
+void make_views(const Job& job, int64_t i0, int64_t i1, Scratch& scratch) {
   Finish before;
-  for (int64_t v = v0; v < v1; ++v) {
-    const View view = begin(job, v, scratch);
+  for (int64_t i = i0; i < i1; ++i) {
+    const View view = begin(job, job.order[i], i & 1, scratch);
     Resample now(job, view, scratch);
     for (int64_t y = 0; y < job.height;) {
       y = std::min(y + kRows, job.height);
