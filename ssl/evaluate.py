@@ -104,6 +104,7 @@ def evaluate(
         raise InputError(
             "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
         )
+    shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
     source = _read_run(run)
     settings = source.config["settings"]
     shards = shards or source.config["shards"]["path"]
@@ -126,7 +127,7 @@ def evaluate(
     with _alone_in(out):
         folder.mkdir(exist_ok=True)
         deals = [folds(frames, seed) for seed in range(num_seeds)]
-        tasks = list(_tasks(frames, names, sorted({*percents}), deals))
+        tasks = list(_tasks(frames, names, shares, deals))
         if protocol == "finetune":
             guesses, num = _finetune(source, store, frames, tasks, how, where, folder, stage)
             about = dataclasses.asdict(how) | {"num_trainings": num}

@@ -195,6 +195,11 @@ class Loop:
     def checkpoint(self) -> None:
         self.log.flush()
         self.check_finite()
+        # The last update may have broken the weights after a loss that was finite.
+        values = [x for x in self.state.method.state_dict().values() if x.is_floating_point()]
+        self.finite(
+            ("norm of the weights",), [torch.stack(torch._foreach_norm(values)).sum().item()]
+        )
         self.state.save(self.run / "checkpoint.pt")
         if not self.world.is_main:
             return

@@ -71,6 +71,9 @@ def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
     Without a fixed split, a class needs two patients for that. Raises InputError if fewer than
     two classes remain.
     """
+    if frames.test is not None and len({*frames.test.tolist()}) == 1:
+        side, other = ("test", "train") if frames.test.all() else ("train", "test")
+        raise InputError(f"labels: the split is {side} for all videos; want some for {other} too")
     kept, notes = [], []
     for c, name in enumerate(frames.names):
         of_class = frames.y == c
@@ -86,8 +89,9 @@ def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
         else:
             notes.append(f"class {name!r} is left out: {why}")
     if len(kept) < 2:
+        each = "two patients each" if frames.test is None else "videos on both sides of the split"
         raise InputError(
-            f"labels: want at least two classes with two patients each, got {len(kept)} of"
+            f"labels: want at least two classes with {each}, got {len(kept)} of"
             f" {len(frames.names)}; " + ("; ".join(notes) or "all videos have one label")
         )
     keep = np.isin(frames.y, kept)

@@ -87,7 +87,12 @@ class Settings:
                 f"optimizer {optimizer!r}: want one of {', '.join(optimizers.OPTIMIZERS)}"
             )
         batch_size = (256 if cuda else 64) if self.batch_size is None else self.batch_size
-        per_epoch = Plan(num_frames, batch_size, self.seed).steps_per_epoch / self.accumulate
+        batches = Plan(num_frames, batch_size, self.seed).steps_per_epoch
+        if self.accumulate > batches:
+            raise InputError(
+                f"accumulate {self.accumulate}: an epoch has only {batches} full batches"
+            )
+        per_epoch = batches / self.accumulate
         epochs = self.epochs or (None if self.max_steps else 100)
         counts = [n for n in (epochs and max(1, int(epochs * per_epoch)), self.max_steps) if n]
         num_steps = min(counts)

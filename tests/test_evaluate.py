@@ -599,7 +599,7 @@ def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
     odd = {"dark": "a|b", "bright": "$\\no{$", "striped": "50 $ or 60 $"}
     labels = rewrite(videos, tmp_path, lambda rows: [r | {"label": odd[r["label"]]} for r in rows])
     judged = evaluate.evaluate(
-        run, labels, out=tmp_path / "out", percents=(20, 10, 20), num_seeds=1, device="cpu"
+        run, labels, out=tmp_path / "out", percents=(20, 10, 20 + 1e-9), num_seeds=1, device="cpu"
     )
     assert [(r.backbone, r.percent) for r in judged.rows] == [
         ("vicreg", 10), ("vicreg", 20), ("random init", 10), ("random init", 20),
@@ -642,6 +642,12 @@ def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
     assert {row.num_test_patients for row in result.rows} == {3}
     assert {row.num_train_patients for row in result.rows} == {9}
     assert result.rows[0].macro_f1_std is None
+
+
+def test_a_split_with_one_side_is_refused(run, videos, tmp_path):
+    labels = rewrite(videos, tmp_path, lambda rows: [row | {"split": "train"} for row in rows])
+    with pytest.raises(InputError, match="split is train for all videos; want some for test too"):
+        evaluate.evaluate(run, labels, out=tmp_path / "out", num_seeds=1, device="cpu")
 
 
 def test_a_class_with_one_patient_is_left_out_loudly(run, videos, tmp_path):

@@ -478,6 +478,14 @@ def test_mixed_precision_where_the_processor_has_it(tells, has, monkeypatch):
     assert chosen(backbone="resnet18", image_size=31) == "fp32"  # oneDNN forgets a gradient there
 
 
+def test_weights_that_the_last_step_broke_stop_the_run_in_one_line(shards, tmp_path):
+    broken = dataclasses.replace(SMALL, max_steps=1, optimizer="sgd", lr=1e38)
+    with pytest.raises(InputError, match=r"norm of the weights is no longer finite \(by step 1\)"):
+        run_train(shards, tmp_path / "run", broken)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+
+
 def test_bad_settings_are_one_line(shards, tmp_path):
     for change, why in [
         ({"optimizer": "adam"}, "optimizer 'adam': want one of adamw, lars, sgd"),
@@ -488,6 +496,7 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         ({"lr": math.inf}, "lr inf: want a number from 0 to 3e\\+38"),
         ({"dual_task": 1e300}, "dual_task 1e\\+300: want a number from 0 to 3e\\+38"),
         ({"accumulate": 10**20}, "accumulate 1(0+): want a whole number from 0, below"),
+        ({"accumulate": 10**12}, "accumulate 1(0+): an epoch has only [1-9] full batches"),
         ({"weight_decay": math.nan}, "weight_decay nan: want a number from 0"),
         ({"warmup_epochs": math.nan}, "warmup_epochs nan"),
         ({"warmup_steps": -1}, "warmup_steps -1: want a whole number from 0"),

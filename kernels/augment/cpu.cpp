@@ -107,9 +107,9 @@ using Table = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 void draw_table(Fields ranges, Index frames, Index epochs, uint32_t view, uint64_t seed,
                 double store, double size, Table out) {
   constexpr size_t num_ranges = sizeof(Ranges) / sizeof(double);
-  require(ranges.shape(0) == num_ranges, "other ranges are drawn from");
+  require(ranges.shape(0) == num_ranges, "wrong number of ranges to draw from");
   require(epochs.shape(0) == frames.shape(0) && out.shape(0) == frames.shape(0) &&
-              out.shape(1) == kColumns, "a row of the table is drawn for each frame");
+              out.shape(1) == kColumns, "the table needs a row for each frame and epoch");
   Ranges r;
   std::memcpy(&r, ranges.data(), sizeof r);
   nb::gil_scoped_release release;
