@@ -14,8 +14,10 @@
 namespace nb = nanobind;
 
 // One wheel runs everywhere: the loader picks the widest version that the processor supports.
-// noinline, because inlining would take the default version.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+// noinline, because GCC would inline the default version; Clang does not, and forbids to say so.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__clang__)
+#define SSLUS_CLONES __attribute__((target_clones("avx2", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define SSLUS_CLONES __attribute__((noinline, target_clones("avx2", "default")))
 #else
 #define SSLUS_CLONES

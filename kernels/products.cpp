@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <optional>
 #include <stdexcept>
@@ -85,9 +86,10 @@ SSLUS_INLINE void sum_rows(int64_t rows, int64_t n, float* __restrict sums, cons
 SSLUS_CLONES void centre_stripe(const Rows& z, int64_t rows, int64_t j, int64_t n, float eps,
                                 const Out& out, float* squares, float* __restrict packed) {
   float room[kStripe], first[kStripe], mean[kStripe], scale[kStripe];
+  const size_t num_bytes = static_cast<size_t>(n) * sizeof(float);
   // The first row is subtracted first, which is exact for constant columns. The stripe is packed,
   // because rows with a power-of-two stride map to few cache sets.
-  std::copy_n(z.at(0, j, n, room), n, first);
+  std::memcpy(first, z.at(0, j, n, room), num_bytes);
   sum_rows(rows, n, mean, [&](int64_t i, float* __restrict run) {
     const float* row = z.at(i, j, n, room);
     float* __restrict to = packed + i * n;
@@ -173,8 +175,9 @@ SSLUS_CLONES void moments_stripe(const Rows& a, const Rows& b, int64_t rows, int
   float room_a[kStripe], room_b[kStripe], first_a[kStripe], first_b[kStripe];
   float run[kSums][kStripe];
   double sums[kSums][kStripe] = {};
-  std::copy_n(a.at(0, j, n, room_a), n, first_a);
-  std::copy_n(b.at(0, j, n, room_b), n, first_b);
+  const size_t num_bytes = static_cast<size_t>(n) * sizeof(float);
+  std::memcpy(first_a, a.at(0, j, n, room_a), num_bytes);
+  std::memcpy(first_b, b.at(0, j, n, room_b), num_bytes);
   for (int64_t i0 = 0; i0 < rows; i0 += kRun) {
     for (auto& row : run) std::fill_n(row, n, 0.0f);
     for (int64_t i = i0; i < std::min(i0 + kRun, rows); ++i) {

@@ -7,11 +7,14 @@
 #include "augment/loops.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#if !defined(__clang__)  // GCC 12 warns of its own header
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpragmas"               // Clang does not know the next
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"   // GCC 12 warns of its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
 #define SSLUS_AVX2 __attribute__((target("avx2,fma")))
 #define SSLUS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 #endif
@@ -254,7 +257,8 @@ SSLUS_AVX512 void normalise_lines(const int16_t* row, float scale, float shift, 
 #endif
 
 // Picks the loop. `noise` has room for n numbers rounded up to a multiple of 32.
-void make_noise(Vectors vectors, uint32_t seed, uint32_t y, int64_t n, float* noise) {
+void make_noise([[maybe_unused]] Vectors vectors, uint32_t seed, uint32_t y, int64_t n,
+                float* noise) {
 #if defined(SSLUS_AVX2)
   if (vectors == Vectors::kAvx512) return make_noise_avx512(seed, y, n, noise);
   if (vectors == Vectors::kAvx2) return make_noise_avx2(seed, y, n, noise);
@@ -263,8 +267,8 @@ void make_noise(Vectors vectors, uint32_t seed, uint32_t y, int64_t n, float* no
 }
 
 template <typename T>
-void normalise(Vectors vectors, bool past_caches, const int16_t* row, float scale, float shift,
-               int64_t n, T* out) {
+void normalise([[maybe_unused]] Vectors vectors, [[maybe_unused]] bool past_caches,
+               const int16_t* row, float scale, float shift, int64_t n, T* out) {
 #if defined(SSLUS_AVX2)
   const auto address = reinterpret_cast<uintptr_t>(out), size = n * sizeof(T);
   if (past_caches && vectors == Vectors::kAvx512 && address % 64 == 0 && size % 64 == 0)
