@@ -6,9 +6,9 @@
     python bench/run.py --json out.json          also writes the rows as JSON
 
 A stage is a file in bench/stages with a docstring and measure(bench); adding the file is enough.
-Videos: --data FOLDER, else $SSLUS_REAL_DATA, else generated clips of speckle; --quick generates
-them unless --data is given. Each work is warmed up, then all are timed in turns; the table shows
-median, lowest and highest.
+Videos: --data FOLDER, else $SSLUS_REAL_DATA, else those in shared/data beside the checkout, else
+generated clips of speckle; --quick generates them unless --data is given. Each work is warmed up,
+then all are timed in turns; the table shows median, lowest and highest.
 """
 
 import argparse
