@@ -69,7 +69,7 @@ def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
     """The frames of the classes that can have patients on both sides of a split, and warnings.
 
     Without a fixed split, a class needs two patients for that. Raises InputError if fewer than
-    two classes remain.
+    two classes remain, or if a fixed split leaves one side empty.
     """
     if frames.test is not None and len({*frames.test.tolist()}) == 1:
         side, other = ("test", "train") if frames.test.all() else ("train", "test")
