@@ -183,9 +183,11 @@ class Bench:
     def videos(self) -> list[Path]:
         """The given videos, or H.264 clips of moving speckle."""
         if self.data:
-            from sslus.engine.video import find_videos
+            from sslus.engine.dicom import is_dicom
+            from sslus.engine.sources import find_videos
 
-            return [s.path for s in find_videos([self.data])[0]]
+            # PyAV alone, the peer, reads no DICOM file.
+            return [s.path for s in find_videos([self.data])[0] if not is_dicom(s.path)]
         return self.clips("libx264", "mp4", 4 if self.quick else 14)
 
     @property

@@ -23,28 +23,22 @@ from pathlib import Path
 
 import numpy as np
 
+from sslus.engine import dicom, tar
 from sslus.engine import manifest as manifests
-from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
+from sslus.engine.dicom import DicomBackend
 from sslus.engine.errors import InputError
 from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
-from sslus.engine.video import (
-    Backend,
-    Prepared,
-    PyavBackend,
-    Source,
-    VideoError,
-    find_videos,
-    probe,
-)
+from sslus.engine.sources import Source, find_videos, probe
+from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError
 from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
-DECODING = 5  # increased when some file would give other frames or times than before
+DECODING = 6  # increased when some file would give other frames or times than before
 KEY_BYTES = 32
 ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
 # Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
@@ -487,6 +481,8 @@ def _spool_video(
     try:
         with _blamed(path):
             info = probe(path)
+            if dicom.is_dicom(path):  # what PyAV is for videos
+                backends = [DicomBackend() if isinstance(b, PyavBackend) else b for b in backends]
             reasons = [(b, b.refuses(info)) for b in backends]
         record |= {
             "codec": info.codec, "width": info.width, "height": info.height,

@@ -1,4 +1,4 @@
-"""Video files: find them, probe them, decode their luma on the CPU (PyAV).
+"""Video files: probe them, decode their luma on the CPU (PyAV).
 
 Luma is taken directly from the decoder's plane, without conversion to RGB and back.
 """
@@ -6,8 +6,7 @@ Luma is taken directly from the decoder's plane, without conversion to RGB and b
 import contextlib
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,13 +17,6 @@ import numpy as np
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, prepare
 
-# A file in a folder counts as a video if it has one of these extensions. A file named by the user
-# is always tried.
-EXTENSIONS = frozenset(
-    ".264 .265 .3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf .m1v .m2p .m2ts"
-    " .m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .ts"
-    " .vob .webm .wmv .y4m".split()
-)
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
 
@@ -37,9 +29,6 @@ ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
 
 REORDERED = 16  # most frames that a decoder may hold back, and so the largest error of a guess
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-# Names under which find_videos counts what it does not search.
-FOLDER_LINKS = "links to folders"
-HIDDEN_FOLDERS = "hidden folders"
 
 
 # Counterclockwise quarter turns, and whether the image is mirrored left to right before that.
@@ -118,74 +107,10 @@ class Backend(Protocol):
         are scaled into (size, size). Raises VideoError; frames yielded before it remain valid."""
 
 
-@dataclass(frozen=True)
-class Source:
-    path: Path  # absolute
-    name: str  # relative to the searched folder; the video's id is made from it
-
-
-def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[Source], Counter]:
-    """The videos under `paths` (files and folders, searched recursively), sorted by name.
-
-    Returns the sources and a count, by extension, of the files that were skipped because of their
-    names. Links to folders are counted under FOLDER_LINKS but not followed, since they may lead in
-    a circle or to a folder that is searched anyway; links in `paths` itself are followed. Folders
-    whose names begin with a dot (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a
-    folder that is not searched. Raises InputError if a path does not exist, if no video is
-    found, or if two paths lead to different files of the same name, which would get the same id.
-    """
-    sources: dict[str, Source] = {}
-    ignored: Counter = Counter()
-    seen: set[str] = set()
-
-    def refuse(e: OSError) -> None:  # os.walk would silently skip the folder
-        raise InputError(
-            f"{e.filename}: the folder cannot be read ({e.strerror}); make it readable or move it"
-        )
-
-    def add(path: Path, name: str) -> None:
-        real = os.path.realpath(path)  # Path.resolve raises where a link leads to itself
-        if real in seen:
-            return
-        seen.add(real)
-        if name in sources:
-            raise InputError(
-                f"{path}: {sources[name].path} has the same name {name!r} in its folder;"
-                " shard the folder that holds both instead"
-            )
-        sources[name] = Source(path.absolute(), name)
-
-    paths = [Path(p) for p in paths]
-    for root in paths:
-        if root.is_file():
-            add(root, root.name)
-        elif not root.is_dir():
-            raise InputError(f"{root}: no such file or folder")
-        for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
-            here = Path(folder)
-            ignored[HIDDEN_FOLDERS] += sum(f.startswith(".") for f in folders)
-            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != skip)
-            ignored[FOLDER_LINKS] += sum((here / f).is_symlink() for f in folders)
-            for file in sorted(files):
-                path = here / file
-                if file.startswith(".") or path.suffix.lower() not in EXTENSIONS:
-                    ignored[path.suffix.lower() or file] += 1
-                else:
-                    add(path, path.relative_to(root).as_posix())
-    if not sources:
-        where = ", ".join(str(p) for p in paths)
-        links, hidden = ignored.pop(FOLDER_LINKS, 0), ignored.pop(HIDDEN_FOLDERS, 0)
-        seen_there = [f"{sum(ignored.values())} files of other kinds"] if ignored.total() else []
-        seen_there += [f"{links} links to folders, not followed"] if links else []
-        seen_there += [f"{hidden} hidden folders, not searched"] if hidden else []
-        other = f" ({', '.join(seen_there)})" if seen_there else ""
-        raise InputError(f"{where}: no video found{other}; name a folder with videos")
-    return [sources[name] for name in sorted(sources)], +ignored
-
-
-def open_video(path: Path):
+def open_video(path: Path, file=None):
     """Open a container without letting it access anything but the file itself.
 
+    file: if the video is only a part of the file, that part, open for reading and seeking.
     Returns the container and the stream to decode, the one that FFmpeg considers best. Raises
     VideoError.
     """
@@ -199,7 +124,7 @@ def open_video(path: Path):
         if path.stat().st_size == 0:
             raise VideoError(path, "the file is empty")
         container = av.open(
-            str(path.absolute()),
+            file or str(path.absolute()),
             # Not `options`: PyAV before 17.1 frees them twice if a stream is found late.
             container_options={"protocol_whitelist": "file"},
             # A title in Latin-1 must not make a video unreadable. PyAV 19 has no such option.
@@ -237,16 +162,17 @@ def _reason(e: Exception) -> str:
     return (getattr(e, "strerror", None) or type(e).__name__).rstrip(".")
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(path: Path, file=None) -> VideoInfo:
     """Read what the file says about itself; this counts its packets and decodes one frame.
 
-    Raises VideoError for a file that is not a video, is empty or gives no frame.
+    file: see open_video. Raises VideoError for a file that is not a video, is empty or gives no
+    frame.
     """
     import av
     from av.stream import Disposition
 
     path = Path(path)
-    container, stream = open_video(path)
+    container, stream = open_video(path, file)
     with container:
         stream.codec_context.thread_count = 1
         shown = hidden = end = duration = 0
@@ -379,11 +305,11 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
     Limited range is expanded exactly, more than 8 bits are rounded to 8. RGB and palettes give
     BT.601 luma, round(.299 R + .587 G + .114 B), which leaves grey images unchanged.
     """
-    y, limited = _plane(frame, turn)
+    y, limited = plane(frame, turn)
     return expand_limited(y) if limited else y.copy()
 
 
-def _plane(frame, turn: Turn) -> tuple[np.ndarray, bool]:
+def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
     """The luma (H, W) uint8, upright, perhaps in the frame's own memory; if its range is limited.
 
     What has to be computed comes in full range.
@@ -392,8 +318,7 @@ def _plane(frame, turn: Turn) -> tuple[np.ndarray, bool]:
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
         if kind.name.endswith(("555be", "565be")):  # FFmpeg 8's swscale takes them for "le"
             frame = _converted(frame, kind.name.replace("be", "le"))
-        rgb = _converted(frame, "rgb24").to_ndarray().astype(np.uint32)
-        out = ((rgb @ np.array([299, 587, 114], np.uint32) + 500) // 1000).astype(np.uint8)
+        out = rgb_luma(_converted(frame, "rgb24").to_ndarray())
     else:
         first = kind.components[0]
         alone = all(c.plane != first.plane for c in kind.components[1:])
@@ -421,6 +346,12 @@ def _plane(frame, turn: Turn) -> tuple[np.ndarray, bool]:
     if turns:
         out = np.rot90(out, turns)
     return np.ascontiguousarray(out) if mirrored or turns else out, limited
+
+
+def rgb_luma(rgb: np.ndarray) -> np.ndarray:
+    """BT.601 luma (H, W) uint8 of (H, W, 3) uint8, rounded; of a grey image its own values."""
+    weights = np.array([299, 587, 114], np.uint32)
+    return ((rgb.astype(np.uint32) @ weights + 500) // 1000).astype(np.uint8)
 
 
 def _converted(frame, pixel_format: str):
@@ -462,12 +393,14 @@ def decode(path: Path) -> Iterator[Frame]:
     more than REORDERED frames away from both its neighbours, is replaced by their midpoint. Raises
     VideoError if the file cannot be opened.
     """
-    for index, time_seconds, frame, turn in _decoded(Path(path)):
+    for index, time_seconds, frame, turn in decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))
 
 
-def _decoded(path: Path) -> Iterator[tuple[int, float, object, Turn]]:
-    container, stream = open_video(path)
+def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn]]:
+    """Index, time in seconds, PyAV frame and turn of every frame; see `decode`. file: see
+    open_video."""
+    container, stream = open_video(path, file)
     with container:
         # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
@@ -565,10 +498,10 @@ class PyavBackend:
         quality: int,
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
-        for index, time_seconds, frame, turn in _decoded(path):
+        for index, time_seconds, frame, turn in decoded(path):
             corrupt = bool(frame.is_corrupt)
             image = None
             if not corrupt and keep(index, time_seconds):
-                y, limited = _plane(frame, turn)
+                y, limited = plane(frame, turn)
                 image = prepare(y, size, aspect, limited)
             yield Prepared(index, time_seconds, corrupt, image)

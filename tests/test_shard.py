@@ -26,7 +26,8 @@ from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
-from sslus.engine.video import PyavBackend, decode, find_videos
+from sslus.engine.sources import find_videos
+from sslus.engine.video import PyavBackend, decode
 from sslus.engine.workers import Workers, uninterrupted, worker_pool
 
 KEY = "00112233445566778899aabbccddeeff" * 2

@@ -12,15 +12,8 @@ import pytest
 from sslus.engine import video
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
-from sslus.engine.video import (
-    FOLDER_LINKS,
-    HIDDEN_FOLDERS,
-    VideoError,
-    _empty_chunks,
-    decode,
-    find_videos,
-    probe,
-)
+from sslus.engine.sources import FOLDER_LINKS, HIDDEN_FOLDERS, find_videos
+from sslus.engine.video import VideoError, _empty_chunks, decode, probe
 
 
 def expanded(y: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ PACKAGES = {
 OPTIONAL = ("triton", "nvidia.dali")  # Linux only; without them the CPU does the work
 SHOWN = ("torch", "torchvision", "triton", "nvidia.dali", "av", "simplejpeg", "webdataset", "timm")
 # What the sources of ultrasound video use, by FFmpeg's names.
-DECODERS = ("h264", "hevc", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "mjpeg", "gif")
+DECODERS = ("h264", "hevc", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "mjpeg",
+            "jpeg2000", "jpegls", "gif")  # fmt: skip
 ENCODER = "libx264"  # of `sslus synth`
 VECTORS = {  # flag in /proc/cpuinfo -> its name
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX",

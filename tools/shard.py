@@ -75,10 +75,13 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     """Decode the videos in PATH... (files, or folders to search) into shards for training.
 
     Reads every container and codec that FFmpeg reads; if a file holds several videos, the one
-    that FFmpeg considers best. Links to folders and hidden folders are counted but not searched:
-    name them, too, to include them. Writes tar files for webdataset and NVIDIA DALI (each with a
-    .idx index) and manifest.json. Frames are the decoder's full-range luma, scaled, stored as
-    greyscale JPEGs and shuffled across all videos.
+    that FFmpeg considers best. Reads ultrasound DICOM files, with or without an extension; their
+    frames are cropped to the ultrasound regions that the file declares. Links to folders and
+    hidden folders are counted but not searched: name them, too, to include them.
+
+    Writes tar files for webdataset and NVIDIA DALI (each with a .idx index) and manifest.json.
+    Frames are the decoder's full-range luma, scaled, stored as greyscale JPEGs and shuffled across
+    all videos.
 
     \b
     sslus shard videos/
@@ -88,7 +91,8 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     Privacy: a frame is named <id>-<number>, where the id is a keyed hash of the file name. File
     names, the key and the ledger (one line per file: frames expected, decoded and kept, or why it
     was refused) are in OUT/local, readable only by you; leave that folder out when you share the
-    shards. The pixels are not changed: text burnt into the image is still there.
+    shards. Text burnt into the image stays there, except outside the regions of a DICOM file. Of
+    its header, only what describes the pixels is read.
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
@@ -115,7 +119,7 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.video import FOLDER_LINKS, HIDDEN_FOLDERS
+    from sslus.engine.sources import FOLDER_LINKS, HIDDEN_FOLDERS
 
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)

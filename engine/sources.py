@@ -1,0 +1,106 @@
+"""The files to shard: videos and ultrasound DICOM files."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sslus.engine import dicom, video
+from sslus.engine.errors import InputError
+from sslus.engine.video import VideoInfo
+
+# A file in a folder counts as a video if it has one of these extensions. A file named by the user
+# is always tried.
+EXTENSIONS = frozenset(
+    ".264 .265 .3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf .m1v .m2p .m2ts"
+    " .m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .ts"
+    " .vob .webm .wmv .y4m".split()
+)
+# Names under which find_videos counts what it leaves out.
+FOLDER_LINKS = "links to folders"
+HIDDEN_FOLDERS = "hidden folders"
+OTHER_DICOM = "DICOM without ultrasound"  # other modalities, reports, a DICOMDIR
+
+
+@dataclass(frozen=True)
+class Source:
+    path: Path  # absolute
+    name: str  # relative to the searched folder; the video's id is made from it
+
+
+def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[Source], Counter]:
+    """The videos under `paths` (files and folders, searched recursively), sorted by name.
+
+    DICOM files count as videos if they hold ultrasound. Returns the sources and a count, by
+    extension or kind, of the files that were skipped. Links to folders are counted under
+    FOLDER_LINKS but not followed, since they may lead in a circle or to a folder that is searched
+    anyway; links in `paths` itself are followed. Folders whose names begin with a dot (a trash,
+    snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that is not searched. Raises
+    InputError if a path does not exist, if no video is found, or if two paths lead to different
+    files of the same name, which would get the same id.
+    """
+    sources: dict[str, Source] = {}
+    ignored: Counter = Counter()
+    seen: set[str] = set()
+
+    def refuse(e: OSError) -> None:  # os.walk would silently skip the folder
+        raise InputError(
+            f"{e.filename}: the folder cannot be read ({e.strerror}); make it readable or move it"
+        )
+
+    def add(path: Path, name: str) -> None:
+        real = os.path.realpath(path)  # Path.resolve raises where a link leads to itself
+        if real in seen:
+            return
+        seen.add(real)
+        if name in sources:
+            raise InputError(
+                f"{path}: {sources[name].path} has the same name {name!r} in its folder;"
+                " shard the folder that holds both instead"
+            )
+        sources[name] = Source(path.absolute(), name)
+
+    paths = [Path(p) for p in paths]
+    for root in paths:
+        if root.is_file():
+            add(root, root.name)
+        elif not root.is_dir():
+            raise InputError(f"{root}: no such file or folder")
+        for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
+            here = Path(folder)
+            ignored[HIDDEN_FOLDERS] += sum(f.startswith(".") for f in folders)
+            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != skip)
+            ignored[FOLDER_LINKS] += sum((here / f).is_symlink() for f in folders)
+            for file in sorted(files):
+                path = here / file
+                if other := _other_kind(path):
+                    ignored[other] += 1
+                else:
+                    add(path, path.relative_to(root).as_posix())
+    if not sources:
+        where = ", ".join(str(p) for p in paths)
+        links, hidden = ignored.pop(FOLDER_LINKS, 0), ignored.pop(HIDDEN_FOLDERS, 0)
+        seen_there = [f"{sum(ignored.values())} files of other kinds"] if ignored.total() else []
+        seen_there += [f"{links} links to folders, not followed"] if links else []
+        seen_there += [f"{hidden} hidden folders, not searched"] if hidden else []
+        other = f" ({', '.join(seen_there)})" if seen_there else ""
+        raise InputError(f"{where}: no video found{other}; name a folder with videos")
+    return [sources[name] for name in sorted(sources)], +ignored
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read what a file says about itself. Raises VideoError if it cannot be decoded."""
+    return (dicom if dicom.is_dicom(path) else video).probe(path)
+
+
+def _other_kind(path: Path) -> str | None:
+    """The extension or kind of a file that is neither a video nor ultrasound; else None."""
+    suffix = path.suffix.lower()
+    if not path.name.startswith("."):
+        if suffix in EXTENSIONS:
+            return None
+        # Archives give DICOM files no extension, or a UID for a name, which seems to end in one.
+        if (suffix in dicom.SUFFIXES or not suffix[1:].isalpha()) and dicom.is_dicom(path):
+            return OTHER_DICOM if dicom.is_ultrasound(path) is False else None
+    return suffix or path.name
