@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sslus.engine.prepare import prepare
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, decoded, plane, rgb_luma
+from sslus.engine import _luma
+from sslus.engine.prepare import prepare, rgb_luma
+from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, decoded, plane
 from sslus.engine.video import probe as probe_video
 
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
@@ -368,7 +369,7 @@ def _images(path: Path, header: Header) -> Iterator[tuple[Luma, float]]:
         yield luma, index / USUAL_HZ
 
 
-def _luma(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, bool]:
+def _luma_of(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, bool]:
     """Of (H, W) or (H, W, 3) pixels as the file stores them."""
     limited = header.photometric.startswith("YBR_PARTIAL")
     if header.palette is not None:
@@ -399,7 +400,7 @@ def _native(path: Path, header: Header) -> Iterator[Luma]:
             pixels = np.moveaxis(pixels.reshape(3, *shape), 0, -1)
         else:
             pixels = pixels.reshape(*shape, 3)
-        return _luma(pixels, header)
+        return _luma_of(pixels, header)
 
     with path.open("rb") as f:
         f.seek(header.at)
@@ -411,10 +412,30 @@ def _native(path: Path, header: Header) -> Iterator[Luma]:
 
 
 def _rle(path: Path, header: Header) -> Iterator[Luma]:
-    from pydicom.pixels import iter_pixels
-
-    for pixels in iter_pixels(path, raw=True):
-        yield partial(_luma, pixels, header)
+    """Run lengths, PS3.5 G: one fragment a frame, one segment for each byte of a pixel, the high
+    byte first."""
+    shape = header.samples, header.bytes_per_sample, header.height, header.width
+    with path.open("rb") as f:
+        for start, length in _fragments(f, header.at):
+            f.seek(start)
+            data = np.frombuffer(f.read(length), np.uint8)
+            starts = data[:64].view("<u4") if len(data) >= 64 else [0]
+            num = int(starts[0])
+            if num != shape[0] * shape[1]:
+                yield None
+                continue
+            planes = np.empty((num, header.height * header.width), np.uint8)
+            ends = [*starts[2 : num + 1].tolist(), len(data)]
+            segments = zip(starts[1 : num + 1].tolist(), ends, planes, strict=True)
+            done = [_luma.unpack(data[a:b], out) for a, b, out in segments]
+            if min(done) < planes.shape[1]:
+                yield None
+                continue
+            pixels = planes.reshape(shape).astype(f"u{shape[1]}")
+            pixels = pixels[:, 0] if shape[1] == 1 else pixels[:, 0] << 8 | pixels[:, 1]
+            yield partial(
+                _luma_of, np.moveaxis(pixels, 0, -1) if shape[0] > 1 else pixels[0], header
+            )
 
 
 def _compressed(path: Path, header: Header) -> Iterator[Luma]:
@@ -442,11 +463,11 @@ def _frame_luma(frame, header: Header) -> tuple[np.ndarray, bool]:
     RGB; only the header knows."""
     lossless = header.syntax.endswith((".57", ".70"))
     if header.samples == 1:
-        return _luma(frame.to_ndarray(format="gray"), header)
+        return _luma_of(frame.to_ndarray(format="gray"), header)
     if frame.format.is_rgb and header.photometric.startswith("YBR_FULL"):
-        return _luma(frame.to_ndarray(format="rgb24"), header)
+        return _luma_of(frame.to_ndarray(format="rgb24"), header)
     if lossless and header.photometric == "RGB" and frame.format.name.startswith("yuv"):
-        return _luma(np.moveaxis(frame.to_ndarray(), 0, -1), header)
+        return _luma_of(np.moveaxis(frame.to_ndarray(), 0, -1), header)
     return plane(frame)
 
 

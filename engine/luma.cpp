@@ -26,6 +26,9 @@ namespace nb = nanobind;
 namespace {
 
 using Rows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;  // rows may be padded
+using Colours = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::device::cpu>;  // any strides
+using Packed = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Plane = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Image = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Starts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Weights = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -48,6 +51,14 @@ SSLUS_CLONES void expand_row(const uint8_t* src, uint8_t* out, int64_t width) {
     const auto high = static_cast<uint16_t>((numerator * 19152u) >> 16);
     out[x] = static_cast<uint8_t>(high >> 6);
   }
+}
+
+// BT.601, rounded; leaves grey pixels unchanged. step, colour: from a pixel to the next, and from
+// red to green to blue, in bytes.
+void rgb_row(const uint8_t* src, int64_t step, int64_t colour, uint8_t* out, int64_t width) {
+  for (int64_t x = 0; x < width; ++x, src += step)
+    out[x] = static_cast<uint8_t>(
+        (299u * src[0] + 587u * src[colour] + 114u * src[2 * colour] + 500u) / 1000u);
 }
 
 // A whole row in groups. The last group overlaps the one before, so there is no scalar remainder.
@@ -264,6 +275,39 @@ nb::tuple moments(Rows image) {
   return nb::make_tuple(sum, squares);
 }
 
+void luma_of_rgb(Colours src, Image out) {
+  const auto height = static_cast<int64_t>(src.shape(0)), width = static_cast<int64_t>(src.shape(1));
+  require(static_cast<int64_t>(out.shape(0)) == height && static_cast<int64_t>(out.shape(1)) == width,
+          "rgb: src (H, W, 3) and out (H, W) differ in size");
+  nb::gil_scoped_release release;
+  const int64_t step = src.stride(1), colour = src.stride(2);
+  for (int64_t y = 0; y < height; ++y)
+    rgb_row(src.data() + y * src.stride(0), step, colour, out.data() + y * width, width);
+}
+
+// PackBits, as in DICOM PS3.5 G.3: a byte n, then n + 1 bytes as they are, or one byte that is
+// repeated 257 - n times; n = 128 does nothing.
+int64_t unpack(Packed packed, Plane out) {
+  nb::gil_scoped_release release;
+  const auto from = static_cast<int64_t>(packed.size()), to = static_cast<int64_t>(out.size());
+  int64_t at = 0, done = 0;
+  while (at + 1 < from && done < to) {
+    const int n = packed.data()[at++];
+    if (n == 128) continue;
+    int64_t length = n < 128 ? n + 1 : 257 - n;
+    length = std::min(length, to - done);
+    if (n > 128) {
+      std::memset(out.data() + done, packed.data()[at++], static_cast<size_t>(length));
+    } else {
+      length = std::min(length, from - at);
+      std::memcpy(out.data() + done, packed.data() + at, static_cast<size_t>(length));
+      at += n + 1;
+    }
+    done += length;
+  }
+  return done;
+}
+
 }  // namespace
 
 // noconvert everywhere: otherwise nanobind would copy an output of the wrong dtype and lose it.
@@ -277,6 +321,10 @@ NB_MODULE(_luma, m) {
         nb::arg("column_starts").noconvert(), nb::arg("column_weights").noconvert(),
         "Resize src (H, W), expanded first if its range is limited, into out at (top, left) with"
         " 14-bit weights; zero around it.");
+  m.def("rgb", &luma_of_rgb, nb::arg("src").noconvert(), nb::arg("out").noconvert(),
+        "BT.601 luma, rounded, of src (H, W, 3) with any strides, into out (H, W).");
+  m.def("unpack", &unpack, nb::arg("packed").noconvert(), nb::arg("out").noconvert(),
+        "PackBits into out, both one-dimensional. Returns how many bytes were written.");
   m.def("moments", &moments, nb::arg("image").noconvert(),
         "(sum, sum of squares) of the pixels of (H, W), exact.");
 }

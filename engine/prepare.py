@@ -21,6 +21,16 @@ def expand_limited(luma: np.ndarray) -> np.ndarray:
     return out
 
 
+def rgb_luma(rgb: np.ndarray) -> np.ndarray:
+    """BT.601 luma of RGB: round(.299 R + .587 G + .114 B), which leaves grey pixels unchanged.
+
+    rgb: (H, W, 3) uint8, with any strides. Returns a new (H, W) uint8 array.
+    """
+    out = np.empty(rgb.shape[:2], np.uint8)
+    _luma.rgb(rgb, out)
+    return out
+
+
 def fit(height: int, width: int, size: int, pixel_aspect: float = 1.0) -> tuple[int, int, int, int]:
     """Where an image lies in the size x size frame: (top, left, new height, new width).
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from sslus.engine.errors import InputError
-from sslus.engine.prepare import expand_limited, prepare
+from sslus.engine.prepare import expand_limited, prepare, rgb_luma
 
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
@@ -346,12 +346,6 @@ def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
     if turns:
         out = np.rot90(out, turns)
     return np.ascontiguousarray(out) if mirrored or turns else out, limited
-
-
-def rgb_luma(rgb: np.ndarray) -> np.ndarray:
-    """BT.601 luma (H, W) uint8 of (H, W, 3) uint8, rounded; of a grey image its own values."""
-    weights = np.array([299, 587, 114], np.uint32)
-    return ((rgb.astype(np.uint32) @ weights + 500) // 1000).astype(np.uint8)
 
 
 def _converted(frame, pixel_format: str):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sslus.engine import dicom
+from sslus.engine import _luma, dicom
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
@@ -242,6 +242,31 @@ def test_videos_inside(syntax, codec, kind, options, pieces, clip, pattern, tmp_
         np.testing.assert_array_equal([f.image for f in found], want)
 
 
+def test_run_lengths_of_any_bytes():
+    """Against the definition, PS3.5 G.3.1, with streams that end early or give too much."""
+
+    def definition(packed: bytes, size: int) -> bytes:
+        out, at = bytearray(), 0
+        while at < len(packed) and len(out) < size:
+            n, at = packed[at], at + 1
+            if n < 128:
+                out += packed[at : at + n + 1]
+                at += n + 1
+            elif n > 128:
+                out += packed[at : at + 1] * (257 - n)
+                at += 1
+        return bytes(out[:size])
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        packed = rng.choice([0, 2, 127, 128, 129, 250, 255, 7], rng.integers(0, 40))
+        packed = packed.astype(np.uint8)
+        out = np.full(rng.integers(0, 300) + 8, 99, np.uint8)
+        done = _luma.unpack(packed, out[:-8])
+        want = definition(packed.tobytes(), len(out) - 8)
+        assert out[:done].tobytes() == want and (out[max(done, len(out) - 8) :] == 99).all()
+
+
 def test_palettes(grey, tmp_path):
     """Of 8 and 16 bits, in both orders of bytes, shorter than the range of pixels."""
     rng = np.random.default_rng(0)
@@ -380,6 +405,12 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
     assert len(frames(path)) == 3
     data[1] = data[1][:20] + bytes(len(data[1]) - 20)
     fragment(path, data, 1, has_bot=True)
+    assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
+
+    path = write(tmp_path / "c.dcm", colour, RLE)
+    with path.open("rb") as f:
+        second = list(dicom._fragments(f, dicom.read_header(path).at))[1]
+    spoil(path, b"\xff" * 60, second[0] + 4)  # the starts of its segments
     assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
 
 
