@@ -122,6 +122,7 @@ class Header:
     regions: tuple[Box, ...]  # parts with ultrasound; () if unknown
     palette: np.ndarray | None  # (2^bits,) uint8, the luma of each pixel value
     at: int  # where the value of Pixel Data begins in the file, in bytes
+    num_bytes: int  # its length, which encapsulated data does not tell
 
     def time_seconds(self, index: int) -> float | None:
         """When a frame was taken, after the first; None if the file does not tell."""
@@ -213,8 +214,8 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as f:
             tags = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(HEADER))
-            at = _skip_element_header(f, tags)
-        return _header(path, tags, at)
+            found = _skip_element_header(f, tags)
+        return _header(path, tags, found)
     except VideoError:
         raise
     except OSError as e:
@@ -224,7 +225,7 @@ def read_header(path: Path) -> Header:
         raise VideoError(path, f"its DICOM header is damaged ({type(e).__name__})") from e
 
 
-def _header(path: Path, tags, at: int | None) -> Header:
+def _header(path: Path, tags, found: tuple[int, int] | None) -> Header:
     syntax = str(tags.file_meta.TransferSyntaxUID)
     modality = str(tags.get("Modality") or "none")
     if modality not in MODALITIES:
@@ -241,7 +242,7 @@ def _header(path: Path, tags, at: int | None) -> Header:
     else:
         name = tags.file_meta.TransferSyntaxUID.name
         raise VideoError(path, f"DICOM transfer syntax {name} is not supported; convert the file")
-    if at is None:
+    if found is None:
         raise VideoError(path, "a DICOM file without an image")
     photometric = tags.PhotometricInterpretation
     header = Header(
@@ -257,7 +258,8 @@ def _header(path: Path, tags, at: int | None) -> Header:
         pixel_aspect=_pixel_aspect(tags),
         regions=_regions(tags),
         palette=_palette(tags, syntax) if photometric == "PALETTE COLOR" else None,
-        at=at,
+        at=found[0],
+        num_bytes=found[1],
         **_timing(tags),
     )
     bits = tags.BitsAllocated, tags.BitsStored
@@ -273,11 +275,14 @@ def _header(path: Path, tags, at: int | None) -> Header:
     return header
 
 
-def _skip_element_header(f, tags) -> int | None:
-    """Where the value of Pixel Data begins, if pydicom has stopped in front of it; else None."""
+def _skip_element_header(f, tags) -> tuple[int, int] | None:
+    """Where the value of Pixel Data begins and its length, if pydicom has stopped in front of it;
+    else None."""
     implicit, little = tags.original_encoding
     head = f.read(8 if implicit else 12)  # PS3.5, 7.1: tag, type and length
-    return f.tell() if head[:4] == (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\0\x10") else None
+    if head[:4] != (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\0\x10"):
+        return None
+    return f.tell(), int.from_bytes(head[-4:], "little" if little else "big")
 
 
 def _timing(tags) -> dict:
@@ -383,7 +388,7 @@ def _luma_of(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, bool]:
 
 
 def _native(path: Path, header: Header) -> Iterator[Luma]:
-    """Uncompressed pixels, PS3.5 8.1; a truncated file gives the frames that are whole."""
+    """Uncompressed pixels, PS3.5 8.1: as many frames as there are, whatever the header says."""
     shape = header.height, header.width
     num_pixels = header.height * header.width
     kind = np.dtype(f"{'>' if header.syntax == BIG_ENDIAN else '<'}u{header.bytes_per_sample}")
@@ -404,9 +409,9 @@ def _native(path: Path, header: Header) -> Iterator[Luma]:
 
     with path.open("rb") as f:
         f.seek(header.at)
-        for _ in range(header.num_frames):
+        for _ in range(header.num_bytes // num_bytes):
             data = f.read(num_bytes)
-            if len(data) < num_bytes:
+            if len(data) < num_bytes:  # truncated
                 return
             yield partial(luma, data)
 
@@ -455,18 +460,22 @@ def _compressed(path: Path, header: Header) -> Iterator[Luma]:
             except av.FFmpegError:
                 frames = []
             whole = len(frames) == 1 and not frames[0].is_corrupt
-            yield partial(_frame_luma, frames[0], header) if whole else None
+            # Many files say RGB of a JPEG that is marked as YCbCr; it is, if it is lossy.
+            tables = data[: data.find(b"\xff\xda")]
+            marked = b"JFIF\0" in tables or b"Adobe\0" in tables
+            as_said = header.syntax.endswith((".57", ".70")) or not marked
+            yield partial(_frame_luma, frames[0], header, as_said) if whole else None
 
 
-def _frame_luma(frame, header: Header) -> tuple[np.ndarray, bool]:
-    """FFmpeg takes the colours of a lossless JPEG for YCbCr and those of JPEG-LS and JPEG 2000 for
-    RGB; only the header knows."""
-    lossless = header.syntax.endswith((".57", ".70"))
+def _frame_luma(frame, header: Header, as_said: bool) -> tuple[np.ndarray, bool]:
+    """FFmpeg takes the colours of a JPEG for YCbCr, and those of JPEG-LS and JPEG 2000 for RGB.
+    as_said: whether they are what the header says."""
     if header.samples == 1:
         return _luma_of(frame.to_ndarray(format="gray"), header)
     if frame.format.is_rgb and header.photometric.startswith("YBR_FULL"):
         return _luma_of(frame.to_ndarray(format="rgb24"), header)
-    if lossless and header.photometric == "RGB" and frame.format.name.startswith("yuv"):
+    full = frame.format.name in ("yuv444p", "yuvj444p")  # where colours are halved, it is YCbCr
+    if as_said and header.photometric == "RGB" and full:
         return _luma_of(np.moveaxis(frame.to_ndarray(), 0, -1), header)
     return plane(frame)
 

@@ -193,6 +193,26 @@ def test_baseline_jpeg_in_any_number_of_fragments(has_bot, pieces, grey, tmp_pat
     assert np.abs(got.astype(int) - stored(want)).max() <= 1
 
 
+def test_a_jpeg_said_to_be_rgb(colour, tmp_path):
+    """It is, unless it carries a mark that says YCbCr, or halves its colours."""
+    planes = np.ascontiguousarray(np.moveaxis(colour, -1, 1))
+    plain = encoded(planes, "mjpeg", "yuvj444p", qmin="1", qmax="1")
+    more = shape_of(colour)
+    got = images(write(tmp_path / "a.dcm", plain, JPEG, "RGB", **more))
+    assert np.abs(got.astype(int) - stored(bt601(colour))).max() <= 3
+    jfif = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+    marked = [image[:2] + jfif + image[2:] for image in plain]
+    got = images(write(tmp_path / "b.dcm", marked, JPEG, "RGB", **more))
+    assert np.abs(got.astype(int) - stored(colour[..., 0])).max() <= 3
+    sizes = [48 * 64, 24 * 32, 24 * 32]
+    halved = [
+        np.concatenate([p.ravel()[:n] for p, n in zip(x, sizes, strict=True)]) for x in planes
+    ]
+    halved = encoded(np.stack(halved).reshape(5, 72, 64), "mjpeg", "yuvj420p", qmin="1", qmax="1")
+    got = images(write(tmp_path / "c.dcm", halved, JPEG, "RGB", **more))
+    assert np.abs(got.astype(int) - stored(colour[..., 0])).max() <= 3
+
+
 def fragment(path: Path, data: list[bytes], pieces: int, has_bot: bool) -> None:
     """Write Pixel Data anew, each image cut into `pieces`; pydicom cannot leave out the table."""
 
@@ -398,6 +418,8 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
     path = write(tmp_path / "a.dcm", grey)
     path.write_bytes(path.read_bytes()[: dicom.read_header(path).at + 3 * 48 * 64 + 100])
     assert len(frames(path)) == 3 and dicom.probe(path).num_frames == 5
+    path = write(tmp_path / "a.dcm", grey, NumberOfFrames=2)  # more than the header says
+    assert len(frames(path)) == 5
 
     data = [simplejpeg.encode_jpeg(y[..., None], 95, "GRAY", "Gray") for y in grey]
     path = write(tmp_path / "b.dcm", data, JPEG, **shape_of(grey))
