@@ -2,7 +2,7 @@
 
 Against a bare PyAV loop that decodes and drops the frames, and PyAV's own conversion to grey.
 Floors: reading the files' bytes, copying the frames' bytes. For information also against DALI on
-the CPU and, with --device cuda, on the GPU.
+the CPU and, with --device cuda, on the GPU; and DICOM files against pydicom and Pillow.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -89,6 +89,7 @@ def measure(bench: Bench) -> None:
     bench.ratio("sslus / PyAV, to grey array", rows["sslus"], rows["PyAV, to grey array"])
     bench.ratio("sslus / floor: copy the luma", rows["sslus"], rows["floor: copy the luma"])
     against_dali(bench)
+    against_pydicom(bench)
 
 
 def against_dali(bench: Bench) -> None:
@@ -104,6 +105,88 @@ def against_dali(bench: Bench) -> None:
             repeats=3,
         )  # fmt: skip
         bench.ratio(f"{codec}: sslus / DALI on the CPU", *rows.values())
+
+
+# ---------------------------------------------------------------- DICOM
+
+
+def dicom_clip(path: Path, frames: list, syntax: str) -> Path:
+    """A colour clip, as ultrasound machines write it; frames: (H, W, 3) uint8 each."""
+    import numpy as np
+    import simplejpeg
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import (
+        ExplicitVRLittleEndian,
+        JPEGBaseline8Bit,
+        RLELossless,
+        UltrasoundMultiFrameImageStorage,
+        generate_uid,
+    )
+
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = UltrasoundMultiFrameImageStorage, generate_uid()
+    ds.Modality, ds.FrameTime, ds.NumberOfFrames = "US", "40", len(frames)
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = frames[0].shape
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit, ds.PixelRepresentation, ds.PlanarConfiguration = 7, 0, 0
+    ds.PhotometricInterpretation = "RGB"
+    ds.PixelData = np.stack(frames).tobytes()
+    ds["PixelData"].VR = "OB"
+    if syntax == "RLE":
+        ds.compress(RLELossless)
+    elif syntax == "JPEG":
+        ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+        ds.PhotometricInterpretation = "YBR_FULL_422"
+        jpegs = [simplejpeg.encode_jpeg(frame, 90, "RGB", "422") for frame in frames]
+        ds.PixelData = encapsulate(jpegs)
+        ds["PixelData"].is_undefined_length = True
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def sslus_dicom(path: Path) -> int:
+    from sslus.engine.dicom import DicomBackend, probe
+
+    return sum(1 for _ in DicomBackend().prepared(path, probe(path), keep_all, SIZE, QUALITY))
+
+
+def pydicom_pillow(path: Path, height: int, width: int) -> int:
+    from PIL import Image
+    from pydicom.pixels import iter_pixels
+
+    size = (SIZE, round(SIZE * height / width))
+    count = 0
+    for pixels in iter_pixels(path):
+        Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BILINEAR)
+        count += 1
+    return count
+
+
+def against_pydicom(bench: Bench) -> None:
+    """For information: every frame, scaled to the size of the shards."""
+    import numpy as np
+
+    from sslus.engine.video import decode
+
+    clip = bench.clips("libx264", "mp4", 1)[0]
+    frames = [np.repeat(frame.luma[..., None], 3, -1) for frame in decode(clip)]
+    height, width, _ = frames[0].shape
+    for syntax in ("JPEG", "RLE", "uncompressed"):
+        path = dicom_clip(bench.scratch / f"{syntax}.dcm", frames, syntax)
+        case = f"DICOM, {syntax}, {len(frames)} frames of {width} x {height}"
+        rows = bench.compare(
+            "file to prepared frame", case, "frames/s",
+            {
+                "sslus": Work(partial(sslus_dicom, path)),
+                "pydicom and Pillow": Work(partial(pydicom_pillow, path, height, width)),
+                "floor: read the file": Work(partial(read_files, [path], len(frames))),
+            },
+            repeats=3,
+        )  # fmt: skip
+        bench.ratio(f"{syntax}: sslus / pydicom and Pillow", *list(rows.values())[:2])
 
 
 # ---------------------------------------------------------------- NVDEC
