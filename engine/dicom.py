@@ -1,11 +1,13 @@
-"""Ultrasound DICOM files: find, probe, decode their luma on the CPU.
+"""Ultrasound DICOM files: probe them, decode their luma on the CPU.
 
-Of the header, only the attributes listed in HEADER are read, none of which is about the patient. A
+Of the header, only the attributes listed in HEADER are used, none of which is about the patient. A
 file declares where its images lie (Ultrasound Region Calibration, PS3.3 C.8.5.5); frames are
 cropped to those regions, so that the name and the date beside them do not reach the shards.
 """
 
+import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -44,54 +46,76 @@ HEADER = (
     *range(0x00281221, 0x00281224),  # or segmented data
 )
 
+# SOP classes of ultrasound (PS3.4 B.5), single and multi-frame, then as they were before 1993.
+SOP_CLASSES = frozenset(f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("6.1", "3.1", "6", "3"))
+
 # Transfer syntaxes, PS3.5 A. FFmpeg decodes images of these, each by itself:
+_SYNTAX = "1.2.840.10008.1.2"
 IMAGE_CODECS = {
-    "1.2.840.10008.1.2.4.50": "mjpeg",  # JPEG baseline
-    "1.2.840.10008.1.2.4.51": "mjpeg",  # extended
-    "1.2.840.10008.1.2.4.57": "mjpeg",  # lossless
-    "1.2.840.10008.1.2.4.70": "mjpeg",  # lossless, first-order prediction
-    "1.2.840.10008.1.2.4.80": "jpegls",
-    "1.2.840.10008.1.2.4.81": "jpegls",
-    "1.2.840.10008.1.2.4.90": "jpeg2000",
-    "1.2.840.10008.1.2.4.91": "jpeg2000",
+    f"{_SYNTAX}.4.50": "mjpeg",  # JPEG baseline
+    f"{_SYNTAX}.4.51": "mjpeg",  # extended
+    f"{_SYNTAX}.4.53": "mjpeg",  # spectral selection
+    f"{_SYNTAX}.4.55": "mjpeg",  # progressive
+    f"{_SYNTAX}.4.57": "mjpeg",  # lossless
+    f"{_SYNTAX}.4.70": "mjpeg",  # lossless, first-order prediction
+    f"{_SYNTAX}.4.80": "jpegls",
+    f"{_SYNTAX}.4.81": "jpegls",
+    f"{_SYNTAX}.4.90": "jpeg2000",
+    f"{_SYNTAX}.4.91": "jpeg2000",
 }
+LOSSLESS_JPEG = (f"{_SYNTAX}.4.57", f"{_SYNTAX}.4.70")
 # With these, the fragments joined are a video: MPEG-2 .100 and .101, H.264 .102 to .106, HEVC .107
-# and .108; a ".1" after that allows several fragments.
-VIDEOS = tuple(f"1.2.840.10008.1.2.4.{n}" for n in range(100, 109))
-NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-BIG_ENDIAN = "1.2.840.10008.1.2.2"
-RLE = "1.2.840.10008.1.2.5"
+# and .108; with a ".1" after that there may be several fragments.
+VIDEOS = frozenset(f"{_SYNTAX}.4.{n}{end}" for n in range(100, 109) for end in ("", ".1"))
+BIG_ENDIAN = f"{_SYNTAX}.2"
+NATIVE = frozenset({_SYNTAX, f"{_SYNTAX}.1", BIG_ENDIAN})
+DEFLATED = f"{_SYNTAX}.1.99"
+RLE = f"{_SYNTAX}.5"
+
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT",
+           "YBR_RCT")  # fmt: skip
 
 ITEM = b"\xfe\xff\x00\xe0"  # the tag before each fragment
+UNDEFINED = 0xFFFFFFFF  # a length
 # Of an image: SOI of JPEG and JPEG-LS, SOC of JPEG 2000, and the signature of JPEG 2000's file
 # format, which does not belong there but is met.
 STARTS = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  ")
-TWO_DIMENSIONAL = 1  # Region Spatial Format: not M-mode, a spectrum or a colour bar
+TWO_DIMENSIONAL, CURVES = 1, (2, 3, 4)  # Region Spatial Format; CURVES: M-mode, spectrum, waveform
 USUAL_HZ = 25.0  # if the file does not tell
+LONGEST_MS = 1e6  # between two frames; more is damage
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is named or begins like one of DICOM (PS3.10, 7.1)."""
     try:
-        if path.suffix.lower() in SUFFIXES or not path.is_file():  # a pipe could block forever
-            return path.suffix.lower() in SUFFIXES
+        if not path.is_file():  # a pipe could block forever
+            return False
         with path.open("rb") as f:
-            return f.read(132)[128:] == b"DICM"
+            return path.suffix.lower() in SUFFIXES or f.read(132)[128:] == b"DICM"
     except OSError:
-        return False
+        return path.suffix.lower() in SUFFIXES
 
 
 def is_ultrasound(path: Path) -> bool | None:
     """Whether a DICOM file says that it is ultrasound; None if its header cannot be read."""
-    from pydicom.filereader import read_partial
+    from pydicom.filereader import read_file_meta_info, read_partial
 
     _quiet()
     try:
+        meta = read_file_meta_info(path)
+        if meta.TransferSyntaxUID == DEFLATED:  # pydicom would inflate it, to any size
+            return None
         with path.open("rb") as f:
-            header = read_partial(f, lambda tag, *_: tag > HEADER[0], specific_tags=[HEADER[0]])
-        return header.get("Modality") in MODALITIES
+            tags = read_partial(f, lambda tag, *_: tag > HEADER[0], specific_tags=[HEADER[0]])
+        return _of_ultrasound(meta, tags)
     except Exception:
         return None
+
+
+def _of_ultrasound(meta, tags) -> bool:
+    modality = str(tags.get("Modality") or "").strip().upper()
+    return modality in MODALITIES or meta.get("MediaStorageSOPClassUID") in SOP_CLASSES
 
 
 class Box(NamedTuple):
@@ -108,31 +132,46 @@ class Header:
     """What a DICOM file says about its pixels."""
 
     syntax: str  # Transfer Syntax UID
-    codec: str
+    photometric: str
     num_frames: int
     height: int
     width: int
     samples: int  # 1 or 3 values per pixel
-    planar: bool  # all red values come first, then all green ones
-    photometric: str
     bytes_per_sample: int
+    planar: bool  # all red values come first, then all green ones
+    palette: np.ndarray | None  # (2^bits,) uint8, the luma of each pixel value
     rate_hz: float  # 0 if unknown
     times_seconds: tuple[float, ...] | None  # of each frame, if they are not at equal intervals
     pixel_aspect: float  # width of a pixel over its height
     regions: tuple[Box, ...]  # parts with ultrasound; () if unknown
-    palette: np.ndarray | None  # (2^bits,) uint8, the luma of each pixel value
     at: int  # where the value of Pixel Data begins in the file, in bytes
-    num_bytes: int  # its length, which encapsulated data does not tell
+    num_bytes: int  # its length; UNDEFINED if it is encapsulated
+
+    @property
+    def codec(self) -> str:
+        if self.syntax in NATIVE:
+            return "native"
+        return "rle" if self.syntax == RLE else IMAGE_CODECS.get(self.syntax, "video")
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of an uncompressed frame."""
+        return (
+            self.height * self.width * self.bytes_per_sample * (2 if self.halved else self.samples)
+        )
+
+    @property
+    def halved(self) -> bool:
+        """Whether two uncompressed pixels share their colours, as Y Y Cb Cr. Programs that
+        decompress leave "_422" in the header of files where they do not."""
+        whole = self.height * self.width * 3 * self.num_frames
+        return self.photometric.endswith("_422") and self.num_bytes < whole
 
     def time_seconds(self, index: int) -> float | None:
         """When a frame was taken, after the first; None if the file does not tell."""
         if self.times_seconds and index < len(self.times_seconds):
             return self.times_seconds[index]
         return index / self.rate_hz if self.rate_hz else None
-
-    @property
-    def is_video(self) -> bool:
-        return self.syntax.startswith(VIDEOS)
 
     @cached_property
     def box(self) -> Box:
@@ -155,7 +194,8 @@ class Header:
 def probe(path: Path) -> VideoInfo:
     """Read what a DICOM file says about its images. Raises VideoError if it has none of use."""
     header = read_header(path)
-    if header.is_video:
+    whole = not header.regions
+    if header.codec == "video":
         with path.open("rb") as f:
             info = probe_video(path, Fragments(f, header.at))
         return replace(
@@ -163,16 +203,21 @@ def probe(path: Path) -> VideoInfo:
             codec=f"dicom {info.codec}",
             rate_hz=header.rate_hz or info.rate_hz,
             num_frames=max(info.num_frames, header.num_frames),
+            uncropped=whole,
         )
+    num_frames = header.num_frames
+    if header.codec == "native":
+        num_frames = max(num_frames, header.num_bytes // header.frame_bytes)
     return VideoInfo(
         codec=f"dicom {header.codec}",
         pixel_format=header.photometric.lower(),
         height=header.height,
         width=header.width,
         rate_hz=header.rate_hz,
-        num_frames=header.num_frames,
+        num_frames=num_frames,
         pixel_aspect=header.pixel_aspect,
         full_range=not header.photometric.startswith("YBR_PARTIAL"),
+        uncropped=whole,
     )
 
 
@@ -188,169 +233,234 @@ class DicomBackend:
         self, path: Path, info: VideoInfo, keep: Keep, size: int, quality: int
     ) -> Iterator[Prepared]:
         header = read_header(path)
-        for index, (luma, time_seconds) in enumerate(_images(path, header)):
-            told = header.time_seconds(index)
-            time_seconds = time_seconds if told is None else told
-            image = None
-            if luma is not None and keep(index, time_seconds):
-                y, limited = luma()
-                if y.shape != (header.height, header.width):
-                    wants = f"{header.width} x {header.height}"
-                    raise VideoError(
-                        path, f"its header says {wants}, but a frame is {y.shape[1]} x {y.shape[0]}"
-                    )
-                y = y[_slices(header.box)]
-                if header.outside is not None:
-                    y = np.where(header.outside, np.uint8(16 if limited else 0), y)
-                image = prepare(y, size, header.pixel_aspect, limited)
-            yield Prepared(index, time_seconds, luma is None, image)
+        with _reading(path):
+            for index, (luma, time_seconds) in enumerate(_images(path, header)):
+                told = header.time_seconds(index)
+                time_seconds = time_seconds if told is None else told
+                image = None
+                if luma is not None and keep(index, time_seconds):
+                    y, limited = luma()
+                    if y.shape == (header.height, header.width):
+                        y = y[_slices(header.box)]
+                        if header.outside is not None:
+                            y = np.where(header.outside, np.uint8(16 if limited else 0), y)
+                        image = prepare(y, size, header.pixel_aspect, limited)
+                    elif index == 0:
+                        said = f"{header.width} x {header.height}"
+                        is_ = f"{y.shape[1]} x {y.shape[0]}"
+                        raise VideoError(path, f"its header says {said}, its first frame is {is_}")
+                    else:
+                        luma = None
+                yield Prepared(index, time_seconds, luma is None, image)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever is raised becomes a VideoError without its message, which may quote the header."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except OSError as e:
+        raise VideoError(path, f"cannot be read ({e.strerror})") from e
+    except Exception as e:
+        raise VideoError(path, f"a damaged DICOM file ({type(e).__name__})") from e
 
 
 def read_header(path: Path) -> Header:
     """Raises VideoError if the file has no ultrasound images that can be decoded here."""
     import pydicom
+    from pydicom.filereader import read_file_meta_info
 
     _quiet()
-    try:
+    with _reading(path):
+        if not path.is_file():
+            path.stat()
+            raise VideoError(path, "not a regular file")
+        try:
+            meta = read_file_meta_info(path)
+        except pydicom.errors.InvalidDicomError as e:
+            raise VideoError(path, "not a DICOM file, or one without the prefix DICM") from e
+        syntax = str(meta.TransferSyntaxUID)
+        if syntax not in NATIVE | VIDEOS | IMAGE_CODECS.keys() | {RLE}:
+            name = meta.TransferSyntaxUID.name if syntax.startswith(_SYNTAX) else "private"
+            name = name if name.isprintable() and len(name) < 100 else "unknown"
+            raise VideoError(path, f"DICOM transfer syntax not supported: {name}; convert the file")
         with path.open("rb") as f:
             tags = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(HEADER))
-            found = _skip_element_header(f, tags)
-        return _header(path, tags, found)
-    except VideoError:
-        raise
-    except OSError as e:
-        raise VideoError(path, f"cannot be read ({e.strerror})") from e
-    except (ValueError, TypeError, AttributeError, KeyError, pydicom.errors.InvalidDicomError) as e:
-        # Not its message: it may quote the header.
-        raise VideoError(path, f"its DICOM header is damaged ({type(e).__name__})") from e
+            found = _skip_element_header(f, syntax)
+        if not _of_ultrasound(meta, tags):
+            modality = str(tags.get("Modality") or "none")
+            modality = modality if modality.isalnum() and len(modality) < 5 else "unknown"
+            raise VideoError(path, f"a DICOM file, but not of ultrasound (modality {modality})")
+        if found is None:
+            raise VideoError(path, "a DICOM file without an image")
+        return _header(path, tags, syntax, *found)
 
 
-def _header(path: Path, tags, found: tuple[int, int] | None) -> Header:
-    syntax = str(tags.file_meta.TransferSyntaxUID)
-    modality = str(tags.get("Modality") or "none")
-    if modality not in MODALITIES:
-        modality = modality if modality.isalnum() else "unreadable"
-        raise VideoError(path, f"a DICOM file, but not of ultrasound (modality {modality})")
-    if syntax in NATIVE:
-        codec = "native"
-    elif syntax == RLE:
-        codec = "rle"
-    elif syntax.startswith(VIDEOS):
-        codec = "video"
-    elif syntax in IMAGE_CODECS:
-        codec = IMAGE_CODECS[syntax]
-    else:
-        name = tags.file_meta.TransferSyntaxUID.name
-        raise VideoError(path, f"DICOM transfer syntax {name} is not supported; convert the file")
-    if found is None:
-        raise VideoError(path, "a DICOM file without an image")
-    photometric = tags.PhotometricInterpretation
+def _header(path: Path, tags, syntax: str, kind: bytes, at: int, num_bytes: int) -> Header:
+    def required(name: str):
+        with contextlib.suppress(Exception):
+            return tags[name].value
+        raise VideoError(path, f"its DICOM header has no {name} that can be read")
+
+    photometric = str(required("PhotometricInterpretation")).strip().upper()
+    if photometric not in MONOCHROME + COLOURS:
+        raise VideoError(path, "its photometric interpretation is not supported; convert the file")
+    allocated = int(required("BitsAllocated"))
     header = Header(
         syntax=syntax,
-        codec=codec,
-        num_frames=int(tags.get("NumberOfFrames") or 1),
-        height=tags.Rows,
-        width=tags.Columns,
-        samples=tags.SamplesPerPixel,
-        planar=bool(tags.get("PlanarConfiguration")),
         photometric=photometric,
-        bytes_per_sample=tags.BitsAllocated // 8,
+        num_frames=max(1, int(_number(tags, "NumberOfFrames", 1))),
+        height=int(required("Rows")),
+        width=int(required("Columns")),
+        samples=int(required("SamplesPerPixel")),
+        bytes_per_sample=allocated // 8,
+        planar=bool(_number(tags, "PlanarConfiguration")),
+        palette=_palette(tags, syntax) if photometric == "PALETTE COLOR" else None,
         pixel_aspect=_pixel_aspect(tags),
         regions=_regions(tags),
-        palette=_palette(tags, syntax) if photometric == "PALETTE COLOR" else None,
-        at=found[0],
-        num_bytes=found[1],
+        at=at,
+        num_bytes=num_bytes,
         **_timing(tags),
     )
-    bits = tags.BitsAllocated, tags.BitsStored
-    wants_8 = header.palette is None or codec in IMAGE_CODECS.values()
-    signed = tags.get("PixelRepresentation") == 1
-    if signed or bits[0] not in (8, 16) or (wants_8 and bits != (8, 8)):
-        said = f"{bits[1]} bits{', signed' * signed}"
-        raise VideoError(path, f"pixels of {said}; want 8 bits, as ultrasound has: convert it")
-    if header.samples != (1 if photometric.startswith(("MONO", "PAL")) else 3):
+    if header.samples != (1 if photometric in MONOCHROME else 3):
         raise VideoError(path, f"{header.samples} samples per pixel, which its colours contradict")
-    if min(header.height, header.width, header.num_frames) < 1:
+    if min(header.height, header.width) < 1:
         raise VideoError(path, "its header announces no pixels")
+    if header.codec != "video":
+        stored = int(_number(tags, "BitsStored", allocated))
+        any_bits = header.palette is not None and header.codec in ("native", "rle")
+        if _number(tags, "PixelRepresentation") == 1:
+            raise VideoError(
+                path, "signed pixels, which ultrasound does not have; convert the file"
+            )
+        if not (allocated in (8, 16) and any_bits) and (allocated, stored) != (8, 8):
+            raise VideoError(
+                path, f"pixels of {stored} bits in {allocated}; want 8 in 8; convert the file"
+            )
+    if header.codec == "native":
+        if (num_bytes == UNDEFINED) or (header.halved and header.width % 2):
+            raise VideoError(path, "its DICOM header contradicts its pixels")
+        if syntax == BIG_ENDIAN and allocated == 8 and kind == b"OW":
+            raise VideoError(path, "bytes in swapped words are not supported; convert the file")
     return header
 
 
-def _skip_element_header(f, tags) -> tuple[int, int] | None:
-    """Where the value of Pixel Data begins and its length, if pydicom has stopped in front of it;
-    else None."""
-    implicit, little = tags.original_encoding
-    head = f.read(8 if implicit else 12)  # PS3.5, 7.1: tag, type and length
-    if head[:4] != (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\0\x10"):
+def _skip_element_header(f, syntax: str) -> tuple[bytes, int, int] | None:
+    """The type of Pixel Data, where its value begins and its length, if pydicom has stopped in
+    front of it; else None. PS3.5, 7.1."""
+    order = "big" if syntax == BIG_ENDIAN else "little"
+    head = f.read(12)
+    if head[:4] != (b"\x7f\xe0\0\x10" if order == "big" else b"\xe0\x7f\x10\x00"):
         return None
-    return f.tell(), int.from_bytes(head[-4:], "little" if little else "big")
+    # Seen in the data, since some programs write the one and say the other.
+    if head[4:6] in (b"OB", b"OW", b"UN"):
+        return head[4:6], f.tell(), int.from_bytes(head[8:], order)
+    return b"OW", f.tell() - 4, int.from_bytes(head[4:8], order)
+
+
+def _number(tags, name: str, default: float = 0.0) -> float:
+    """An optional attribute; the default if it is missing or not a number."""
+    try:
+        value = float(tags.get(name))
+    except Exception:
+        return default
+    return value if math.isfinite(value) else default
 
 
 def _timing(tags) -> dict:
     """rate_hz and times_seconds of a Header, by the first attribute that tells: PS3.3, C.7.6.5."""
-    num = int(tags.get("NumberOfFrames") or 1)
-    steps_ms = [float(s) for s in np.atleast_1d(tags.get("FrameTimeVector") or [])]
-    if len(steps_ms) == num > 1 and min(steps_ms[1:]) >= 0 < sum(steps_ms[1:]):
-        times = np.cumsum([0.0, *steps_ms[1:]]) / 1000
+    num = int(_number(tags, "NumberOfFrames", 1))
+    try:
+        steps_ms = [float(s) for s in np.atleast_1d(tags.get("FrameTimeVector") or [])]
+    except Exception:
+        steps_ms = []
+    steps_ms = steps_ms[1:] if len(steps_ms) == num else steps_ms  # the first should be 0
+    if (
+        len(steps_ms) == num - 1 > 0
+        and all(0 <= s < LONGEST_MS for s in steps_ms)
+        and any(steps_ms)
+    ):
+        times = np.cumsum([0.0, *steps_ms]) / 1000
         return {"rate_hz": float((num - 1) / times[-1]), "times_seconds": tuple(times.tolist())}
-    period_ms = float(tags.get("FrameTime") or 0)
-    rate_hz = float(tags.get("CineRate") or tags.get("RecommendedDisplayFrameRate") or 0)
-    rate_hz = 1000 / period_ms if period_ms > 0 else max(0.0, rate_hz)
-    return {"rate_hz": rate_hz, "times_seconds": None}
+    period_ms = _number(tags, "FrameTime")
+    rate_hz = _number(tags, "CineRate") or _number(tags, "RecommendedDisplayFrameRate")
+    rate_hz = 1000 / period_ms if 0 < period_ms < LONGEST_MS else rate_hz
+    return {"rate_hz": rate_hz if 1000 / LONGEST_MS < rate_hz < 1e4 else 0.0, "times_seconds": None}
 
 
 def _regions(tags) -> tuple[Box, ...]:
-    """Where a file says that ultrasound is: its two-dimensional regions, or all it declares if
-    none of them is. () if it says nothing or what cannot be: some programs scale an image and
-    leave the old regions."""
-    declared = tags.get("SequenceOfUltrasoundRegions") or []
-    flat = [r for r in declared if r.get("RegionSpatialFormat") == TWO_DIMENSIONAL]
-    boxes = []
-    for r in flat or declared:
-        left, top = r.RegionLocationMinX0, r.RegionLocationMinY0
-        right, bottom = r.RegionLocationMaxX1, r.RegionLocationMaxY1  # the last pixel
-        if right > tags.Columns or bottom > tags.Rows:  # equal: many count it as the first outside
-            return ()
-        box = Box(top, min(bottom + 1, tags.Rows), left, min(right + 1, tags.Columns))
-        if box.top < box.bottom and box.left < box.right:
-            boxes.append(box)
-    return tuple(boxes)
+    """Where a file says that ultrasound is: its two-dimensional regions, or else its curves. Left
+    out is what cannot be: empty regions, and those beyond the image, which programs leave that
+    scale it. () if nothing remains."""
+    found: dict[bool, list[Box]] = {True: [], False: []}
+    for r in tags.get("SequenceOfUltrasoundRegions") or []:
+        form = _number(r, "RegionSpatialFormat")
+        x, y = (
+            sorted(int(_number(r, f"RegionLocation{end}", -1)) for end in ends)
+            for ends in (("MinX0", "MaxX1"), ("MinY0", "MaxY1"))
+        )
+        # The second is the last pixel, but many programs count it as the first one outside.
+        fits = 0 <= x[0] < x[1] <= tags.Columns and 0 <= y[0] < y[1] <= tags.Rows
+        if fits and form in (TWO_DIMENSIONAL, *CURVES):
+            box = Box(y[0], min(y[1] + 1, tags.Rows), x[0], min(x[1] + 1, tags.Columns))
+            found[form == TWO_DIMENSIONAL].append(box)
+    return tuple(found[True] or found[False])
 
 
 def _pixel_aspect(tags) -> float:
     """Width of a pixel over its height."""
-    if ratio := tags.get("PixelAspectRatio"):  # height, width: PS3.3, C.7.6.3.1.7
-        height, width = map(float, ratio)
-        return width / height if height > 0 < width else 1.0
+    sides = []
+    with contextlib.suppress(Exception):  # height, width: PS3.3, C.7.6.3.1.7
+        sides.append([float(v) for v in tags.get("PixelAspectRatio")])
     for r in tags.get("SequenceOfUltrasoundRegions") or []:
-        if r.get("RegionSpatialFormat") == TWO_DIMENSIONAL:
-            width, height = (abs(float(r.get(f"PhysicalDelta{a}") or 0)) for a in "XY")
-            units = [r.get(f"PhysicalUnits{a}Direction") for a in "XY"]
-            if units[0] == units[1] and height > 0 < width:
-                return width / height
+        same_unit = r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection")
+        if _number(r, "RegionSpatialFormat") == TWO_DIMENSIONAL and same_unit:
+            sides.append([abs(_number(r, f"PhysicalDelta{axis}")) for axis in "YX"])
+    for side in sides:
+        if len(side) == 2 and min(side) > 0 and 0.1 < side[1] / side[0] < 10:
+            return side[1] / side[0]
     return 1.0
 
 
 def _palette(tags, syntax: str) -> np.ndarray:
-    """(2^bits,) uint8: the luma of each pixel value, PS3.3 C.7.6.3.1.5 and .6."""
-    from pydicom.pixels import apply_color_lut
-
+    """(2^bits,) uint8: the luma of each pixel value, PS3.3 C.7.6.3.1.5 and .6, C.7.9.2."""
     length, first, bits = tags.RedPaletteColorLookupTableDescriptor
     length = length or 1 << 16
-    if "SegmentedRedPaletteColorLookupTableData" in tags:
-        if bits == 8 and length > 256:
-            raise ValueError("pydicom would wrap its numbers")
-        rgb = apply_color_lut(np.arange(first, first + length), tags).T
-    else:
-        rgb = np.empty((3, length), np.uint16)
-        for row, colour in zip(rgb, ("Red", "Green", "Blue"), strict=True):
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    rgb = np.empty((3, length))
+    for row, colour in zip(rgb, ("Red", "Green", "Blue"), strict=True):
+        if (name := f"Segmented{colour}PaletteColorLookupTableData") in tags:
+            wide = bits // 8
+            row[:] = _expanded(np.frombuffer(tags[name].value, f"{order}u{wide}").tolist(), length)
+        else:
             data = tags[f"{colour}PaletteColorLookupTableData"].value
-            wide = len(data) // length  # bytes of an entry, of which `bits` count
-            if wide == 1 and syntax == BIG_ENDIAN:
-                raise ValueError("bytes in swapped words")
-            row[:] = np.frombuffer(data, f"{'>' if syntax == BIG_ENDIAN else '<'}u{wide}", length)
+            wide = len(data) // length
+            row[:] = np.frombuffer(data, f"{order}u{wide}", length)
+        if wide == 1 and syntax == BIG_ENDIAN:
+            raise ValueError("bytes in swapped words")
+    # Some files say 16 bits where 8 are meant, or the other way round.
+    bits = 8 if rgb.max() < 256 else 16
     luma = np.array([0.299, 0.587, 0.114]) @ rgb * (255 / ((1 << bits) - 1))
     at = np.clip(np.arange(1 << tags.BitsAllocated) - first, 0, length - 1)
-    return np.rint(np.clip(luma, 0, 255)).astype(np.uint8)[at]
+    return np.rint(luma).astype(np.uint8)[at]
+
+
+def _expanded(values: list[int], length: int) -> list[int]:
+    """A segmented palette: 0, n, then n entries; or 1, n, y: n entries on a line that ends at y."""
+    out, at = [], 0
+    while len(out) < length:
+        kind, num = values[at : at + 2]
+        if not 0 < num <= length - len(out) or kind > 1:  # 2 repeats segments: not in ultrasound
+            raise ValueError("not a segmented palette")
+        if kind == 0:
+            out += values[at + 2 : at + 2 + num]
+        else:
+            start, end = out[-1], values[at + 2]
+            out += [round(start + (end - start) * k / num) for k in range(1, num + 1)]
+        at += 2 + (num if kind == 0 else 1)
+    return out
 
 
 def _slices(box: Box) -> tuple[slice, slice]:
@@ -364,7 +474,7 @@ Luma = Callable[[], tuple[np.ndarray, bool]] | None
 
 def _images(path: Path, header: Header) -> Iterator[tuple[Luma, float]]:
     """The luma and the time in seconds of every frame."""
-    if header.is_video:
+    if header.codec == "video":
         with path.open("rb") as f:
             for _, time_seconds, frame, turn in decoded(path, Fragments(f, header.at)):
                 yield None if frame.is_corrupt else partial(plane, frame, turn), time_seconds
@@ -376,24 +486,24 @@ def _images(path: Path, header: Header) -> Iterator[tuple[Luma, float]]:
 
 def _luma_of(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, bool]:
     """Of (H, W) or (H, W, 3) pixels as the file stores them."""
-    limited = header.photometric.startswith("YBR_PARTIAL")
     if header.palette is not None:
-        return header.palette[pixels], limited
+        return header.palette[pixels], False
     if header.photometric == "MONOCHROME1":  # its lowest value is white
-        return 255 - pixels, limited
+        return 255 - pixels, False
     if header.samples == 1:
-        return pixels, limited
-    rgb = header.photometric == "RGB"
-    return rgb_luma(pixels) if rgb else np.ascontiguousarray(pixels[..., 0]), limited
+        return pixels, False
+    # ICT and RCT are steps of JPEG 2000, left in the header by a program that decompressed it.
+    if header.photometric in ("RGB", "YBR_ICT", "YBR_RCT"):
+        return rgb_luma(pixels), False
+    limited = header.photometric.startswith("YBR_PARTIAL")
+    return np.ascontiguousarray(pixels[..., 0]), limited
 
 
 def _native(path: Path, header: Header) -> Iterator[Luma]:
     """Uncompressed pixels, PS3.5 8.1: as many frames as there are, whatever the header says."""
     shape = header.height, header.width
-    num_pixels = header.height * header.width
     kind = np.dtype(f"{'>' if header.syntax == BIG_ENDIAN else '<'}u{header.bytes_per_sample}")
-    halved = header.photometric.endswith("_422")  # two pixels share their colours: Y Y Cb Cr
-    num_bytes = num_pixels * kind.itemsize * (2 if halved else header.samples)
+    halved, num_bytes = header.halved, header.frame_bytes
 
     def luma(data: bytes) -> tuple[np.ndarray, bool]:
         pixels = np.frombuffer(data, kind)
@@ -417,95 +527,95 @@ def _native(path: Path, header: Header) -> Iterator[Luma]:
 
 
 def _rle(path: Path, header: Header) -> Iterator[Luma]:
-    """Run lengths, PS3.5 G: one fragment a frame, one segment for each byte of a pixel, the high
-    byte first."""
+    """Run lengths, PS3.5 G: a segment for each byte of a pixel, the high byte first."""
     shape = header.samples, header.bytes_per_sample, header.height, header.width
+    num = header.samples * header.bytes_per_sample
     with path.open("rb") as f:
-        for start, length in _fragments(f, header.at):
-            f.seek(start)
-            data = np.frombuffer(f.read(length), np.uint8)
-            starts = data[:64].view("<u4") if len(data) >= 64 else [0]
-            num = int(starts[0])
-            if num != shape[0] * shape[1]:
-                yield None
-                continue
+        for image in _joined(f, header, (num.to_bytes(4, "little") + b"\x40\0\0\0",)):
+            data = np.frombuffer(image or b"", np.uint8)
+            starts = data[:64].view("<u4").tolist() if len(data) >= 64 else [0]
             planes = np.empty((num, header.height * header.width), np.uint8)
-            ends = [*starts[2 : num + 1].tolist(), len(data)]
-            segments = zip(starts[1 : num + 1].tolist(), ends, planes, strict=True)
-            done = [_luma.unpack(data[a:b], out) for a, b, out in segments]
-            if min(done) < planes.shape[1]:
-                yield None
-                continue
+            segments = zip(starts[1:], [*starts[2 : num + 1], len(data)], planes, strict=False)
+            whole = starts[0] == num and all(
+                _luma.unpack(data[a:b], out) == len(out) for a, b, out in segments
+            )
             pixels = planes.reshape(shape).astype(f"u{shape[1]}")
             pixels = pixels[:, 0] if shape[1] == 1 else pixels[:, 0] << 8 | pixels[:, 1]
-            yield partial(
-                _luma_of, np.moveaxis(pixels, 0, -1) if shape[0] > 1 else pixels[0], header
-            )
+            pixels = np.moveaxis(pixels, 0, -1) if shape[0] > 1 else pixels[0]
+            yield partial(_luma_of, pixels, header) if whole else None
 
 
 def _compressed(path: Path, header: Header) -> Iterator[Luma]:
-    """JPEG in its many kinds.
-
-    An image may span several fragments. The Basic Offset Table, which says where each begins, is
-    often missing or wrong, but every image begins with its own marker.
-    """
+    """JPEG in its many kinds."""
     import av
 
     context = av.CodecContext.create(header.codec, "r")
     context.thread_count = 1
+    context.options = {"err_detect": "explode"}  # else FFmpeg makes up what is missing
     with path.open("rb") as f:
-        for data in _joined(f, header.at):
-            try:
-                frames = context.decode(av.Packet(data))
-            except av.FFmpegError:
-                frames = []
-            whole = len(frames) == 1 and not frames[0].is_corrupt
-            # Many files say RGB of a JPEG that is marked as YCbCr; it is, if it is lossy.
-            tables = data[: data.find(b"\xff\xda")]
+        for image in _joined(f, header, STARTS):
+            frames = []
+            if image:
+                with contextlib.suppress(av.FFmpegError):
+                    frames = context.decode(av.Packet(image))
+            if len(frames) != 1 or frames[0].is_corrupt or frames[0].format.components[0].bits != 8:
+                yield None
+                continue
+            # Many headers say RGB of a JPEG that is marked as YCbCr; it is, unless it is lossless.
+            tables = image[: image.find(b"\xff\xda")]
             marked = b"JFIF\0" in tables or b"Adobe\0" in tables
-            as_said = header.syntax.endswith((".57", ".70")) or not marked
-            yield partial(_frame_luma, frames[0], header, as_said) if whole else None
+            as_said = not marked or header.syntax in LOSSLESS_JPEG or header.codec != "mjpeg"
+            yield partial(_frame_luma, frames[0], header, as_said)
 
 
 def _frame_luma(frame, header: Header, as_said: bool) -> tuple[np.ndarray, bool]:
     """FFmpeg takes the colours of a JPEG for YCbCr, and those of JPEG-LS and JPEG 2000 for RGB.
     as_said: whether they are what the header says."""
+    limited = header.photometric.startswith("YBR_PARTIAL")
     if header.samples == 1:
         return _luma_of(frame.to_ndarray(format="gray"), header)
-    if frame.format.is_rgb and header.photometric.startswith("YBR_FULL"):
-        return _luma_of(frame.to_ndarray(format="rgb24"), header)
+    if as_said and frame.format.is_rgb and header.photometric.startswith("YBR_FULL"):
+        return np.ascontiguousarray(frame.to_ndarray(format="rgb24")[..., 0]), False
     full = frame.format.name in ("yuv444p", "yuvj444p")  # where colours are halved, it is YCbCr
     if as_said and header.photometric == "RGB" and full:
-        return _luma_of(np.moveaxis(frame.to_ndarray(), 0, -1), header)
-    return plane(frame)
+        return rgb_luma(np.moveaxis(frame.to_ndarray(), 0, -1)), False
+    return plane(frame)[0], limited and not frame.format.is_rgb
 
 
-def _joined(f, at: int) -> Iterator[bytes]:
-    """The images in the fragments, each whole."""
-    image = []
-    for start, length in _fragments(f, at):
+def _joined(f, header: Header, starts: tuple[bytes, ...]) -> Iterator[bytes | None]:
+    """The images in the fragments, each whole; None for one that is cut off.
+
+    The Basic Offset Table, which says where each image begins, is often missing or wrong. Where
+    there are as many fragments as images, each is one; else an image begins with one of `starts`.
+    """
+    fragments = list(_fragments(f, header.at))
+    if fragments:  # one that begins an image is no table
+        f.seek(fragments[0][0])
+        fragments = fragments[not f.read(12).startswith(starts) :]
+    each = len(fragments) == header.num_frames
+    image, whole = [], True
+    for start, length in fragments:
         f.seek(start)
         data = f.read(length)
-        if image and data.startswith(STARTS):
-            yield b"".join(image)
-            image = []
+        if image and (each or data.startswith(starts)):
+            yield b"".join(image) if whole else None
+            image, whole = [], True
         image.append(data)
+        whole &= len(data) == length
     if image:
-        yield b"".join(image)
+        yield b"".join(image) if whole else None
 
 
 def _fragments(f, at: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of each fragment's data, PS3.5 A.4; not of the first, the offset table."""
-    first = True
+    """(start, length) of the data of each item, PS3.5 A.4; the first is the offset table."""
     while True:
         f.seek(at)
         head = f.read(8)
         if len(head) < 8 or head[:4] != ITEM:
             return
         start, length = at + 8, int.from_bytes(head[4:], "little")
-        if not first:
-            yield start, length
-        first, at = False, start + length
+        yield start, length
+        at = start + length
 
 
 class Fragments(io.RawIOBase):
@@ -516,7 +626,8 @@ class Fragments(io.RawIOBase):
 
     def __init__(self, f, at: int):
         self.f, self.position = f, 0
-        self.starts, self.lengths = np.array(list(_fragments(f, at)), np.int64).reshape(-1, 2).T
+        fragments = list(_fragments(f, at))[1:]
+        self.starts, self.lengths = np.array(fragments, np.int64).reshape(-1, 2).T
         self.ends = np.cumsum(self.lengths)
 
     def readable(self) -> bool:
@@ -526,8 +637,9 @@ class Fragments(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: sum(self.lengths)}[whence]
-        self.position = max(0, int(base) + offset)
+        end = int(self.ends[-1]) if len(self.ends) else 0
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: end}[whence]
+        self.position = max(0, base + offset)
         return self.position
 
     def readinto(self, buffer) -> int:

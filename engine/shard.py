@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sslus.engine import dicom, tar
 from sslus.engine import manifest as manifests
+from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
 from sslus.engine.dicom import DicomBackend
 from sslus.engine.errors import InputError
@@ -481,13 +481,13 @@ def _spool_video(
     try:
         with _blamed(path):
             info = probe(path)
-            if dicom.is_dicom(path):  # what PyAV is for videos
+            if info.codec.startswith("dicom "):  # what PyAV is for videos
                 backends = [DicomBackend() if isinstance(b, PyavBackend) else b for b in backends]
             reasons = [(b, b.refuses(info)) for b in backends]
         record |= {
             "codec": info.codec, "width": info.width, "height": info.height,
             "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
-            "other_streams": info.other_streams,
+            "other_streams": info.other_streams, "uncropped": info.uncropped,
         }  # fmt: skip
         able = [b for b, why in reasons if why is None]
         if not able:
@@ -513,6 +513,7 @@ def _refusal(path: Path, why: str = "") -> dict:
     """The record of a file about which nothing is known."""
     return {
         "codec": None, "width": None, "height": None, "rate_hz": None, "other_streams": 0,
+        "uncropped": False,
         "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
         "status": "refused", "why": why, "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
         "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0,

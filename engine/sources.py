@@ -20,6 +20,7 @@ EXTENSIONS = frozenset(
 # Names under which find_videos counts what it leaves out.
 FOLDER_LINKS = "links to folders"
 HIDDEN_FOLDERS = "hidden folders"
+UNKNOWN = "unknown"
 OTHER_DICOM = "DICOM without ultrasound"  # other modalities, reports, a DICOMDIR
 
 
@@ -95,12 +96,12 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _other_kind(path: Path) -> str | None:
-    """The extension or kind of a file that is neither a video nor ultrasound; else None."""
+    """The kind of a file that is neither a video nor ultrasound; else None."""
     suffix = path.suffix.lower()
     if not path.name.startswith("."):
         if suffix in EXTENSIONS:
             return None
-        # Archives give DICOM files no extension, or a UID for a name, which seems to end in one.
-        if (suffix in dicom.SUFFIXES or not suffix[1:].isalpha()) and dicom.is_dicom(path):
+        if dicom.is_dicom(path):  # its name tells nothing: archives use UIDs, or no extension
             return OTHER_DICOM if dicom.is_ultrasound(path) is False else None
-    return suffix or path.name
+    # A name without an extension, or with a long one, may be that of a patient.
+    return suffix if suffix[1:].isalnum() and len(suffix) < 6 else UNKNOWN

@@ -63,6 +63,7 @@ class VideoInfo:
     mirrored: bool = False  # left to right, before rotation
     other_streams: int = 0  # further videos in the file, which are not decoded
     interlaced: bool = False  # its first frame holds two fields
+    uncropped: bool = False  # a DICOM file that does not say where in the image ultrasound is
 
 
 @dataclass(frozen=True)

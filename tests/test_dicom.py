@@ -1,6 +1,7 @@
 """DICOM: exact luma in every transfer syntax, only the regions, nothing of the patient."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from sslus.engine import _luma, dicom
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
-from sslus.engine.sources import OTHER_DICOM, find_videos
+from sslus.engine.sources import OTHER_DICOM, UNKNOWN, find_videos
 from sslus.engine.video import VideoError
 
 UID = "1.2.840.10008.1.2"
@@ -32,7 +33,9 @@ def write(path: Path, pixels: np.ndarray | list, syntax=LITTLE, photometric=None
     from pydicom.uid import ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
+    ultrasound = more.get("Modality", "US") == "US"
+    other = "1.2.840.10008.5.1.4.1.1.2"  # CT
+    meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage if ultrasound else other
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     order = {"is_implicit_VR": syntax == IMPLICIT, "is_little_endian": syntax != BIG}
@@ -303,6 +306,23 @@ def test_palettes(grey, tmp_path):
             at = np.clip(grey.astype(int) - first, 0, 199)
             want = np.rint(np.array([0.299, 0.587, 0.114]) @ table / 257).astype(np.uint8)[at]
             same(path, want)
+    # 16 bits in the header, 8 in the table, in bytes or words; and lines instead of entries.
+    for data, prefix in (
+        (bytes(range(256)), ""),
+        (np.arange(256, dtype="<u2").tobytes(), ""),
+        (np.array([0, 2, 0, 1, 1, 254, 255], "<u2").tobytes(), "Segmented"),
+    ):
+        tags = {}
+        for name in ("Red", "Green", "Blue"):
+            tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+            tags[f"{prefix}{name}PaletteColorLookupTableData"] = data
+        same(write(tmp_path / "a.dcm", grey, LITTLE, "PALETTE COLOR", **tags), grey)
+    for name in ("Red", "Green", "Blue"):  # 65,535 entries, over and over
+        data = np.tile(np.array([0, 1, 5, 1, 65535, 9], "<u2"), 1000).tobytes()
+        tags[f"Segmented{name}PaletteColorLookupTableData"] = data
+    path = write(tmp_path / "a.dcm", grey, LITTLE, "PALETTE COLOR", **tags)
+    with pytest.raises(VideoError, match="damaged"):
+        dicom.probe(path)
 
 
 def test_only_the_regions_are_kept(grey, tmp_path):
@@ -323,8 +343,15 @@ def test_only_the_regions_are_kept(grey, tmp_path):
     # Many count the last pixel as the first one outside; others have scaled the image.
     path = write(tmp_path / "c.dcm", grey, SequenceOfUltrasoundRegions=[box(1, 2, 64, 48)])
     same(path, grey[:, 2:, 1:])
-    path = write(tmp_path / "d.dcm", grey, SequenceOfUltrasoundRegions=[box(1, 2, 126, 90)])
+    assert not dicom.probe(path).uncropped
+    # What cannot be does not undo what can.
+    useless = [box(1, 2, 126, 90), box(0, 0, 0, 0), box(0, 0, 2**32 - 1, 9), box(0, 0, 63, 5, 5)]
+    path = write(tmp_path / "d.dcm", grey, SequenceOfUltrasoundRegions=useless)
+    assert dicom.probe(path).uncropped
     same(path, grey)
+    useless.append(box(40, 40, 9, 5))
+    path = write(tmp_path / "e.dcm", grey, SequenceOfUltrasoundRegions=useless)
+    same(path, grey[:, 5:41, 9:41])
 
 
 def test_pixel_aspect(grey, tmp_path):
@@ -370,7 +397,7 @@ def test_files_are_found_by_what_they_are(grey, clip, pattern, tmp_path):
     sources, ignored = find_videos([folder])
     names = ["1.2.840.113619.2.55", "IM0001", "a.dcm", "c.mp4", "d.dcm", "series/b.IMA"]
     assert [s.name for s in sources] == names
-    assert ignored == {OTHER_DICOM: 2, "notes": 1}
+    assert ignored == {OTHER_DICOM: 2, UNKNOWN: 1}
 
 
 def spoil(path: Path, new: bytes, at: int) -> None:
@@ -379,7 +406,7 @@ def spoil(path: Path, new: bytes, at: int) -> None:
         f.write(new)
 
 
-def test_bad_files(grey, tmp_path):
+def test_bad_files(grey, colour, tmp_path):
     """Each is refused with one line that says why and tells nothing of the patient."""
 
     def why(path: Path) -> str:
@@ -407,9 +434,40 @@ def test_bad_files(grey, tmp_path):
         path.write_bytes(data[:end])
         assert why(path)
     path.write_bytes(b"")
-    assert "damaged" in why(path)
+    assert "not a DICOM file" in why(path)
+    assert "photometric" in why(write(path, colour, photometric="HSV"))
+    assert "contradicts" in why(write(path, grey[..., :63], photometric="YBR_FULL_422",
+                                      SamplesPerPixel=3))  # fmt: skip
+    write(path, grey)
+    spoil(path, b"\xff" * 4, dicom.read_header(path).at - 4)  # a length as of compressed pixels
+    assert "contradicts" in why(path)
+    write(path, grey, BIG)
+    spoil(path, b"OW", dicom.read_header(path).at - 8)
+    assert "swapped" in why(path)
+    data = write(path, grey).read_bytes()
+    uid = b"1.2.840.10008.1.2.1"
+    path.write_bytes(data.replace(uid + b"\0", b"1.2\n\x1b[2JDoe^Jane   "))
+    assert why(path).endswith("private; convert the file")
+    assert "No such file" in why(path.with_name("no.dcm"))
+    os.mkfifo(path.with_name("pipe.dcm"))
+    assert "not a regular file" in why(path.with_name("pipe.dcm"))
+    assert find_videos([tmp_path])[1][".dcm"] == 1  # nor is it opened when it is looked for
     lies = shape_of(grey) | {"Rows": 40}
     assert "64 x 40" in why(write(path, encoded(grey, "jpegls", "gray"), JPEG_LS, **lies))
+
+
+def test_a_deflated_file_is_not_inflated(grey, tmp_path, monkeypatch):
+    """A few MB may hold many GB."""
+    import pydicom.filereader
+
+    monkeypatch.setattr(pydicom.filereader, "zlib", None)
+    path = write(tmp_path / "a.dcm", grey)
+    old = b"\2\0\x10\0UI\x14\0" + LITTLE.encode() + b"\0"
+    new = b"\2\0\x10\0UI\x16\0" + LITTLE.encode() + b".99"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    assert [s.path for s in find_videos([tmp_path])[0]] == [path]
+    with pytest.raises(VideoError, match="not supported: Deflated Explicit VR Little Endian"):
+        dicom.probe(path)
 
 
 def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
@@ -431,9 +489,103 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
 
     path = write(tmp_path / "c.dcm", colour, RLE)
     with path.open("rb") as f:
-        second = list(dicom._fragments(f, dicom.read_header(path).at))[1]
+        second = list(dicom._fragments(f, dicom.read_header(path).at))[2]  # after the table
     spoil(path, b"\xff" * 60, second[0] + 4)  # the starts of its segments
     assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
+
+
+CUT = [("mjpeg", JPEG), ("ljpeg", JPEG_LOSSLESS), ("jpegls", JPEG_LS), ("jpeg2000", JPEG_2000)]
+
+
+@pytest.mark.parametrize("codec, syntax", CUT)
+def test_an_image_that_is_cut_off_is_damaged(codec, syntax, colour, tmp_path):
+    planes = np.ascontiguousarray(np.moveaxis(colour, -1, 1))
+    yuv = codec in ("mjpeg", "ljpeg")
+    data = encoded(planes if yuv else colour, codec, "yuvj444p" if yuv else "rgb24")
+    path = write(tmp_path / "a.dcm", data, syntax, "RGB", **shape_of(colour))
+    whole = path.read_bytes()
+    with path.open("rb") as f:
+        start, length = list(dicom._fragments(f, dicom.read_header(path).at))[-1]
+    for share in (0.9, 0.5, 0.2):
+        path.write_bytes(whole[: start + int(length * share)])
+        assert [f.corrupt for f in frames(path)] == [False] * 4 + [True]
+
+
+def test_one_damaged_image_moves_no_other(grey, tmp_path):
+    data = encoded(grey, "jpegls", "gray")
+    want = stored(grey)
+    for bad in (bytes(len(data[1])), b"", encoded(grey[:1, :40], "jpegls", "gray")[0]):
+        broken = [data[0], bad, *data[2:]]
+        path = write(tmp_path / "a.dcm", data, JPEG_LS, FrameTime="20", **shape_of(grey))
+        fragment(path, broken, 1, has_bot=True)
+        found = frames(path)
+        assert [f.corrupt for f in found] == [False, True, False, False, False]
+        for i in (0, 2, 3, 4):
+            np.testing.assert_array_equal(found[i].image, want[i])
+            assert found[i].time_seconds == pytest.approx(i / 50)
+
+
+def test_headers_that_contradict_the_pixels(grey, colour, tmp_path):
+    """Seen in the data, or bounded by it."""
+    path = tmp_path / "a.dcm"
+    for syntax, other in ((LITTLE, IMPLICIT), (IMPLICIT, LITTLE)):
+        data = write(path, grey, syntax).read_bytes()
+        old, new = (
+            b"\2\0\x10\0UI" + len(uid).to_bytes(2, "little") + uid
+            for uid in (f"{u}\0".encode() for u in (syntax, other))
+        )
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        same(path, grey)
+    # Another element follows the third of five frames.
+    write(path, grey[:3], NumberOfFrames=5)
+    with path.open("ab") as f:
+        f.write(b"\xe1\x7f\x10\0UN\0\0" + (9000).to_bytes(4, "little") + b"Doe^Jane " * 1000)
+    assert len(frames(path)) == 3 and dicom.probe(path).num_frames == 5
+    same(write(path, colour, photometric="YBR_FULL_422"), colour[..., 0])
+    same(write(path, colour, photometric="YBR_RCT"), bt601(colour))
+    same(write(path, colour, photometric=" rgb"), bt601(colour))
+    for pixel_format in ("yuv422p", "yuv444p"):  # full range, although FFmpeg thinks otherwise
+        rows = {"yuv422p": 96, "yuv444p": 144}[pixel_format]
+        shape = (5, 3, 48, 64) if pixel_format == "yuv444p" else (5, rows, 64)
+        planes = np.concatenate([grey, np.full((5, rows - 48, 64), 128, np.uint8)], 1).reshape(
+            shape
+        )
+        data = encoded(planes, "jpeg2000", pixel_format, **REVERSIBLE, format="jp2")
+        photometric = "YBR_FULL_422" if pixel_format == "yuv422p" else "YBR_FULL"
+        more = shape_of(grey) | {"SamplesPerPixel": 3}
+        same(write(path, data, JPEG_2000, photometric, **more), grey)
+
+
+def test_run_lengths_in_several_fragments_and_without_a_table(colour, tmp_path):
+    path = write(tmp_path / "a.dcm", colour, RLE)
+    with path.open("rb") as f:
+        items = []
+        for start, length in list(dicom._fragments(f, dicom.read_header(path).at))[1:]:
+            f.seek(start)
+            items.append(f.read(length))
+    fragment(path, items, 2, has_bot=False)
+    same(path, bt601(colour))
+    fragment(path, items, 1, has_bot=False)
+    data = path.read_bytes()
+    at = dicom.read_header(path).at
+    path.write_bytes(data[:at] + data[at + 8 :])
+    same(path, bt601(colour))
+
+
+def test_what_is_not_needed_does_not_matter(grey, tmp_path):
+    """Optional attributes that cannot be used cost what they would have told, not the file."""
+    calibrated = box(1, 1, 9, 9, PhysicalDeltaX=float("inf"), PhysicalDeltaY=1.0)
+    bad = {
+        "FrameTime": "33\\33", "CineRate": "30\\25", "RecommendedDisplayFrameRate": "2000000000",
+        "FrameTimeVector": ["0", "1", "1e9", "1", "1"], "PixelAspectRatio": "1",
+        "PlanarConfiguration": None, "BitsStored": None,
+        "SequenceOfUltrasoundRegions": [calibrated],
+    }  # fmt: skip
+    for name, value in bad.items():
+        path = write(tmp_path / "a.dcm", grey, **{name: value})
+        assert dicom.probe(path).rate_hz == 0 and dicom.probe(path).pixel_aspect == 1
+        assert [f.time_seconds for f in frames(path)] == pytest.approx(np.arange(5) / 25)
 
 
 def test_no_damage_raises_anything_else(grey, colour, tmp_path):
@@ -487,6 +639,7 @@ def test_a_folder_of_both_kinds(grey, clip, pattern, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "3 of 3 (2 with dicom, 1 with pyav)" in done.stdout
         assert "15 decoded of 15 expected, 15 kept" in done.stdout
+        assert "2 DICOM files without usable regions, kept whole" in " ".join(done.stdout.split())
         manifest = json.loads((out / "manifest.json").read_text())
         digests.append(manifest["digest"])
         shutil.rmtree(out / "local")

@@ -148,6 +148,11 @@ def show(result) -> None:
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
     if several:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
+    if uncropped := sum(r.get("uncropped", False) for r in ledger):
+        rows["uncropped"] = (
+            f"{count(uncropped, 'DICOM file')} without usable regions, kept whole, with any text in"
+            " the image"
+        )
     if manifest.labels:
         unlabelled = count(result.unlabelled, "video")
         rows["labels"] = f"{', '.join(manifest.labels)}; {unlabelled} without a label"
