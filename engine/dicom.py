@@ -243,7 +243,7 @@ class DicomBackend:
                     if y.shape == (header.height, header.width):
                         y = y[_slices(header.box)]
                         if header.outside is not None:
-                            y = np.where(header.outside, np.uint8(16 if limited else 0), y)
+                            y = np.where(header.outside, np.uint8(0), y)
                         image = prepare(y, size, header.pixel_aspect, limited)
                     elif index == 0:
                         said = f"{header.width} x {header.height}"

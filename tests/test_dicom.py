@@ -366,6 +366,7 @@ def test_pixel_aspect(grey, tmp_path):
     assert aspect() == 1
     assert aspect(PixelAspectRatio=["4", "3"]) == 0.75  # height before width
     assert aspect(**calibrated(0.02, -0.04)) == 0.5
+    assert aspect(**calibrated(0.02, 4.0)) == 1  # cannot be
     assert aspect(**calibrated(0.02, 0.0)) == aspect(**calibrated(0.02, 0.04, 4)) == 1  # seconds
 
 
@@ -460,7 +461,11 @@ def test_a_deflated_file_is_not_inflated(grey, tmp_path, monkeypatch):
     """A few MB may hold many GB."""
     import pydicom.filereader
 
-    monkeypatch.setattr(pydicom.filereader, "zlib", None)
+    class Bomb:
+        def __getattr__(self, name):
+            pytest.fail("inflated")
+
+    monkeypatch.setattr(pydicom.filereader, "zlib", Bomb())
     path = write(tmp_path / "a.dcm", grey)
     old = b"\2\0\x10\0UI\x14\0" + LITTLE.encode() + b"\0"
     new = b"\2\0\x10\0UI\x16\0" + LITTLE.encode() + b".99"
@@ -490,7 +495,9 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
     path = write(tmp_path / "c.dcm", colour, RLE)
     with path.open("rb") as f:
         second = list(dicom._fragments(f, dicom.read_header(path).at))[2]  # after the table
-    spoil(path, b"\xff" * 60, second[0] + 4)  # the starts of its segments
+    spoil(path, b"\2", second[0])  # the number of its segments
+    assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
+    spoil(path, b"\3" + bytes(3) + b"\xff" * 60, second[0])  # their starts
     assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
 
 
@@ -506,7 +513,7 @@ def test_an_image_that_is_cut_off_is_damaged(codec, syntax, colour, tmp_path):
     whole = path.read_bytes()
     with path.open("rb") as f:
         start, length = list(dicom._fragments(f, dicom.read_header(path).at))[-1]
-    for share in (0.9, 0.5, 0.2):
+    for share in (0.98, 0.9, 0.5, 0.2):
         path.write_bytes(whole[: start + int(length * share)])
         assert [f.corrupt for f in frames(path)] == [False] * 4 + [True]
 

@@ -92,7 +92,7 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     names, the key and the ledger (one line per file: frames expected, decoded and kept, or why it
     was refused) are in OUT/local, readable only by you; leave that folder out when you share the
     shards. Text burnt into the image stays there, except outside the regions of a DICOM file. Of
-    its header, only what describes the pixels is read.
+    its header, only what describes the pixels is used.
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
