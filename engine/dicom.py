@@ -98,7 +98,8 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_ultrasound(path: Path) -> bool | None:
-    """Whether a DICOM file says that it is ultrasound; None if its header cannot be read."""
+    """Whether a DICOM file says that it is ultrasound; None if its header cannot be read, which
+    `probe` will explain."""
     from pydicom.filereader import read_file_meta_info, read_partial
 
     _quiet()
