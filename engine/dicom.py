@@ -46,7 +46,7 @@ HEADER = (
     *range(0x00281221, 0x00281224),  # or segmented data
 )
 
-# SOP classes of ultrasound (PS3.4 B.5), single and multi-frame, then as they were before 1993.
+# SOP classes of ultrasound (PS3.4 B.5), single and multi-frame, then the retired ones.
 SOP_CLASSES = frozenset(f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("6.1", "3.1", "6", "3"))
 
 # Transfer syntaxes, PS3.5 A. FFmpeg decodes images of these, each by itself:
@@ -84,6 +84,8 @@ STARTS = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  ")
 TWO_DIMENSIONAL, CURVES = 1, (2, 3, 4)  # Region Spatial Format; CURVES: M-mode, spectrum, waveform
 USUAL_HZ = 25.0  # if the file does not tell
 LONGEST_MS = 1e6  # between two frames; more is damage
+# What a value raises that is missing or not a number.
+UNREADABLE = (TypeError, ValueError, OverflowError)
 
 
 def is_dicom(path: Path) -> bool:
@@ -98,8 +100,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_ultrasound(path: Path) -> bool | None:
-    """Whether a DICOM file says that it is ultrasound; None if its header cannot be read, which
-    `probe` will explain."""
+    """Whether a DICOM file says that it is ultrasound; None if its header cannot be read."""
     from pydicom.filereader import read_file_meta_info, read_partial
 
     _quiet()
@@ -110,7 +111,7 @@ def is_ultrasound(path: Path) -> bool | None:
         with path.open("rb") as f:
             tags = read_partial(f, lambda tag, *_: tag > HEADER[0], specific_tags=[HEADER[0]])
         return _of_ultrasound(meta, tags)
-    except Exception:
+    except Exception:  # whatever it is, `probe` meets it again and says so
         return None
 
 
@@ -301,7 +302,7 @@ def read_header(path: Path) -> Header:
 
 def _header(path: Path, tags, syntax: str, kind: bytes, at: int, num_bytes: int) -> Header:
     def required(name: str):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(KeyError, *UNREADABLE):
             return tags[name].value
         raise VideoError(path, f"its DICOM header has no {name} that can be read")
 
@@ -365,7 +366,7 @@ def _number(tags, name: str, default: float = 0.0) -> float:
     """An optional attribute; the default if it is missing or not a number."""
     try:
         value = float(tags.get(name))
-    except Exception:
+    except UNREADABLE:
         return default
     return value if math.isfinite(value) else default
 
@@ -375,7 +376,7 @@ def _timing(tags) -> dict:
     num = int(_number(tags, "NumberOfFrames", 1))
     try:
         steps_ms = [float(s) for s in np.atleast_1d(tags.get("FrameTimeVector") or [])]
-    except Exception:
+    except UNREADABLE:
         steps_ms = []
     steps_ms = steps_ms[1:] if len(steps_ms) == num else steps_ms  # the first should be 0
     if (
@@ -413,7 +414,7 @@ def _regions(tags) -> tuple[Box, ...]:
 def _pixel_aspect(tags) -> float:
     """Width of a pixel over its height."""
     sides = []
-    with contextlib.suppress(Exception):  # height, width: PS3.3, C.7.6.3.1.7
+    with contextlib.suppress(*UNREADABLE):  # height, width: PS3.3, C.7.6.3.1.7
         sides.append([float(v) for v in tags.get("PixelAspectRatio")])
     for r in tags.get("SequenceOfUltrasoundRegions") or []:
         same_unit = r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection")
@@ -662,6 +663,5 @@ def _quiet() -> None:
     import pydicom.config
 
     warnings.filterwarnings("ignore", module="pydicom")
-
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
