@@ -29,8 +29,8 @@ class ViewConfig:
 
     min_area: float = 0.08  # share of the frame; the crop's is uniform from here to max_area
     max_area: float = 1.0
-    # width / height is log-uniform between 1 / this and this; then a side longer than the frame's
-    # is shortened to it, which makes large crops smaller and rounder
+    # width / height is log-uniform between 1 / this and this; large crops are rounder, as a long
+    # one would not fit into the frame
     max_aspect: float = 4 / 3
     p_flip: float = 0.5  # horizontal
     p_jitter: float = 0.8  # of brightness, contrast and gamma together

@@ -38,7 +38,9 @@ inline void draw(const Ranges& r, uint32_t frame, uint32_t view, uint32_t epoch,
   const auto set = [&](Column column, double value) { row[column] = static_cast<float>(value); };
 
   const double area = r.min_area + (r.max_area - r.min_area) * uniform();
-  const double aspect = std::exp(symmetric(std::log(r.max_aspect)));
+  // A wider or taller crop of this area would not fit into the frame.
+  const double reach = std::min(std::log(r.max_aspect), -std::log(area));
+  const double aspect = std::exp(symmetric(reach));
   const double height = side(std::sqrt(area / aspect)), width = side(std::sqrt(area * aspect));
   set(kHeight, height);
   set(kWidth, width);
