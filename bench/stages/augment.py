@@ -60,7 +60,7 @@ def on_cpu(bench: Bench, folder: Path, num: int) -> None:
         if importlib.util.find_spec("nvidia.dali"):
             works["DALI CPU, automatic window"] = Work(partial(by_dali, folder, jpeg), fresh=False)
         if importlib.util.find_spec("albumentations"):
-            for taps, name in ((0, "automatic window"), (13, "13 taps")):
+            for taps, name in ((0, "automatic window"), (13, "13 taps"), (23, "23 taps")):
                 key = f"AlbumentationsX, {name}"
                 works[key] = Work(partial(by_albumentations, folder, jpeg, taps), fresh=False)
         else:
@@ -82,12 +82,11 @@ def judge(bench: Bench, rows: dict, source: str) -> None:
         if key in want:
             bench.ratio(f"from {source}: sslus / {key}", mine, row,
                         at_least=want[key][source == "JPEG"])  # fmt: skip
-    peers = [row for key, row in rows.items() if key.startswith("AlbumentationsX")]
-    if peers:
-        fastest = max(peers, key=lambda row: row.median)
-        least = (18 if wide else 13) if source == "frames" else (4.5 if wide else 4)
-        bench.ratio(f"from {source}: sslus / {fastest.implementation}", mine, fastest,
-                    at_least=least)  # fmt: skip
+        elif key.startswith("AlbumentationsX"):
+            # The wanted ratios were set with 23 taps, a tenth of the view as in SimCLR's paper;
+            # 13 taps are the fewest that do the same.
+            least = (18 if wide else 13) if source == "frames" else (4.5 if wide else 4)
+            bench.ratio(f"from {source}: sslus / {key}", mine, row, at_least=least)
     bench.ratio(f"from {source}: two threads / one", rows["sslus|two"], mine, at_least=1.9)
     # What the machine's two cores can give at that time.
     bench.ratio(f"from {source}: two threads / one, arithmetic alone",
