@@ -26,6 +26,7 @@ from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
 from sslus.engine.stream import StreamStore, is_url
 from sslus.ssl import backbones, checkpoints, methods, optimizers
+from sslus.ssl.cores import Cores
 from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loader import tier as tier_of
 from sslus.ssl.loop import Loop, Options
@@ -36,7 +37,7 @@ from sslus.ssl.versions import versions
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import World, enter, pays_bf16
 
-FORMAT = 2  # of config.json
+FORMAT = 3  # of config.json; incremented when a run can no longer be continued exactly
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -262,7 +263,7 @@ def train(
     run, options = Path(run), options or Options()
     if threads:
         torch.set_num_threads(threads)
-    world = enter(device)
+    world, cores = enter(device), Cores()
     if world.device.type == "cpu":
         keep_freed_memory()
     if not world.is_main or say is None:
@@ -299,6 +300,9 @@ def train(
         )
         state = _state(run, settings, method_config, store, world, say)
         loop = Loop(run, store, plan, settings, state, options, tier, report, say)
+        single = world.device.type == "cpu" and world.size == 1  # else ranks count as others
+        if single and (advice := cores.advice(torch.get_num_threads())):
+            say(advice)
         world.barrier()  # all ranks have read the folder before one changes it
         if world.is_main:
             run.mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, checkpoints, health
+from sslus.ssl import backbones, checkpoints, cores, health
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
@@ -118,6 +118,34 @@ def test_plan_says_which_batch_would_fit():
         Plan(30, 64, 0)
     with pytest.raises(InputError, match="at least 2"):
         Plan(30, 1, 0)
+
+
+# The cores
+
+
+def test_cores_that_other_programs_use_are_counted(tmp_path, monkeypatch):
+    """Four cores for ten seconds; this process, whose work is not counted, uses one of them."""
+    ticks, used = os.sysconf("SC_CLK_TCK"), [0.0]
+
+    def tell(user, nice, system, idle):
+        line = " ".join(str(int(x * ticks)) for x in (user, nice, system, idle, 1, 0, 0, 0, 0, 0))
+        (tmp_path / "stat").write_text(f"cpu  {line}\ncpu0 {line}\n")
+
+    monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "times", lambda: os.times_result((used[0], 0.0, 0.0, 0.0, 0.0)))
+    tell(100, 10, 20, 1000)
+    counted = cores.Cores()
+    used[0] = 10.0
+    tell(110, 10, 20, 1030)
+    assert counted.advice(4) is None
+    tell(110, 20, 25, 1015)  # 1.5 cores are used by others
+    assert "keep 1.5 of the 4 cores busy" in counted.advice(4) and counted.advice(2) is None
+    assert "--threads 2 " in counted.advice(3)
+    tell(140, 20, 20, 1000)
+    assert "--threads 1 " in counted.advice(4) and counted.advice(1) is None
+    (tmp_path / "stat").unlink()
+    assert counted.advice(4) is None and cores.Cores().advice(4) is None
 
 
 # The schedule and LARS

@@ -185,7 +185,10 @@ def _option(f, default) -> click.Option:
     show_default=True,
     help="With several GPUs: BatchNorm statistics over all of them, or of each separately.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
+@click.option(
+    "--threads", type=click.IntRange(min=1),
+    help="CPU threads; on the CPU, no more than there are free cores.  [default: all cores]",
+)  # fmt: skip
 @click.option(
     "--log-every", type=click.IntRange(min=1), default=10, show_default=True,
     help="Steps between lines of metrics.jsonl.",
