@@ -9,17 +9,17 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from sslus.engine import _luma
 from sslus.engine.prepare import prepare, rgb_luma
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, decoded, plane
+from sslus.engine.region import Box, Luma, Region
+from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, images, plane
 from sslus.engine.video import probe as probe_video
 
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
@@ -120,15 +120,6 @@ def _of_ultrasound(meta, tags) -> bool:
     return modality in MODALITIES or meta.get("MediaStorageSOPClassUID") in SOP_CLASSES
 
 
-class Box(NamedTuple):
-    """Part of an image, as in luma[top:bottom, left:right]."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-
 @dataclass(frozen=True)
 class Header:
     """What a DICOM file says about its pixels."""
@@ -176,21 +167,10 @@ class Header:
         return index / self.rate_hz if self.rate_hz else None
 
     @cached_property
-    def box(self) -> Box:
-        """The smallest part of the image that holds all regions."""
-        if not self.regions:
-            return Box(0, self.height, 0, self.width)
-        top, bottom, left, right = zip(*self.regions, strict=True)
-        return Box(min(top), max(bottom), min(left), max(right))
-
-    @cached_property
-    def outside(self) -> np.ndarray | None:
-        """(H, W) bool: what of the box no region covers; None if nothing."""
-        outside = np.ones((self.height, self.width), bool)
-        for top, bottom, left, right in self.regions:
-            outside[top:bottom, left:right] = False
-        outside = outside[_slices(self.box)]
-        return outside if self.regions and outside.any() else None
+    def region(self) -> Region:
+        """All regions, or the whole image if there are none."""
+        whole = Box(0, self.height, 0, self.width)
+        return Region.of_boxes((self.height, self.width), self.regions or (whole,))
 
 
 def probe(path: Path) -> VideoInfo:
@@ -223,37 +203,50 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
+@dataclass(frozen=True)
 class DicomBackend:
-    """Ultrasound DICOM files on one CPU thread: pydicom reads the header, FFmpeg decodes."""
+    """Ultrasound DICOM files on one CPU thread: pydicom reads the header, FFmpeg decodes.
 
+    region: the part of the image that is used; by default, what the file declares.
+    """
+
+    region: Region | None = None
     name = "dicom"
 
     def refuses(self, info: VideoInfo) -> str | None:
         return None if info.codec.startswith("dicom ") else "not a DICOM file"
 
+    def images(self, path: Path) -> Iterator[tuple[Luma, float]]:
+        """The luma of every frame, None if it is damaged, and its time in seconds."""
+        header = read_header(path)
+
+        def read(luma) -> tuple[np.ndarray, bool]:
+            with _reading(path):
+                return luma()
+
+        with _reading(path):
+            for index, (luma, time_seconds) in enumerate(_images(path, header)):
+                told = header.time_seconds(index)
+                yield luma and partial(read, luma), time_seconds if told is None else told
+
     def prepared(
         self, path: Path, info: VideoInfo, keep: Keep, size: int, quality: int
     ) -> Iterator[Prepared]:
         header = read_header(path)
-        with _reading(path):
-            for index, (luma, time_seconds) in enumerate(_images(path, header)):
-                told = header.time_seconds(index)
-                time_seconds = time_seconds if told is None else told
-                image = None
-                if luma is not None and keep(index, time_seconds):
-                    y, limited = luma()
-                    if y.shape == (header.height, header.width):
-                        y = y[_slices(header.box)]
-                        if header.outside is not None:
-                            y = np.where(header.outside, np.uint8(0), y)
-                        image = prepare(y, size, header.pixel_aspect, limited)
-                    elif index == 0:
-                        said = f"{header.width} x {header.height}"
-                        is_ = f"{y.shape[1]} x {y.shape[0]}"
-                        raise VideoError(path, f"its header says {said}, its first frame is {is_}")
-                    else:
-                        luma = None
-                yield Prepared(index, time_seconds, luma is None, image)
+        region = self.region or header.region
+        for index, (luma, time_seconds) in enumerate(self.images(path)):
+            image = None
+            if luma is not None and keep(index, time_seconds):
+                y, limited = luma()
+                if y.shape == (header.height, header.width):
+                    image = prepare(region.cut(y), size, header.pixel_aspect, limited)
+                elif index == 0:
+                    said = f"{header.width} x {header.height}"
+                    is_ = f"{y.shape[1]} x {y.shape[0]}"
+                    raise VideoError(path, f"its header says {said}, its first frame is {is_}")
+                else:
+                    luma = None
+            yield Prepared(index, time_seconds, luma is None, image)
 
 
 @contextlib.contextmanager
@@ -465,21 +458,11 @@ def _expanded(values: list[int], length: int) -> list[int]:
     return out
 
 
-def _slices(box: Box) -> tuple[slice, slice]:
-    return slice(box.top, box.bottom), slice(box.left, box.right)
-
-
-# Gives the luma (H, W) uint8 of a frame, and whether its range is limited; not called for frames
-# that are not kept. None for a damaged frame.
-Luma = Callable[[], tuple[np.ndarray, bool]] | None
-
-
 def _images(path: Path, header: Header) -> Iterator[tuple[Luma, float]]:
     """The luma and the time in seconds of every frame."""
     if header.codec == "video":
         with path.open("rb") as f:
-            for _, time_seconds, frame, turn in decoded(path, Fragments(f, header.at)):
-                yield None if frame.is_corrupt else partial(plane, frame, turn), time_seconds
+            yield from images(path, Fragments(f, header.at))
         return
     read = {"native": _native, "rle": _rle}.get(header.codec, _compressed)
     for index, luma in enumerate(read(path, header)):

@@ -32,8 +32,10 @@ from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
+from sslus.engine.region import MOVING, WHOLE, Region, find
+from sslus.engine.region import parse as parse_region
 from sslus.engine.sources import Source, find_videos, probe
-from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError
+from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError, VideoInfo
 from sslus.engine.workers import Workers, worker_pool
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
@@ -54,6 +56,7 @@ class Settings:
     stride: int | None = 5  # every stride-th frame ...
     rate_hz: float | None = None  # ... or at most this many per second
     quality: int = 95
+    region: str = WHOLE  # see region.parse
     frames_per_shard: int = FRAMES_PER_SHARD
 
     def __post_init__(self):
@@ -61,6 +64,7 @@ class Settings:
             raise InputError(f"--size: want 16 to 4096 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality: want 1 to 100, got {self.quality}")
+        parse_region(self.region)
         if (self.stride is None) == (self.rate_hz is None):
             raise InputError("choose one of --stride, --rate and --all")
         if self.stride is not None and self.stride < 1:
@@ -144,6 +148,10 @@ def shard(
     sources, ignored = find_videos(paths, skip=out.resolve())
     marks = _marks(sources, labels)
     backends = choose_backends(device, decoder)
+    if settings.region != WHOLE:
+        if device == "cuda" or decoder == "dali":
+            raise InputError("--region works on the CPU only: leave out --device and --decoder")
+        backends = [("pyav", "cpu")]
     _refuse_strangers(out)
     with _locked(out) as local:
         secret = _key(local, key)
@@ -483,12 +491,15 @@ def _spool_video(
             info = probe(path)
             if info.codec.startswith("dicom "):  # what PyAV is for videos
                 backends = [DicomBackend() if isinstance(b, PyavBackend) else b for b in backends]
+            record |= {
+                "codec": info.codec, "width": info.width, "height": info.height,
+                "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
+                "other_streams": info.other_streams, "uncropped": info.uncropped,
+            }  # fmt: skip
+            if region := _region(path, info, settings.region, backends[-1]):
+                backends = [type(backends[-1])(region)]
+                record |= {"region": str(region.box), "uncropped": False}
             reasons = [(b, b.refuses(info)) for b in backends]
-        record |= {
-            "codec": info.codec, "width": info.width, "height": info.height,
-            "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
-            "other_streams": info.other_streams, "uncropped": info.uncropped,
-        }  # fmt: skip
         able = [b for b, why in reasons if why is None]
         if not able:
             raise VideoError(path, "; ".join(f"{b.name}: {why}" for b, why in reasons))
@@ -509,11 +520,23 @@ def _spool_video(
     return _without_frames(record)
 
 
+def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:
+    """What of the images is used; None for all, or what a DICOM file declares."""
+    declared = info.codec.startswith("dicom ") and not info.uncropped
+    if text == WHOLE or (text == MOVING and declared):
+        return None
+    with contextlib.closing(backend.images(path)) as images:
+        found = find(text, images, info.num_frames)
+    if isinstance(found, str):
+        raise VideoError(path, found)
+    return found
+
+
 def _refusal(path: Path, why: str = "") -> dict:
     """The record of a file about which nothing is known."""
     return {
         "codec": None, "width": None, "height": None, "rate_hz": None, "other_streams": 0,
-        "uncropped": False,
+        "uncropped": False, "region": None,
         "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
         "status": "refused", "why": why, "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
         "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0,
@@ -724,7 +747,8 @@ def _manifest(job: _Job, records: list[dict], facts: list[tuple], shards: list[d
     variance = sum(r["squares"] for r in records) / pixels - mean**2
     return Manifest(
         settings={"size": settings.size, "select": _selection(settings),
-                  "quality": settings.quality, "frames_per_shard": settings.frames_per_shard},
+                  "quality": settings.quality, "region": settings.region,
+                  "frames_per_shard": settings.frames_per_shard},
         num_videos=len(records),
         num_frames=num_frames,
         mean=round(mean / 255, 9),

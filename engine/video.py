@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, prepare, rgb_luma
+from sslus.engine.region import Luma, Region
 
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
@@ -476,13 +478,28 @@ def _batches(container, stream) -> Iterator[list]:
         yield frames
 
 
-class PyavBackend:
-    """FFmpeg's decoders on one CPU thread, for every format that PyAV opens."""
+def images(path: Path, file=None) -> Iterator[tuple[Luma, float]]:
+    """The luma of every frame, None if it is damaged, and its time in seconds. file: see
+    open_video."""
+    for _, time_seconds, frame, turn in decoded(path, file):
+        yield None if frame.is_corrupt else partial(plane, frame, turn), time_seconds
 
+
+@dataclass(frozen=True)
+class PyavBackend:
+    """FFmpeg's decoders on one CPU thread, for every format that PyAV opens.
+
+    region: the part of the upright image that is used; by default, all of it.
+    """
+
+    region: Region | None = None
     name = "pyav"
 
     def refuses(self, info: VideoInfo) -> str | None:
         return None
+
+    def images(self, path: Path) -> Iterator[tuple[Luma, float]]:
+        return images(path)
 
     def prepared(
         self,
@@ -493,10 +510,14 @@ class PyavBackend:
         quality: int,
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
-        for index, time_seconds, frame, turn in decoded(path):
-            corrupt = bool(frame.is_corrupt)
+        for index, (luma, time_seconds) in enumerate(images(path)):
             image = None
-            if not corrupt and keep(index, time_seconds):
-                y, limited = plane(frame, turn)
-                image = prepare(y, size, aspect, limited)
-            yield Prepared(index, time_seconds, corrupt, image)
+            if luma is not None and keep(index, time_seconds):
+                y, limited = luma()
+                if self.region is None:
+                    image = prepare(y, size, aspect, limited)
+                elif y.shape == self.region.inside.shape:
+                    image = prepare(self.region.cut(y), size, aspect, limited)
+                else:  # where its ultrasound is was not found out
+                    luma = None
+            yield Prepared(index, time_seconds, luma is None, image)

@@ -14,6 +14,7 @@ import pytest
 from sslus.engine import _luma, dicom
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import prepare
+from sslus.engine.region import Box, Region
 from sslus.engine.shard import Settings, shard
 from sslus.engine.sources import OTHER_DICOM, UNKNOWN, find_videos
 from sslus.engine.video import VideoError
@@ -354,6 +355,37 @@ def test_only_the_regions_are_kept(grey, tmp_path):
     same(path, grey[:, 5:41, 9:41])
 
 
+def test_a_region_may_be_found_or_given(pattern, tmp_path):
+    """`--region auto` looks at what moves where a file declares nothing; a box is used anyway."""
+    screens = np.zeros((6, 96, 128), np.uint8)
+    screens[:, 4:12, 4:120] = 220
+    screens[:, 30:90, 20:110] = pattern(6, 60, 90)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write(videos / "a.dcm", screens)
+    write(videos / "b.dcm", screens, SequenceOfUltrasoundRegions=[box(10, 20, 119, 95)])
+    write(videos / "c.dcm", screens[:1])
+
+    def lines(region: str) -> list[dict]:
+        settings = Settings(size=64, stride=1, region=region)
+        made = shard([videos], tmp_path / region, settings, device="cpu", jobs=1)
+        assert not any(line["uncropped"] and line["kept_frames"] for line in made.ledger)
+        return made.ledger
+
+    moving, declared, still = lines("auto")
+    found = [int(x) for x in moving["region"].split(",")]
+    assert found == pytest.approx([20, 30, 90, 60], abs=3)
+    assert declared["region"] is None and declared["status"] == "ok"
+    assert still["status"] == "refused" and "nothing in it moves" in still["why"]
+    assert still["expected_frames"] == 1
+    given = lines("20,30,90,60")
+    assert [line["region"] for line in given] == ["20,30,90,60"] * 3
+    whole = dicom.DicomBackend(Region.of_boxes((96, 128), (Box(30, 90, 20, 110),)))
+    info = dicom.probe(videos / "b.dcm")
+    cut = [f.image for f in whole.prepared(videos / "b.dcm", info, lambda *_: True, 64, 95)]
+    np.testing.assert_array_equal(cut, [prepare(f[30:90, 20:110], 64) for f in screens])
+
+
 def test_pixel_aspect(grey, tmp_path):
     def aspect(**tags) -> float:
         return dicom.probe(write(tmp_path / "a.dcm", grey, **tags)).pixel_aspect
@@ -679,7 +711,7 @@ def test_real_files(real_data):
     np.testing.assert_array_equal(pixels, planes)
     little, big = (images(folder / f"gdcm-US-ALOKA-16{end}.dcm", 256) for end in ("", "_big"))
     np.testing.assert_array_equal(little, big)
-    assert dicom.read_header(folder / "gdcm-US-ALOKA-16.dcm").box == (24, 416, 32, 640)
+    assert dicom.read_header(folder / "gdcm-US-ALOKA-16.dcm").region.box == (24, 416, 32, 640)
     cine = images(folder / "examples_ybr_color.dcm", 256)
     with (folder / "examples_ybr_color.dcm").open("rb") as f:
         f.seek(dicom.read_header(Path(f.name)).at)

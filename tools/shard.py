@@ -34,6 +34,12 @@ TRY_AGAIN = (
 @click.option("--all", "every", is_flag=True, help="Keep every frame.")
 @click.option("--quality", type=int, default=95, show_default=True, help="JPEG quality, 1 to 100.")
 @click.option(
+    "--region", default="all", show_default=True, metavar="REGION",
+    help="Part of the image to keep; the rest is cropped or black. auto: the part that moves, which"
+    " leaves out text around the ultrasound (files in which nothing moves are refused);"
+    " LEFT,TOP,WIDTH,HEIGHT: this box, in pixels. Decodes on the CPU.",
+)  # fmt: skip
+@click.option(
     "--labels", type=click.Path(path_type=Path),
     help="CSV file with the columns path,label,patient; paths are relative to it. Labels are"
     " stored in the shards, patients as keyed hashes. Not needed for pretraining.",
@@ -70,7 +76,7 @@ TRY_AGAIN = (
     help="Replace existing shards (made from other videos, labels or settings, or damaged), and"
     " retry refused files.",
 )
-def command(paths, out, size, stride, rate, every, quality, labels, jobs, device, decoder,
+def command(paths, out, size, stride, rate, every, quality, region, labels, jobs, device, decoder,
             frames_per_shard, key, strict, force):  # fmt: skip
     """Decode the videos in PATH... (files, or folders to search) into shards for training.
 
@@ -87,12 +93,16 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
     sslus shard videos/
     sslus shard clinic-a/ clinic-b/ -o shards-10hz --rate 10
     sslus shard videos/ --labels videos/labels.csv
+    sslus shard videos/ --region auto
 
     Privacy: a frame is named <id>-<number>, where the id is a keyed hash of the file name. File
     names, the key and the ledger (one line per file: frames expected, decoded and kept, or why it
     was refused) are in OUT/local, readable only by you; leave that folder out when you share the
-    shards. Text burnt into the image stays there, except outside the regions of a DICOM file. Of
-    its header, only what describes the pixels is used.
+    shards. Of the header of a DICOM file, only what describes the pixels is used.
+
+    Text burnt into the image, often the patient's name, stays there, except outside the regions
+    that a DICOM file declares. --region auto removes it where it stands still beside what moves;
+    look at the frames before you share them (sslus views).
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
@@ -107,7 +117,7 @@ def command(paths, out, size, stride, rate, every, quality, labels, jobs, device
         stride = 1
     elif stride is None and rate is None:
         stride = 5
-    settings = Settings(size, stride, rate, quality, frames_per_shard)
+    settings = Settings(size, stride, rate, quality, region.replace(" ", ""), frames_per_shard)
     with progress("shard", "videos") as report:
         result = shard(
             paths, out, settings, labels=labels, key=key, jobs=jobs, device=device,
@@ -148,11 +158,14 @@ def show(result) -> None:
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
     if several:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
-    if uncropped := sum(r.get("uncropped", False) for r in ledger):
+    if uncropped := sum(r.get("uncropped", False) and r["kept_frames"] > 0 for r in ledger):
         rows["uncropped"] = (
             f"{count(uncropped, 'DICOM file')} without usable regions, kept whole, with any text in"
             " the image"
         )
+    if manifest.settings["region"] != "all":
+        cut = count(sum(r.get("region") is not None for r in ledger), "file")
+        rows["region"] = f"{manifest.settings['region']}: {cut} cropped to it"
     if manifest.labels:
         unlabelled = count(result.unlabelled, "video")
         rows["labels"] = f"{', '.join(manifest.labels)}; {unlabelled} without a label"
