@@ -41,6 +41,9 @@ from sslus.engine.workers import Workers, worker_pool
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
 DECODING = 6  # increased when some file would give other frames or times than before
+# Worker processes on a GPU, by default: an H100 or H200 has seven video engines, other GPUs fewer,
+# and each process takes half a GB of GPU memory before it decodes.
+MOST_ON_GPU = 7
 KEY_BYTES = 32
 ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
 # Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
@@ -128,10 +131,10 @@ def shard(
     `labels` is a CSV file (see engine.labels); its labels go into the shards, its patients as
     keyed hashes. `key` is a file with 64 hex digits from which ids are made, so that videos can
     get the ids they have elsewhere; by default a random key is made and kept in `out`/local.
-    `jobs` is the number of worker processes (default: one per core); `device` and `decoder` are
-    those of choose_backends. With `strict`, no shards are written if any file is refused or
-    incomplete; with `force`, shards that were made otherwise are replaced. `report(done, total,
-    note)` is called after each video.
+    `jobs` is the number of worker processes (default: one per core, at most MOST_ON_GPU if they
+    decode on a GPU); `device` and `decoder` are those of choose_backends. With `strict`, no shards
+    are written if any file is refused or incomplete; with `force`, shards that were made otherwise
+    are replaced. `report(done, total, note)` is called after each video.
 
     A second call continues where the first was stopped, or returns at once if all is done. It
     retries refused files only with `force`, since their frames would change shards that may be
@@ -142,8 +145,7 @@ def shard(
     start = time.monotonic()
     settings = settings or Settings()
     out = Path(out)
-    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"--jobs: want at least 1, got {jobs}")
     sources, ignored = find_videos(paths, skip=out.resolve())
     marks = _marks(sources, labels)
@@ -152,6 +154,10 @@ def shard(
         if device == "cuda" or decoder == "dali":
             raise InputError("--region works on the CPU only: leave out --device and --decoder")
         backends = [("pyav", "cpu")]
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0))
+        if backends[0][1] == "cuda":
+            jobs = min(jobs, MOST_ON_GPU)
     _refuse_strangers(out)
     with _locked(out) as local:
         secret = _key(local, key)

@@ -134,6 +134,8 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
     on_gpu, in_ram = False, store.fits_in_memory()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # What earlier work of this process has freed, PyTorch keeps for it.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         on_gpu = size <= GPU_SHARE * free
     if wanted == "gpu" and not on_gpu:
         why = f"{_gb(size)} of frames do not fit" if device.type == "cuda" else "there is no GPU"
@@ -184,7 +186,9 @@ class Loader:
         self._gpu_waits: list[tuple] = []
         self.reader = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
+            # PyTorch hands out the same 32 streams in turn: with priority, from a pool that the
+            # step and the capture of its graph do not use.
+            self.stream = torch.cuda.Stream(device, priority=-1)
         if self.tier == "stream":
             self.reader = Reader(store, threads, device.type, device.index or 0)
             if device.type == "cuda" and not self.reader.gpu:
@@ -197,7 +201,9 @@ class Loader:
             self.frames = self.frames.to(device)
         elif self.tier == "ram":
             store.read_ahead()
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="views")
+        # A new thread's device is the first GPU, where each rank would reserve memory.
+        here = (torch.cuda.set_device, (self.stream.device,)) if device.type == "cuda" else ()
+        self.pool = ThreadPoolExecutor(1, "views", *here)
 
     def __enter__(self) -> "Loader":
         return self

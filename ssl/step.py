@@ -145,6 +145,7 @@ class _Graph:
             torch.cuda.set_stream(current)
             with contextlib.suppress(RuntimeError):  # the capture was not invalid
                 torch._C._cuda_endAllocateToPool(current.device_index, pool)
+                torch._C._cuda_releasePool(current.device_index, pool)  # else it is never freed
             generator = torch.cuda.default_generators[current.device_index]
             generator.graphsafe_set_state(generator.clone_state())
             raise

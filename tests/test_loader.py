@@ -217,6 +217,15 @@ def test_the_tier_follows_size_and_wish(shards, store, monkeypatch, tmp_path):
                           ("tape", "want one of auto, gpu")]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             tier(store, CPU, wanted)
+    size, gpu = store.frames.nbytes, torch.device("cuda")
+    for name, value in {
+        "mem_get_info": (size, 10 * size), "memory_reserved": 3 * size, "memory_allocated": size,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    # What PyTorch keeps of an earlier run's memory is free, too.
+    assert tier(store, gpu)[0] == "gpu"
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * size)
+    assert tier(store, gpu)[0] == "disk"
     streamed = open_store(shards, "stream")
     assert tier(streamed, CPU) == ("stream", "as asked")
     with pytest.raises(InputError, match="--tier ram: the frames are streamed"):

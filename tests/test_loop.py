@@ -560,10 +560,12 @@ def test_an_invalid_capture_is_closed(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     end = lambda device, pool: done.append((device, pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: done.append(("released", pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
     step = Step(state_of(SMALL), SMALL.resolved(CPU, 100), "graph")
     with pytest.raises(RuntimeError, match="invalid capture"):
         step([views_of(16)], 0.1)
-    assert done == [current, (0, (0, 1)), "a copy"] and step.graph is None
+    assert done == [current, (0, (0, 1)), ("released", (0, 1)), "a copy"] and step.graph is None
 
 
 def on_the_cpu(state):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from sslus.engine import shard as shards
 from sslus.engine import tar
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.manifest import read_manifest
@@ -110,6 +111,21 @@ def test_every_kept_frame_is_there_with_its_pixels(clips, tmp_path, key):
     videos = [k[:16] for k in order]
     changes = sum(a != b for a, b in zip(videos, videos[1:], strict=False))
     assert changes > 0.6 * len(videos)  # shuffled across videos, not only within
+
+
+def test_few_processes_share_a_gpu(clips, tmp_path, monkeypatch):
+    for i in range(9):
+        shutil.copy(clips / "u.mp4", tmp_path / f"{i}.mp4")
+
+    def pool(num, *_):
+        raise InputError(f"{num} workers")
+
+    monkeypatch.setattr(shards, "choose_backends", lambda *_: [("dali", "cuda"), ("pyav", "cpu")])
+    monkeypatch.setattr(shards, "worker_pool", pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    for jobs, num in ((None, 7), (8, 8)):
+        with pytest.raises(InputError, match=f"^{num} workers"):
+            shard([tmp_path], tmp_path / "out", SMALL, jobs=jobs)
 
 
 def test_bytes_do_not_depend_on_jobs_or_on_an_interruption(clips, tmp_path, key):

@@ -167,9 +167,9 @@ all() {
     --device "$device" --run "$work/eager"
   step train-graph 50 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" \
     --step "$captured" --device "$device" --run "$work/graph"
-  # It compiles the step, which takes a minute.
+  # It compiles the step, which takes a minute for a small backbone.
   step train-auto 60 "${sslus[@]}" train "$work/shards" --method vicreg "${few[@]}" \
-    --device "$device" --run "$work/auto"
+    --backbone resnet18 --image-size 96 --device "$device" --run "$work/auto"
   # The last two have nothing on the GPU.
   for stage in losses:90 augment:25 train:40 decode:30 shard:30 loader:8 store:8; do
     # With the clips just made; without them (synth failed) bench/run.py makes its own.

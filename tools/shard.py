@@ -44,7 +44,10 @@ TRY_AGAIN = (
     help="CSV file with the columns path,label,patient; paths are relative to it. Labels are"
     " stored in the shards, patients as keyed hashes. Not needed for pretraining.",
 )  # fmt: skip
-@click.option("--jobs", type=int, help="Worker processes.  [default: one per core]")
+@click.option(
+    "--jobs", type=int,
+    help="Worker processes.  [default: one per core, at most 7 if they decode on a GPU]",
+)  # fmt: skip
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="cuda: decode on the GPU's video engine (NVDEC) or fail; auto: use it for the files that"

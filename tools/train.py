@@ -458,7 +458,9 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
                 raise
             failed.append(name)
             tell(f"Error: {name}: {e}")
+            _free_memory()
             continue
+        _free_memory()
         if result.signum and not result.stopped and name != methods.names()[-1]:
             raise Interrupted(f"{name} is finished. Continue with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
@@ -476,6 +478,17 @@ def _train_all(shards: str, folder, given: dict, named: set[str]) -> None:
         )
     if failed:
         raise InputError(f"{', '.join(failed)}: failed, as told above")
+
+
+def _free_memory() -> None:
+    """Give back what the last method used: its weights are part of a cycle of references."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _torchrun(num: int) -> int:
