@@ -528,8 +528,7 @@ def _spool_video(
 
 def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:
     """What of the images is used; None for all, or what a DICOM file declares."""
-    declared = info.codec.startswith("dicom ") and not info.uncropped
-    if text == WHOLE or (text == MOVING and declared):
+    if text == WHOLE or (text == MOVING and not info.uncropped):
         return None
     with contextlib.closing(backend.images(path)) as images:
         found = find(text, images, info.num_frames)

@@ -65,7 +65,7 @@ class VideoInfo:
     mirrored: bool = False  # left to right, before rotation
     other_streams: int = 0  # further videos in the file, which are not decoded
     interlaced: bool = False  # its first frame holds two fields
-    uncropped: bool = False  # a DICOM file that does not say where in the image ultrasound is
+    uncropped: bool = True  # it does not say where in the image ultrasound is, as DICOM files do
 
 
 @dataclass(frozen=True)

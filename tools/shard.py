@@ -163,8 +163,8 @@ def show(result) -> None:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
     if uncropped := sum(r.get("uncropped", False) and r["kept_frames"] > 0 for r in ledger):
         rows["uncropped"] = (
-            f"{count(uncropped, 'DICOM file')} without usable regions, kept whole, with any text in"
-            " the image"
+            f"{count(uncropped, 'file')} kept whole, with any text in the image; --region auto"
+            " removes what stands beside the ultrasound"
         )
     if manifest.settings["region"] != "all":
         cut = count(sum(r.get("region") is not None for r in ledger), "file")
