@@ -82,6 +82,7 @@ UNDEFINED = 0xFFFFFFFF  # a length
 # format, which does not belong there but is met.
 STARTS = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  ")
 TWO_DIMENSIONAL, CURVES = 1, (2, 3, 4)  # Region Spatial Format; CURVES: M-mode, spectrum, waveform
+WHOLE = 0.95  # of the image: a region of more says nothing
 USUAL_HZ = 25.0  # if the file does not tell
 LONGEST_MS = 1e6  # between two frames; more is damage
 # What a value raises that is missing or not a number.
@@ -176,7 +177,7 @@ class Header:
 def probe(path: Path) -> VideoInfo:
     """Read what a DICOM file says about its images. Raises VideoError if it has none of use."""
     header = read_header(path)
-    whole = not header.regions
+    whole = bool(header.region.inside.mean() > WHOLE)
     if header.codec == "video":
         with path.open("rb") as f:
             info = probe_video(path, Fragments(f, header.at))
@@ -216,6 +217,9 @@ class DicomBackend:
     def refuses(self, info: VideoInfo) -> str | None:
         return None if info.codec.startswith("dicom ") else "not a DICOM file"
 
+    def declared(self, path: Path) -> Region:
+        return read_header(path).region
+
     def images(self, path: Path) -> Iterator[tuple[Luma, float]]:
         """The luma of every frame, None if it is damaged, and its time in seconds."""
         header = read_header(path)
@@ -235,18 +239,20 @@ class DicomBackend:
         header = read_header(path)
         region = self.region or header.region
         for index, (luma, time_seconds) in enumerate(self.images(path)):
-            image = None
+            image, elsewhere = None, False
             if luma is not None and keep(index, time_seconds):
                 y, limited = luma()
                 if y.shape == (header.height, header.width):
-                    image = prepare(region.cut(y), size, header.pixel_aspect, limited)
+                    elsewhere = not region.shown(y, limited)
+                    if not elsewhere:
+                        image = prepare(region.cut(y), size, header.pixel_aspect, limited)
                 elif index == 0:
                     said = f"{header.width} x {header.height}"
                     is_ = f"{y.shape[1]} x {y.shape[0]}"
                     raise VideoError(path, f"its header says {said}, its first frame is {is_}")
                 else:
                     luma = None
-            yield Prepared(index, time_seconds, luma is None, image)
+            yield Prepared(index, time_seconds, luma is None, image, elsewhere=elsewhere)
 
 
 @contextlib.contextmanager

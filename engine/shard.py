@@ -32,7 +32,7 @@ from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import moments
-from sslus.engine.region import MOVING, WHOLE, Region, find
+from sslus.engine.region import WHOLE, Region, find
 from sslus.engine.region import parse as parse_region
 from sslus.engine.sources import Source, find_videos, probe
 from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError, VideoInfo
@@ -528,10 +528,11 @@ def _spool_video(
 
 def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:
     """What of the images is used; None for all, or what a DICOM file declares."""
-    if text == WHOLE or (text == MOVING and not info.uncropped):
+    if text == WHOLE:
         return None
+    declared = None if info.uncropped else backend.declared(path)
     with contextlib.closing(backend.images(path)) as images:
-        found = find(text, images, info.num_frames)
+        found = find(text, images, info.num_frames, declared)
     if isinstance(found, str):
         raise VideoError(path, found)
     return found
@@ -544,6 +545,7 @@ def _refusal(path: Path, why: str = "") -> dict:
         "uncropped": False, "region": None,
         "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
         "status": "refused", "why": why, "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
+        "other_screens": 0,
         "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0,
     }  # fmt: skip
 
@@ -571,7 +573,7 @@ def _decode_video(
     import simplejpeg
 
     keep = settings.selector()
-    decoded = corrupt = total = squares = offset = crc32 = 0
+    decoded = corrupt = elsewhere = total = squares = offset = crc32 = 0
     frames, why = [], ""
     with atomic_file(_jpegs_path(work, video_id), durable=False) as f:
         try:
@@ -579,6 +581,7 @@ def _decode_video(
             for frame in _blamed_frames(path, frames_of):
                 decoded += 1
                 corrupt += frame.corrupt
+                elsewhere += frame.elsewhere
                 if frame.image is None:
                     continue
                 jpeg = frame.jpeg or simplejpeg.encode_jpeg(
@@ -595,6 +598,7 @@ def _decode_video(
             why = e.why
     return {
         "decoded_frames": decoded, "corrupt_frames": corrupt, "kept_frames": len(frames),
+        "other_screens": elsewhere,
         "decoder": backend.name, "why": why, "sum": total, "squares": squares, "crc32": crc32,
         "frames": frames,
     }  # fmt: skip
@@ -608,6 +612,10 @@ def _judge(record: dict) -> None:
         reasons.append(f"{decoded} of {expected} frames could be decoded")
     if record["corrupt_frames"]:
         reasons.append(f"{record['corrupt_frames']} damaged frames were left out")
+    if record["other_screens"]:
+        reasons.append(
+            f"{record['other_screens']} frames show another screen than most and were left out"
+        )
     record["status"] = "incomplete" if reasons else "ok"
     if not record["kept_frames"]:
         record["status"] = "refused"

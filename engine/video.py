@@ -84,6 +84,7 @@ class Prepared(NamedTuple):
     corrupt: bool = False
     image: np.ndarray | None = None  # (S, S) uint8
     jpeg: bytes | None = None  # if the backend encodes it itself
+    elsewhere: bool = False  # left out: on its screen, the region may be text
 
 
 # keep(index, time_seconds): whether a frame goes into the shards; called once per frame, in order.
@@ -511,13 +512,13 @@ class PyavBackend:
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
         for index, (luma, time_seconds) in enumerate(images(path)):
-            image = None
+            image, elsewhere = None, False
             if luma is not None and keep(index, time_seconds):
                 y, limited = luma()
                 if self.region is None:
                     image = prepare(y, size, aspect, limited)
-                elif y.shape == self.region.inside.shape:
+                elif self.region.shown(y, limited):
                     image = prepare(self.region.cut(y), size, aspect, limited)
-                else:  # where its ultrasound is was not found out
-                    luma = None
-            yield Prepared(index, time_seconds, luma is None, image)
+                else:
+                    elsewhere = True
+            yield Prepared(index, time_seconds, luma is None, image, elsewhere=elsewhere)

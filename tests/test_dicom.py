@@ -355,16 +355,23 @@ def test_only_the_regions_are_kept(grey, tmp_path):
     same(path, grey[:, 5:41, 9:41])
 
 
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
 def test_a_region_may_be_found_or_given(pattern, tmp_path):
-    """`--region auto` looks at what moves where a file declares nothing; a box is used anyway."""
+    """What a file declares limits both; it suffices where nothing moves, but for whole screens."""
     screens = np.zeros((6, 96, 128), np.uint8)
     screens[:, 4:12, 4:120] = 220
     screens[:, 30:90, 20:110] = pattern(6, 60, 90)
     videos = tmp_path / "videos"
     videos.mkdir()
     write(videos / "a.dcm", screens)
-    write(videos / "b.dcm", screens, SequenceOfUltrasoundRegions=[box(10, 20, 119, 95)])
+    declared = [box(30, 20, 119, 95)]
+    write(videos / "b.dcm", screens, SequenceOfUltrasoundRegions=declared)
     write(videos / "c.dcm", screens[:1])
+    write(videos / "d.dcm", screens[:1], SequenceOfUltrasoundRegions=declared)
+    write(videos / "e.dcm", screens[:1], SequenceOfUltrasoundRegions=[box(0, 0, 127, 95)])
 
     def lines(region: str) -> list[dict]:
         settings = Settings(size=64, stride=1, region=region)
@@ -372,14 +379,17 @@ def test_a_region_may_be_found_or_given(pattern, tmp_path):
         assert not any(line["uncropped"] and line["kept_frames"] for line in made.ledger)
         return made.ledger
 
-    moving, declared, still = lines("auto")
-    found = [int(x) for x in moving["region"].split(",")]
-    assert found == pytest.approx([20, 30, 90, 60], abs=3)
-    assert declared["region"] is None and declared["status"] == "ok"
-    assert still["status"] == "refused" and "nothing in it moves" in still["why"]
-    assert still["expected_frames"] == 1
-    given = lines("20,30,90,60")
-    assert [line["region"] for line in given] == ["20,30,90,60"] * 3
+    found = lines("auto")
+    assert [line["status"] for line in found] == ["ok", "ok", "refused", "ok", "refused"]
+    moving, both, still, alone, screen = found
+    assert numbers(moving["region"]) == pytest.approx([20, 30, 90, 60], abs=3)
+    assert numbers(both["region"]) == pytest.approx([30, 30, 80, 60], abs=3)
+    assert alone["region"] == "30,20,90,76"
+    for line in (still, screen):
+        assert "nothing in it moves" in line["why"] and line["expected_frames"] == 1
+    given = [line["region"] for line in lines("20,30,90,60")]
+    assert given == ["20,30,90,60", "30,30,80,60", "20,30,90,60", "30,30,80,60", "20,30,90,60"]
+    assert "are not where --region 0,0,9,9 is" in lines("0,0,9,9")[1]["why"]
     whole = dicom.DicomBackend(Region.of_boxes((96, 128), (Box(30, 90, 20, 110),)))
     info = dicom.probe(videos / "b.dcm")
     cut = [f.image for f in whole.prepared(videos / "b.dcm", info, lambda *_: True, 64, 95)]

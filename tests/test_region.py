@@ -210,10 +210,17 @@ def test_files_without_a_region_are_refused_by_name(tmp_path, clip, pattern):
     assert made.returncode == 3
     assert "still.avi: nothing in it moves" in made.stderr and "moving.avi:" not in made.stderr
     assert "10 decoded of 20 expected" in made.stdout
-    assert "auto: 1 file cropped to it" in made.stdout
-    boxed = command("shard", videos, "-o", tmp_path / "b", "--region", "300, 0, 200, 100")
+    assert "auto: 1 file cropped to it\n" in made.stdout
+    clip(videos / "still.avi", pattern(10, 90, 160), codec="mjpeg", pixel_format="yuvj420p")
+    again = ("--region", "auto", "--device", "cpu", "--force")
+    made = command("shard", videos, "-o", tmp_path / "a", *again)
+    told = " ".join(made.stdout.split())
+    assert "auto: 2 files cropped to it; in 1 of them (nearly) the whole image moves" in told
+    boxed = command("shard", videos, "-o", tmp_path / "a", "--region", "0,0,50,50", "--force")
+    assert "--region 0,0,50,50 was used for images of 2 sizes" in boxed.stderr
+    boxed = command("shard", videos, "-o", tmp_path / "b", "--region", "300, 0, 300, 100")
     assert boxed.returncode == 1 and boxed.stderr.count("Error") == 1
-    assert "is 480 x 360 pixels, so it has no region 300,0,200,100" in boxed.stderr
+    assert "is 480 x 360 pixels, so it has no region 300,0,300,100" in boxed.stderr
     assert not list((tmp_path / "b").glob("*.tar"))
     boxed = command("shard", videos, "-o", tmp_path / "b", "--region", "0,300,100,61")
     assert boxed.returncode == 1 and "has no region 0,300,100,61" in boxed.stderr
@@ -242,10 +249,37 @@ def test_a_frame_of_another_size_is_left_out(tmp_path, clip, pattern):
     out = tmp_path / "shards"
     result = shard([both], out, Settings(size=64, stride=1, region="auto"), device="cpu", jobs=1)
     (line,) = result.ledger
-    assert line["status"] == "incomplete" and "damaged frames were left out" in line["why"]
     frames = stored(out)
-    assert len(frames) == line["kept_frames"] == line["decoded_frames"] - line["corrupt_frames"]
-    assert 11 <= line["corrupt_frames"] <= 13 and max(number for _, number in frames) < 13
+    assert line["status"] == "incomplete" and "frames show another screen" in line["why"]
+    assert len(frames) == line["kept_frames"] == line["decoded_frames"] - line["other_screens"]
+    assert 11 <= line["other_screens"] <= 13 and max(number for _, number in frames) < 13
+
+
+def test_another_screen_is_left_out(tmp_path, clip, pattern):
+    """A page with the patient's data, then the examination, then another layout, whose text is
+    where ultrasound was."""
+    from PIL import Image, ImageDraw
+
+    page = Image.new("L", (WIDTH, HEIGHT), 30)
+    draw = ImageDraw.Draw(page)
+    for i, text in enumerate(["DOE^JANE", "BORN 1970-01-01", "12 MAIN STREET", "ID 00451-332"]):
+        draw.text((100, 40 + 70 * i), text, fill=220, font_size=36)
+    exam = screens(pattern, 90)
+    exam[40:50] = (exam[40:50] * 0.4).astype(np.uint8)  # somebody turns the brightness down
+    other = np.full((30, HEIGHT, WIDTH), 20, np.uint8)
+    other[:, 200:340, 300:460] = pattern(30, 140, 160, seed=4)
+    for frame in other:
+        text = Image.new("L", (WIDTH, 40))
+        ImageDraw.Draw(text).text((100, 0), "DOE^JANE  ID 00451-332", fill=255, font_size=28)
+        frame[120:160] = np.asarray(text)
+    frames = np.concatenate([np.repeat(np.asarray(page)[None], 30, 0), exam, other])
+    path = clip(tmp_path / "a.avi", frames, codec="libx264")
+    out = tmp_path / "shards"
+    result = shard([path], out, Settings(size=64, stride=5, region="auto"), device="cpu", jobs=1)
+    (line,) = result.ledger
+    assert {number for _, number in stored(out)} == set(range(30, 120, 5))
+    assert line["other_screens"] == 12 and line["status"] == "incomplete"
+    assert "12 frames show another screen than most and were left out" in line["why"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +296,7 @@ def test_regions_of_real_machines(real_data, name, left, top, width, height):
     found = region.find("auto", images(path), probe(path).num_frames)
     want = Region.of_boxes(found.inside.shape, (Box(top, top + height, left, left + width),))
     both = (found.inside & want.inside).sum()
-    assert both > 0.8 * want.inside.sum() and both > 0.97 * found.inside.sum()
+    assert both > 0.7 * want.inside.sum() and both > 0.97 * found.inside.sum()
 
 
 def test_every_real_lung_has_a_region(real_data):
@@ -277,9 +311,12 @@ def test_every_real_lung_has_a_region(real_data):
 def test_a_still_does_not_pass_for_ultrasound(tmp_path, clip, pattern):
     """Compression makes the still text flicker, by different amounts from frame to frame."""
     still = np.repeat(screens(pattern, 1), 60, 0)
-    for codec, pixel_format in (
-        ("mjpeg", "yuvj420p"), ("mpeg4", "yuv420p"), ("libx264", "yuv420p"),
-        ("mpeg2video", "yuv420p"),
+    for codec, pixel_format, options in (
+        ("mjpeg", "yuvj420p", {}), ("mjpeg", "yuvj420p", {"qmin": "20"}),
+        ("mjpeg", "yuvj420p", {"b": "300k"}), ("mpeg4", "yuv420p", {}), ("libx264", "yuv420p", {}),
+        ("libx264", "yuv420p", {"crf": "40", "g": "3"}), ("mpeg2video", "yuv420p", {}),
     ):  # fmt: skip
-        path = clip(tmp_path / f"{codec}.avi", still, codec=codec, pixel_format=pixel_format)
-        assert "nothing in it moves" in region.find("auto", images(path), 60), codec
+        path = tmp_path / "a.avi"
+        clip(path, still, codec=codec, pixel_format=pixel_format, options=options)
+        why = region.find("auto", images(path), 60)
+        assert isinstance(why, str) and "nothing in it moves" in why, (codec, options)

@@ -104,8 +104,10 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
     shards. Of the header of a DICOM file, only what describes the pixels is used.
 
     Text burnt into the image, often the patient's name, stays there, except outside the regions
-    that a DICOM file declares. --region auto removes it where it stands still beside what moves;
-    look at the frames before you share them (sslus views).
+    that a DICOM file declares. --region auto removes it where it stands still beside what moves,
+    and leaves out frames that show another screen than most of the video. It takes twice as long.
+    Look at the frames before you share them (sslus views): text that is drawn into the ultrasound
+    or into a moving trace, or that moves itself, is not removed.
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
@@ -166,14 +168,22 @@ def show(result) -> None:
             f"{count(uncropped, 'file')} kept whole, with any text in the image; --region auto"
             " removes what stands beside the ultrasound"
         )
-    if manifest.settings["region"] != "all":
-        cut = count(sum(r.get("region") is not None for r in ledger), "file")
-        rows["region"] = f"{manifest.settings['region']}: {cut} cropped to it"
+    region, warnings = manifest.settings["region"], []
+    if region != "all":
+        cut = [r for r in ledger if r.get("region") is not None and r["kept_frames"]]
+        rows["region"] = f"{region}: {count(len(cut), 'file')} cropped to it"
+        if region == "auto" and (everywhere := sum(map(_moves_everywhere, cut))):
+            rows["region"] += (
+                f"; in {everywhere} of them (nearly) the whole image moves: any text in it stays"
+            )
+        sizes = {(r["width"], r["height"]) for r in cut}
+        if region != "auto" and len(sizes) > 1:
+            warnings.append(f"--region {region} was used for images of {len(sizes)} sizes")
     if manifest.labels:
         unlabelled = count(result.unlabelled, "video")
         rows["labels"] = f"{', '.join(manifest.labels)}; {unlabelled} without a label"
     problems = result.problems
-    warnings = [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
+    warnings += [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         warnings.append(
             f"{count(len(problems) - SHOWN_PROBLEMS, 'more file')} refused or incomplete; see"
@@ -183,3 +193,8 @@ def show(result) -> None:
         warnings.append(TRY_AGAIN)
     where = "" if result.out == Path("shards") else f" {argument(result.out)}"
     summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")
+
+
+def _moves_everywhere(line: dict) -> bool:
+    _, _, width, height = map(int, line["region"].split(","))
+    return width * height > 0.95 * line["width"] * line["height"]
