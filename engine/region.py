@@ -114,7 +114,7 @@ class Region:
         now, usual = now - now.mean(), usual - usual.mean()
         own = np.sqrt((now * now).mean())
         scale = own * np.sqrt((usual * usual).mean())
-        alike = (now * usual).mean() / scale if scale > 0 else 0.0
+        alike = max(0.0, (now * usual).mean() / scale) if scale > 0 else 0.0
         return alike >= SAME or own * np.sqrt(1 - alike * alike) <= UNEXPLAINED
 
 

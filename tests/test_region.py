@@ -255,6 +255,52 @@ def test_a_frame_of_another_size_is_left_out(tmp_path, clip, pattern):
     assert 11 <= line["other_screens"] <= 13 and max(number for _, number in frames) < 13
 
 
+def test_what_counts_as_another_screen(pattern):
+    frames = screens(pattern, 20)
+    found = moving(frames)
+
+    def shown(frame) -> bool:
+        return found.shown(np.clip(frame, 0, 255).astype(np.uint8), False)
+
+    last = frames[-1].astype(float)
+    assert shown(last) and shown(0.4 * last) and shown(np.full_like(last, 90))  # dimmed; faded out
+    assert shown(0.5 * last + 100)  # and brighter
+    assert found.shown(np.clip(16 + last * 219 / 255, 16, 235).astype(np.uint8), True)
+    assert not shown(last[::-1]) and not shown(last[:, ::-1]) and not shown(255 - last)
+    assert not found.shown(frames[-1][:-1], False)
+    bare = np.where(sector(), frames, 0)
+    found = moving(bare)  # nothing stands beside the ultrasound
+    assert shown(bare[0]) and shown(bare[0] + np.random.default_rng(0).normal(0, 3, bare[0].shape))
+    assert not shown(last)
+    box = Region.of_boxes(last.shape, (Box(0, 9, 0, 9),))
+    assert box.shown(frames[0], False) and not box.shown(frames[0][:-1], False)
+    limited = region.find("auto", ((lambda f=f: (f, False), 0.0) for f in frames), 20, box)
+    assert isinstance(limited, str) and "are not where" in limited
+    declared = Region.of_boxes(last.shape, (Box(150, 300, 0, 300),))
+    images = (((lambda f=f: (f, False)), 0.0) for f in frames)
+    limited = region.find("auto", images, 20, declared)
+    assert limited.box.top == 150 and not limited.shown(frames[-1][::-1].copy(), False)
+
+
+@pytest.mark.parametrize("deviation", [1, 2, 5])
+def test_flicker_of_the_brightness_is_no_motion(pattern, deviation):
+    """As frame grabbers have it: each frame is brighter or darker than the last."""
+    offset = np.random.default_rng(1).normal(0, deviation, (40, 1, 1))
+    frames = np.clip(screens(pattern, 40) * 0.9 + 20 + offset, 0, 255).astype(np.uint8)
+    inside = moving(frames).inside
+    assert not (inside & (written() > 0)).any()
+    assert (inside & sector()).sum() > 0.95 * sector().sum()
+    still = np.clip(screens(pattern, 1) * 0.9 + 20 + offset, 0, 255).astype(np.uint8)
+    assert moving(still) is None
+
+
+def test_specks_are_no_motion(pattern):
+    frames = np.repeat(screens(pattern, 1), 40, 0)
+    for i, frame in enumerate(frames):
+        frame[8 * i : 8 * i + 8, 100:108] += 4
+    assert moving(frames) is None
+
+
 def test_another_screen_is_left_out(tmp_path, clip, pattern):
     """A page with the patient's data, then the examination, then another layout, whose text is
     where ultrasound was."""
@@ -306,6 +352,7 @@ def test_every_real_lung_has_a_region(real_data):
         found = region.find("auto", images(path), probe(path).num_frames)
         lit = np.mean([f.luma for f in decode(path)][:30], axis=0) > 32
         assert (found.inside & lit).sum() > 0.9 * lit.sum(), path.name
+        assert all(found.shown(*luma()) for luma, _ in list(images(path))[::5]), path.name
 
 
 def test_a_still_does_not_pass_for_ultrasound(tmp_path, clip, pattern):
