@@ -149,11 +149,10 @@ def shard(
         raise InputError(f"--jobs: want at least 1, got {jobs}")
     sources, ignored = find_videos(paths, skip=out.resolve())
     marks = _marks(sources, labels)
-    backends = choose_backends(device, decoder)
-    if settings.region != WHOLE:
-        if device == "cuda" or decoder == "dali":
-            raise InputError("--region works on the CPU only: leave out --device and --decoder")
-        backends = [("pyav", "cpu")]
+    on_cpu = settings.region != WHOLE
+    if on_cpu and (device == "cuda" or decoder == "dali"):
+        raise InputError("--region works on the CPU only: leave out --device and --decoder")
+    backends = [("pyav", "cpu")] if on_cpu else choose_backends(device, decoder)
     if jobs is None:
         jobs = len(os.sched_getaffinity(0))
         if backends[0][1] == "cuda":

@@ -490,7 +490,11 @@ def test_other_backbones_and_lars_take_a_step(shards, tmp_path):
     assert result.step == 2 and math.isfinite(result.metrics[-1]["loss"])
 
 
-@pytest.mark.parametrize("tells, has", [({"amx_bf16": True}, True), ({}, False), (None, False)])
+@pytest.mark.parametrize(
+    "tells, has",
+    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False),
+     (None, False)],
+)  # fmt: skip
 def test_mixed_precision_where_the_processor_has_it(tells, has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: tells, raising=False)
     if tells is None:  # an older PyTorch

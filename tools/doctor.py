@@ -320,14 +320,14 @@ def views() -> str:
 
 def train() -> str:
     from sslus.ssl.train import Settings
-    from sslus.ssl.world import has_amx, pick_device
+    from sslus.ssl.world import multiplies_bf16, pick_device
 
     device = pick_device("auto")
     s = Settings().resolved(device, num_frames=1_000_000)
     where, why = "GPU", "mixed precision"
     if device.type == "cpu":
         where = f"CPU, {why_no_cuda()}"
-        why = "mixed precision with AMX" if has_amx() else "bf16 is slower on a CPU without AMX"
+        why = "the CPU multiplies bf16" if multiplies_bf16() else "the CPU has no bf16 products"
     return (
         f"{where}; {s.precision} ({why}); by default {s.backbone}, {s.image_size} px,"
         f" batch size {s.batch_size}"

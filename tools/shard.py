@@ -105,9 +105,9 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
 
     Text burnt into the image, often the patient's name, stays there, except outside the regions
     that a DICOM file declares. --region auto removes it where it stands still beside what moves,
-    and leaves out frames that show another screen than most of the video. It takes twice as long.
-    Look at the frames before you share them (sslus views): text that is drawn into the ultrasound
-    or into a moving trace, or that moves itself, is not removed.
+    and leaves out frames that show another screen than most of the video. It decodes each file
+    twice. Look at the frames before you share them (sslus views): text that is drawn into the
+    ultrasound or into a moving trace, or that moves itself, is not removed.
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command

@@ -147,7 +147,8 @@ def _option(f, default) -> click.Option:
     metavar="[auto|fp32|bf16]",
     default="auto",
     show_default=True,
-    help="fp32 or bf16 (mixed precision); auto: bf16 on GPUs, and for ResNets on CPUs with AMX.",
+    help="fp32 or bf16 (mixed precision); auto: bf16 on GPUs, and for ResNets on CPUs with AMX or"
+    " AVX-512 bf16.",
 )
 @click.option(
     "--step",
