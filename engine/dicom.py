@@ -82,7 +82,7 @@ UNDEFINED = 0xFFFFFFFF  # a length
 # format, which does not belong there but is met.
 STARTS = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  ")
 TWO_DIMENSIONAL, CURVES = 1, (2, 3, 4)  # Region Spatial Format; CURVES: M-mode, spectrum, waveform
-WHOLE = 0.95  # of the image: a region of more says nothing
+NEARLY_ALL = 0.95  # of the image: a region of more says nothing
 USUAL_HZ = 25.0  # if the file does not tell
 LONGEST_MS = 1e6  # between two frames; more is damage
 # What a value raises that is missing or not a number.
@@ -177,7 +177,7 @@ class Header:
 def probe(path: Path) -> VideoInfo:
     """Read what a DICOM file says about its images. Raises VideoError if it has none of use."""
     header = read_header(path)
-    whole = bool(header.region.inside.mean() > WHOLE)
+    whole = bool(header.region.inside.mean() > NEARLY_ALL)
     if header.codec == "video":
         with path.open("rb") as f:
             info = probe_video(path, Fragments(f, header.at))
