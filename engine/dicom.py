@@ -18,7 +18,7 @@ import numpy as np
 
 from sslus.engine import _luma
 from sslus.engine.prepare import prepare, rgb_luma
-from sslus.engine.region import Box, Luma, Region
+from sslus.engine.region import NEARLY_ALL, Box, Luma, Region
 from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, images, plane
 from sslus.engine.video import probe as probe_video
 
@@ -82,7 +82,6 @@ UNDEFINED = 0xFFFFFFFF  # a length
 # format, which does not belong there but is met.
 STARTS = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  ")
 TWO_DIMENSIONAL, CURVES = 1, (2, 3, 4)  # Region Spatial Format; CURVES: M-mode, spectrum, waveform
-NEARLY_ALL = 0.95  # of the image: a region of more says nothing
 USUAL_HZ = 25.0  # if the file does not tell
 LONGEST_MS = 1e6  # between two frames; more is damage
 # What a value raises that is missing or not a number.

@@ -31,6 +31,7 @@ LEAST_RATIO, AROUND = 0.08, 5
 GAP = 5  # dark tissue hardly changes: still parts that are narrower count as moving
 LEAST_PIXELS = 64  # of a part, in the thumbnail
 SECOND = 0.25  # other parts of at least this share of the largest: two images side by side
+NEARLY_ALL = 0.95  # of the image: a region of more says nothing
 MOST = 0.7  # of what moves lies in the parts that are kept, else it is flicker here and there
 # A frame shows another screen if, outside of the region, its correlation with the usual screen is
 # less than this, and more than this many grey levels (standard deviation) are not explained by it.
@@ -177,7 +178,8 @@ def moving(lumas: Iterator[tuple[np.ndarray, bool]]) -> Region | None:
         if luma.shape != shape:
             continue
         now = prepare(luma, SIDE, limited=limited)
-        if not thumbnails or np.abs(np.subtract(now, thumbnails[-1], dtype=np.int16)).max() > 1:
+        step = np.subtract(now, thumbnails[-1], dtype=np.int16) if thumbnails else None
+        if step is None or np.abs(step).max() > LEAST_CHANGE:
             thumbnails.append(now)
         if len(thumbnails) == 4 * MANY:  # more frames than the file announces
             break

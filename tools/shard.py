@@ -196,5 +196,7 @@ def show(result) -> None:
 
 
 def _moves_everywhere(line: dict) -> bool:
+    from sslus.engine.region import NEARLY_ALL
+
     _, _, width, height = map(int, line["region"].split(","))
-    return width * height > 0.95 * line["width"] * line["height"]
+    return width * height > NEARLY_ALL * line["width"] * line["height"]
