@@ -28,7 +28,15 @@ from sslus.engine.stream import is_url
 from sslus.ssl import backbones, finetune, views
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, knn
 from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
-from sslus.ssl.splits import LabelledFrames, folds, label_frames, num_folds, share, testable
+from sslus.ssl.splits import (
+    LabelledFrames,
+    copies,
+    folds,
+    label_frames,
+    num_folds,
+    share,
+    testable,
+)
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
@@ -455,6 +463,14 @@ def _warnings(
         yield (
             f"class {', '.join(unseen)}: some folds have no training patient with it, which"
             " lowers its scores; it has too few patients, or they share other classes: label more"
+        )
+    same = copies(store, frames)
+    if same:
+        yield (
+            f"{sum(map(len, same))} videos are {len(same)} videos under several patients, who may"
+            " be on both sides of the split, which raises all scores: give each one patient in"
+            " labels.csv (local/ledger.jsonl of the shards has the names of"
+            f" {', '.join(' = '.join(ids) for ids in same[:3])}{', ...' if same[3:] else ''})"
         )
     tested = np.unique(np.concatenate([t.test for t in tasks]))
     num = np.count_nonzero(store.label[frames.index[tested]] >= 0)

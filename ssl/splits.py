@@ -1,6 +1,7 @@
 """Which frames are evaluated, and on which side of the split their patients are."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,26 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
         num_without_frames=len(rows) - len(of_video),
         moved=moved,
     )
+
+
+def copies(store: FrameStore, frames: LabelledFrames) -> list[list[str]]:
+    """Videos that are the same but belong to several patients: their ids, a list for each video.
+
+    Of such patients, some may be trained on and others tested. Videos count as the same if their
+    middle frames are, pixel for pixel, and are not of one grey level: copies and remuxed copies
+    are found, recompressed or cut ones are not.
+    """
+    found: dict[bytes, list[int]] = {}
+    _, starts, lengths = np.unique(frames.video, return_index=True, return_counts=True)
+    for first, num in zip(starts.tolist(), lengths.tolist(), strict=True):
+        picture = store.frames[frames.index[first + num // 2]]
+        if picture.min() < picture.max():
+            found.setdefault(hashlib.sha256(picture).digest(), []).append(first)
+    return [
+        [store.video_ids[video] for video in frames.video[same]]
+        for same in found.values()
+        if len(np.unique(frames.patient[same])) > 1
+    ]
 
 
 def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:

@@ -5,9 +5,12 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -660,6 +663,40 @@ def test_a_class_with_one_patient_is_left_out_loudly(run, videos, tmp_path):
     )  # fmt: skip
     assert result.names == ["bright", "striped"]
     assert any("'dark' is left out: it has 1 patient" in line for line in result.warnings)
+
+
+def test_one_video_under_two_patients_is_named(run, videos, clip, tmp_path):
+    """The copies have other names and, the last, another container; two grey ones are no copies."""
+    folder = tmp_path / "copies"
+    shutil.copytree(videos, folder)
+    shutil.copy(videos / "0-0.avi", folder / "again.avi")
+    with av.open(videos / "4-0.avi") as source, av.open(folder / "again.mkv", "w") as remuxed:
+        stream = remuxed.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                remuxed.mux(packet)
+    for name in ("grey.avi", "grey too.avi"):
+        clip(folder / name, np.full((6, 64, 64), 90, np.uint8))
+    with (folder / "labels.csv").open("a") as f:
+        f.write("again.avi,dark,p3\nagain.mkv,bright,p1\n")  # of p0 and p4
+        f.write("grey.avi,dark,p0\ngrey too.avi,bright,p1\n")
+    out = tmp_path / "shards"
+    shard([folder], out, ShardSettings(size=32, stride=1), device="cpu", jobs=1)
+    lines = [json.loads(line) for line in (out / "local" / "ledger.jsonl").open()]
+    ids = {Path(line["source"]).name: line["id"] for line in lines}
+    pairs = {frozenset({ids["0-0.avi"], ids["again.avi"]})}
+    pairs.add(frozenset({ids["4-0.avi"], ids["again.mkv"]}))
+    result = evaluate.evaluate(
+        run, folder / "labels.csv", shards=out, out=tmp_path / "out", num_seeds=1, protocol="knn"
+    )
+    (warning,) = [line for line in result.warnings if "under several patients" in line]
+    found = re.findall(r"(\w+) = (\w+)", warning)
+    assert warning.startswith("4 videos are 2 videos") and set(map(frozenset, found)) == pairs
+    before = evaluate.evaluate(
+        run, videos / "labels.csv", out=tmp_path / "before", num_seeds=1, protocol="knn"
+    )
+    assert not any("under several patients" in line for line in before.warnings)
 
 
 def test_a_class_that_some_fold_cannot_learn_is_named(run, videos, tmp_path):
