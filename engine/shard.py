@@ -1,98 +1,51 @@
 """Videos to shards: decode, prepare, select, write.
 
-There are two passes. First, every video is decoded into a spool of its own (its JPEGs and its
-ledger line); finished spools survive an interruption. Then the frames of all spools are written to
-shards, in an order given by a hash. So memory use does not grow with the videos (except for some 40
-bytes per frame), any order of work gives the same bytes, and a bad file affects only itself.
+There are two passes. First, every video is decoded into a spool of its own (engine/spool.py);
+finished spools survive an interruption. Then the frames of all spools are written to shards, in an
+order given by a hash (engine/shuffle.py). So memory use does not grow with the videos (except for
+some 40 bytes per frame), any order of work gives the same bytes, and a bad file affects only
+itself.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import resource
-import secrets
 import shutil
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from sslus.engine import manifest as manifests
-from sslus.engine import tar
 from sslus.engine.atomic import atomic_file, sync_folder
-from sslus.engine.dicom import DicomBackend
 from sslus.engine.errors import InputError
+from sslus.engine.ids import find_key, keep_key, keyed_hash, video_ids
 from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
-from sslus.engine.prepare import moments
-from sslus.engine.region import WHOLE, Region, find
-from sslus.engine.region import parse as parse_region
-from sslus.engine.sources import Source, find_videos, probe
-from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError, VideoInfo
+from sslus.engine.region import WHOLE
+from sslus.engine.settings import Settings
+from sslus.engine.shuffle import Video, write_all
+from sslus.engine.sources import Source, find_videos
+from sslus.engine.spool import (
+    choose_backends,
+    crash_record,
+    spool_video,
+    stamp,
+    start_worker,
+    whole_spool,
+    without_frames,
+)
 from sslus.engine.workers import Workers, worker_pool
 
-FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
 LEDGER = "ledger.jsonl"
 DECODING = 6  # increased when some file would give other frames or times than before
 # Worker processes on a GPU, by default: an H100 or H200 has seven video engines, other GPUs fewer,
 # and each process takes half a GB of GPU memory before it decodes.
 MOST_ON_GPU = 7
-KEY_BYTES = 32
-ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
-# Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
-# the first one's) is off by up to 1 ms. Half a millisecond more absorbs our own rounding.
-GRACE_SECONDS = 1.5e-3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines the bytes of the shards. Raises InputError for values out of range."""
-
-    size: int = 256
-    stride: int | None = 5  # every stride-th frame ...
-    rate_hz: float | None = None  # ... or at most this many per second
-    quality: int = 95
-    region: str = WHOLE  # see region.parse
-    frames_per_shard: int = FRAMES_PER_SHARD
-
-    def __post_init__(self):
-        if not 16 <= self.size <= 4096:
-            raise InputError(f"--size: want 16 to 4096 pixels, got {self.size}")
-        if not 1 <= self.quality <= 100:
-            raise InputError(f"--quality: want 1 to 100, got {self.quality}")
-        parse_region(self.region)
-        if (self.stride is None) == (self.rate_hz is None):
-            raise InputError("choose one of --stride, --rate and --all")
-        if self.stride is not None and self.stride < 1:
-            raise InputError(f"--stride: want at least 1, got {self.stride}")
-        if self.rate_hz is not None and not 0 < self.rate_hz < float("inf"):
-            raise InputError(f"--rate: want a rate above 0 Hz, got {self.rate_hz}")
-        if self.frames_per_shard < 1:
-            raise InputError(f"--frames-per-shard: want at least 1, got {self.frames_per_shard}")
-
-    def selector(self) -> Callable[[int, float], bool]:
-        """A new keep(index, time_seconds) for one video, to be called in frame order."""
-        if self.stride is not None:
-            return lambda index, time_seconds: index % self.stride == 0
-        last = -1
-        grace = min(GRACE_SECONDS * self.rate_hz, 0.5)  # in periods
-
-        def keep(index: int, time_seconds: float) -> bool:
-            # The first frame in each period of the clock, whatever the video's own rate. Without
-            # grace, a timestamp that was rounded down would fall into the period before.
-            nonlocal last
-            period = int(time_seconds * self.rate_hz + grace)
-            due, last = period > last, max(period, last)
-            return due
-
-        return keep
 
 
 @dataclass(frozen=True)
@@ -159,15 +112,15 @@ def shard(
             jobs = min(jobs, MOST_ON_GPU)
     _refuse_strangers(out)
     with _locked(out) as local:
-        secret = _key(local, key)
-        ids = _ids(sources, secret)
+        secret = find_key(local, key)
+        ids = video_ids(sources, secret)
         request = {
             "settings": asdict(settings), "decoder": [b[0] for b in backends], "decoding": DECODING,
         }  # fmt: skip
-        wanted = {s.name: [ids[s.name], *_stamp(s.path)] for s in sources}
+        wanted = {s.name: [ids[s.name], *stamp(s.path)] for s in sources}
         done = _finished(out, request, wanted, marks)
         if done or not (out / manifests.NAME).exists():
-            _keep_key(local, secret)  # else the same command would make other ids
+            keep_key(local, secret)  # else the same command would make other ids
         if done and not force:
             shutil.rmtree(local / "work", ignore_errors=True)  # of an abandoned --force
             manifest, ledger = done
@@ -180,12 +133,12 @@ def shard(
                 why = f"has shards, but what they were made from is not in {local}; put that back"
             raise InputError(f"{out}: {why}; --force replaces them, -o writes elsewhere")
         work = _work_folder(local, request, anew=bool(done))
-        _keep_key(work, secret)  # a new key, which is not yet the folder's
+        keep_key(work, secret)  # a new key, which is not yet the folder's
         job = _Job(sources, ids, marks, secret, settings, work, _resume(sources, ids, work))
         resumed = len(job.records)
         num_workers = min(jobs, len(sources))
         try:
-            with worker_pool(num_workers, _start_worker, (backends,), job.told) as workers:
+            with worker_pool(num_workers, start_worker, (backends,), job.told) as workers:
                 _decode_all(job, workers, report, several=len(backends) > 1)
                 ledger = [_ledger_line(s, ids[s.name], job.records[s.name]) for s in sources]
                 _write_ledger(work, ledger)
@@ -218,48 +171,6 @@ def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
 
 
 # ---------------------------------------------------------------- keys, ids, labels
-
-
-def _key(local: Path, given: Path | None) -> bytes:
-    """The secret from which ids are made: the one given, the one kept in local/, or a new one."""
-    kept = (local / "key", local / "work" / "key")  # work: of new, incomplete shards
-    path = given or next((p for p in kept if p.exists()), None)
-    try:
-        text = secrets.token_hex(KEY_BYTES) if path is None else Path(path).read_text().strip()
-        key = bytes.fromhex(text)
-    except OSError as e:
-        raise InputError(f"--key {path}: cannot be read ({e})") from e
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        remedy = "" if given else "; put it back, or delete it to get a new key and new ids"
-        raise InputError(f"{path}: want {2 * KEY_BYTES} hex digits{remedy}")
-    return key
-
-
-def _keep_key(folder: Path, key: bytes) -> None:
-    """Store the key, so that a second run makes the same ids."""
-    path, text = folder / "key", key.hex() + "\n"
-    if not path.exists() or path.read_bytes() != text.encode():
-        with atomic_file(path, "w") as f:
-            f.write(text)
-
-
-def _keyed_hash(key: bytes, kind: str, name: str) -> str:
-    """A hash from which names cannot be guessed without the key (BLAKE2b in keyed mode)."""
-    return hashlib.blake2b(
-        name.encode("utf-8", "surrogateescape"),
-        key=key,
-        digest_size=ID_BYTES,
-        person=kind.encode().ljust(16, b"\0"),
-    ).hexdigest()
-
-
-def _ids(sources: list[Source], key: bytes) -> dict[str, str]:
-    ids = {s.name: _keyed_hash(key, "video", s.name) for s in sources}
-    if len(set(ids.values())) < len(ids):
-        raise InputError("two videos got the same id; delete local/key and start again")
-    return ids
 
 
 @dataclass(frozen=True)
@@ -307,15 +218,6 @@ class _Job:
 
 def _unmarked(marks: dict[str, _Mark] | None) -> int:
     return sum(m.label is None for m in marks.values()) if marks else 0
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time, so that a replaced file is decoded again."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
 
 
 # ---------------------------------------------------------------- the folder
@@ -403,13 +305,13 @@ def _write_ledger(folder: Path, ledger: list[dict]) -> None:
 def _work_folder(local: Path, request: dict, anew: bool) -> Path:
     """The folder of the spools. Spools of another request are deleted; so are, when a finished
     folder is made `anew`, spools that do not come from an earlier attempt at that."""
-    work, stamp = local / "work", local / "work" / "request.json"
+    work, made_for = local / "work", local / "work" / "request.json"
     usable = [request | {"anew": a} for a in {True, anew}]
-    if work.exists() and _read_json(stamp) not in usable:
+    if work.exists() and _read_json(made_for) not in usable:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     _remove_halves(work)  # of a run that was killed
-    with atomic_file(stamp, "w") as f:
+    with atomic_file(made_for, "w") as f:
         json.dump(request | {"anew": anew}, f)
     return work
 
@@ -423,231 +325,14 @@ def _remove_halves(work: Path) -> None:
 # ---------------------------------------------------------------- decoding
 
 
-def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
-    """The decoders to try for each file, in order, as (decoder, device).
-
-    device: "cpu" or "cuda" (InputError if it cannot be used), or "auto", which uses a GPU if there
-    is one that decodes. decoder: "pyav" reads every format, on the CPU; "dali" reads what NVDEC
-    supports on a GPU, or MJPEG, VP8 and VP9 on the CPU; "auto" is dali on a GPU, and pyav for the
-    rest.
-    """
-    if decoder == "pyav":
-        if device == "cuda":
-            raise InputError("--decoder pyav runs on the CPU; with cuda use --decoder dali")
-        return [("pyav", "cpu")]
-    if decoder == "auto" and device == "cpu":
-        return [("pyav", "cpu")]
-    on = "cuda" if device == "cuda" or (device == "auto" and _gpu_decodes()) else "cpu"
-    if decoder == "auto" and on == "cpu":
-        return [("pyav", "cpu")]
-    if device != "auto" or decoder == "dali":
-        from sslus.engine.dali import DaliBackend
-
-        DaliBackend(on)  # raises InputError here, once, rather than for every file
-    return [("dali", on)] + ([("pyav", "cpu")] if decoder == "auto" and device == "auto" else [])
-
-
-def _gpu_decodes() -> bool:
-    """Whether DALI is installed and there is a GPU that decodes."""
-    from sslus.engine.dali import why_not
-
-    return why_not("cuda") is None
-
-
-def _make_backend(name: str, device: str) -> Backend:
-    if name == "pyav":
-        return PyavBackend()
-    from sslus.engine.dali import DaliBackend
-
-    return DaliBackend(device)
-
-
-_worker_backends: list[Backend] = []  # of this worker process
-
-
-def _start_worker(backends: list[tuple[str, str]]) -> None:
-    _worker_backends.extend(_make_backend(*b) for b in backends)
-
-
-def _spool_path(work: Path, video_id: str) -> Path:
-    return work / f"{video_id}.json"
-
-
-def _jpegs_path(work: Path, video_id: str) -> Path:
-    return work / f"{video_id}.jpegs"
-
-
-def _spool_video(
-    path: Path, video_id: str, settings: Settings, work: Path, by_last: bool = False
-) -> dict:
-    """Decode one video into <id>.jpegs and <id>.json in `work`. Returns what the latter holds.
-
-    Neither file is synced to disk, which would take some 20 ms per video: a later run that
-    resumes from them checks that they are complete.
-
-    A file that cannot be decoded gives a record with status "refused"; only write errors are
-    raised. `by_last`: try only the last of the worker's decoders.
-    """
-    start = time.monotonic()
-    record = {**_refusal(path), "frames": []}
-    backends = _worker_backends[-1:] if by_last else _worker_backends
-    try:
-        with _blamed(path):
-            info = probe(path)
-            if info.codec.startswith("dicom "):  # what PyAV is for videos
-                backends = [DicomBackend() if isinstance(b, PyavBackend) else b for b in backends]
-            record |= {
-                "codec": info.codec, "width": info.width, "height": info.height,
-                "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,
-                "other_streams": info.other_streams, "uncropped": info.uncropped,
-            }  # fmt: skip
-            if region := _region(path, info, settings.region, backends[-1]):
-                backends = [type(backends[-1])(region)]
-                record |= {"region": str(region.box), "uncropped": False}
-            reasons = [(b, b.refuses(info)) for b in backends]
-        able = [b for b, why in reasons if why is None]
-        if not able:
-            raise VideoError(path, "; ".join(f"{b.name}: {why}" for b, why in reasons))
-        for backend in able:
-            tried = _decode_video(path, video_id, info, backend, settings, work)
-            whole = tried["decoded_frames"] == info.num_frames and not tried["corrupt_frames"]
-            # If a decoder loses frames, the next one is tried; the result of the last one counts.
-            if whole or backend is able[-1]:
-                break
-        record |= tried
-    except VideoError as e:
-        record["why"] = e.why
-    else:
-        _judge(record)
-    record["seconds"] = round(time.monotonic() - start, 3)
-    with atomic_file(_spool_path(work, video_id), "w", durable=False) as f:
-        f.write(json.dumps(record))  # json.dump encodes in Python, ten times slower
-    return _without_frames(record)
-
-
-def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:
-    """What of the images is used; None for all, or what a DICOM file declares."""
-    if text == WHOLE:
-        return None
-    declared = None if info.uncropped else backend.declared(path)
-    with contextlib.closing(backend.images(path)) as images:
-        found = find(text, images, info.num_frames, declared)
-    if isinstance(found, str):
-        raise VideoError(path, found)
-    return found
-
-
-def _refusal(path: Path, why: str = "") -> dict:
-    """The record of a file about which nothing is known."""
-    return {
-        "codec": None, "width": None, "height": None, "rate_hz": None, "other_streams": 0,
-        "uncropped": False, "region": None,
-        "expected_frames": 0, "decoded_frames": 0, "kept_frames": 0,
-        "status": "refused", "why": why, "seconds": 0.0, "decoder": None, "corrupt_frames": 0,
-        "other_screens": 0,
-        "stamp": _stamp(path), "sum": 0, "squares": 0, "crc32": 0,
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _blamed(path: Path) -> Iterator[None]:
-    """For code that only reads a file: whatever it raises means that this file is refused."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        said = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise VideoError(path, f"its decoder failed ({said})") from e
-
-
-def _blamed_frames(path: Path, frames: Iterator[Prepared]) -> Iterator[Prepared]:
-    with _blamed(path):  # what is done with a frame raises where it is done, not in here
-        yield from frames
-
-
-def _decode_video(
-    path: Path, video_id: str, info, backend: Backend, settings: Settings, work: Path
-) -> dict:
-    import simplejpeg
-
-    keep = settings.selector()
-    decoded = corrupt = elsewhere = total = squares = offset = crc32 = 0
-    frames, why = [], ""
-    with atomic_file(_jpegs_path(work, video_id), durable=False) as f:
-        try:
-            frames_of = backend.prepared(path, info, keep, settings.size, settings.quality)
-            for frame in _blamed_frames(path, frames_of):
-                decoded += 1
-                corrupt += frame.corrupt
-                elsewhere += frame.elsewhere
-                if frame.image is None:
-                    continue
-                jpeg = frame.jpeg or simplejpeg.encode_jpeg(
-                    frame.image[..., None], settings.quality, "GRAY", "Gray"
-                )
-                s, q = moments(frame.image)
-                total += s
-                squares += q
-                f.write(jpeg)
-                crc32 = zlib.crc32(jpeg, crc32)
-                frames.append((frame.index, round(frame.time_seconds, 6), offset, len(jpeg)))
-                offset += len(jpeg)
-        except VideoError as e:
-            why = e.why
-    return {
-        "decoded_frames": decoded, "corrupt_frames": corrupt, "kept_frames": len(frames),
-        "other_screens": elsewhere,
-        "decoder": backend.name, "why": why, "sum": total, "squares": squares, "crc32": crc32,
-        "frames": frames,
-    }  # fmt: skip
-
-
-def _judge(record: dict) -> None:
-    """Status and reason from the counts."""
-    expected, decoded = record["expected_frames"], record["decoded_frames"]
-    reasons = [record["why"]] if record["why"] else []
-    if decoded != expected:
-        reasons.append(f"{decoded} of {expected} frames could be decoded")
-    if record["corrupt_frames"]:
-        reasons.append(f"{record['corrupt_frames']} damaged frames were left out")
-    if record["other_screens"]:
-        reasons.append(
-            f"{record['other_screens']} frames show another screen than most and were left out"
-        )
-    record["status"] = "incomplete" if reasons else "ok"
-    if not record["kept_frames"]:
-        record["status"] = "refused"
-        reasons = reasons or ["no frame was kept"]
-    record["why"] = "; ".join(reasons)
-
-
 def _resume(sources, ids, work) -> dict[str, dict]:
     """The records, by name, of videos that an earlier run decoded and that did not change since."""
     records = {}
     for s in sources:
-        record = _whole_spool(work, ids[s.name])
-        if record and tuple(record["stamp"]) == _stamp(s.path) and record["status"] != "refused":
-            records[s.name] = _without_frames(record)
+        record = whole_spool(work, ids[s.name])
+        if record and tuple(record["stamp"]) == stamp(s.path) and record["status"] != "refused":
+            records[s.name] = without_frames(record)
     return records
-
-
-def _whole_spool(work: Path, video_id: str) -> dict | None:
-    """The record of a spool; None if it is missing or, after a power cut, incomplete."""
-    try:
-        record = json.loads(_spool_path(work, video_id).read_text())
-        crc32 = 0
-        with _jpegs_path(work, video_id).open("rb") as f:
-            while block := f.read(1 << 20):
-                crc32 = zlib.crc32(block, crc32)
-    except (FileNotFoundError, ValueError):
-        return None
-    return record if crc32 == record.get("crc32") else None
-
-
-def _without_frames(record: dict) -> dict:
-    """The part of a record that stays in memory: nothing that grows with the frames."""
-    return {k: v for k, v in record.items() if k != "frames"}
 
 
 def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: bool) -> None:
@@ -659,7 +344,7 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
     records = job.records
     todo = [s for s in job.sources if s.name not in records]
     # Large files first, so that no worker is left alone with one at the end.
-    todo.sort(key=lambda s: (-_stamp(s.path)[0], s.name))
+    todo.sort(key=lambda s: (-stamp(s.path)[0], s.name))
     frames = sum(r["decoded_frames"] for r in records.values())
 
     def tell() -> None:
@@ -670,10 +355,10 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
     for by_last in (False, True) if several else (False,):
         tasks = [(s.path, job.ids[s.name], job.settings, job.work, by_last) for s in todo]
         crashed = []
-        for number, result in workers.map(_spool_video, tasks):
+        for number, result in workers.map(spool_video, tasks):
             source = todo[number]
             if isinstance(result, BrokenProcessPool):
-                result = _crashed(source.path, job.ids[source.name], job.work)
+                result = crash_record(source.path, job.ids[source.name], job.work)
                 if several and not by_last:
                     crashed.append(source)
                     continue
@@ -688,11 +373,6 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
         todo = crashed
 
 
-def _crashed(path: Path, video_id: str, work: Path) -> dict:
-    Path(f"{_jpegs_path(work, video_id)}.tmp").unlink(missing_ok=True)
-    return _refusal(path, "the decoder crashed on it (or was killed, perhaps for lack of memory)")
-
-
 def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
     hidden = ("sum", "squares", "crc32", "stamp")
     line = {k: v for k, v in record.items() if k not in hidden}
@@ -703,115 +383,16 @@ def _ledger_line(source: Source, video_id: str, record: dict) -> dict:
 
 
 def _write_all(job: _Job, workers: Workers) -> Manifest:
-    """Shuffle the frames of all spools into shards in work/new; return their manifest."""
-    kept = [s for s in job.sources if job.records[s.name]["kept_frames"]]
-    facts = [_facts(job, s) for s in kept]
-    tables = []  # 40 bytes per frame, all that is kept in memory
-    for video_id, _, _ in facts:
-        frames = json.loads(_spool_path(job.work, video_id).read_text())["frames"]
-        tables.append(np.array(frames, np.float64))
-    video = np.repeat(np.arange(len(kept), dtype=np.int32), [len(t) for t in tables])
-    table = np.concatenate(tables)
-    # Sorting by the hash of the key makes the order a function of the frames alone.
-    hashes = (
-        _hash64(_frame_key(facts[v][0], int(frame)))
-        for v, frame in zip(video, table[:, 0], strict=True)
-    )
-    rank = np.fromiter(hashes, np.uint64, len(table))
-    order = np.lexsort((table[:, 0], video, rank))
-    num_shards = -(-len(order) // job.settings.frames_per_shard)
-    new = job.work / "new"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    names = [f"shard-{i:06d}.tar" for i in range(num_shards)]
-    parts = np.array_split(order, num_shards)
-
-    def tasks() -> Iterator[tuple]:
-        for name, part in zip(names, parts, strict=True):
-            rows = [
-                (int(v), int(frame), at, int(offset), int(size))
-                for v, (frame, at, offset, size) in zip(
-                    video[part], table[part].tolist(), strict=True
-                )
-            ]
-            used = {v: facts[v] for v in {r[0] for r in rows}}
-            yield new / name, job.work, used, rows
-
-    entries = [None] * num_shards
-    for number, result in workers.map(_write_shard, tasks()):
-        if isinstance(result, BrokenProcessPool):
-            raise InputError("a worker was killed while writing; run it again") from result
-        entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
-    return _manifest(job, [job.records[s.name] for s in kept], facts, entries)
-
-
-def _facts(job: _Job, source: Source) -> tuple[str, str | None, str | None]:
-    """Id, label and patient of a video, as they go into the shards."""
-    mark = (job.marks or {}).get(source.name, _Mark())
-    patient = _keyed_hash(job.key, "patient", mark.patient) if mark.patient else None
-    return job.ids[source.name], mark.label, patient
-
-
-def _manifest(job: _Job, records: list[dict], facts: list[tuple], shards: list[dict]) -> Manifest:
-    settings, num_frames = job.settings, sum(r["kept_frames"] for r in records)
-    pixels = num_frames * settings.size**2
-    mean = sum(r["sum"] for r in records) / pixels
-    variance = sum(r["squares"] for r in records) / pixels - mean**2
-    return Manifest(
-        settings={"size": settings.size, "select": _selection(settings),
-                  "quality": settings.quality, "region": settings.region,
-                  "frames_per_shard": settings.frames_per_shard},
-        num_videos=len(records),
-        num_frames=num_frames,
-        mean=round(mean / 255, 9),
-        std=round(max(variance, 0.0) ** 0.5 / 255, 9),
-        labels=sorted({label for _, label, _ in facts if label is not None}),
-        decoders=dict(sorted(Counter(r["decoder"] for r in records).items())),
-        shards=shards,
-    ).with_digest()  # fmt: skip
-
-
-def _selection(settings: Settings) -> str:
-    if settings.rate_hz is not None:
-        return f"at most {settings.rate_hz:g} frames a second"
-    return "all frames" if settings.stride == 1 else f"1 of every {settings.stride} frames"
-
-
-def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _frame_key(video_id: str, frame: int) -> str:
-    return f"{video_id}-{frame:06d}"
-
-
-def _write_shard(path: Path, work: Path, facts: dict, rows: list[tuple]) -> dict:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: none
-    spools, most = {}, max(1, min(256, limit // 4))
-
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for v, frame, time_seconds, offset, size in rows:
-            video_id, label, patient = facts[v]
-            if v not in spools:
-                if len(spools) >= most:
-                    os.close(spools.pop(next(iter(spools))))
-                spools[v] = os.open(_jpegs_path(work, video_id), os.O_RDONLY)
-            jpeg = os.pread(spools[v], size, offset)
-            if len(jpeg) != size:
-                raise InputError(f"{work}: a spool was cut off; delete this folder and start again")
-            fact = {"video": video_id, "frame": frame, "time_seconds": time_seconds,
-                    "label": label, "patient": patient}  # fmt: skip
-            yield (
-                _frame_key(video_id, frame),
-                {"jpg": jpeg, "json": json.dumps(fact).encode()},
-            )
-
-    try:
-        length, sha256 = tar.write_shard(path, samples())
-    finally:
-        for fd in spools.values():
-            os.close(fd)
-    return {"bytes": length, "sha256": sha256}
+    """Write the frames of all videos that have any."""
+    videos = []
+    for source in job.sources:
+        record = job.records[source.name]
+        if not record["kept_frames"]:
+            continue
+        mark = (job.marks or {}).get(source.name, _Mark())
+        patient = keyed_hash(job.key, "patient", mark.patient) if mark.patient else None
+        videos.append(Video(job.ids[source.name], mark.label, patient, record))
+    return write_all(videos, job.settings, job.work, workers)
 
 
 def _swap(out: Path, work: Path, key: bytes) -> None:
@@ -823,7 +404,7 @@ def _swap(out: Path, work: Path, key: bytes) -> None:
         old.unlink()
     for path in sorted((work / "new").iterdir()):
         path.rename(out / path.name)
-    _keep_key(out / "local", key)
+    keep_key(out / "local", key)
     (work / LEDGER).replace(out / "local" / LEDGER)
     sync_folder(out / "local")
     sync_folder(out)

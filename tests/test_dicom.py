@@ -639,7 +639,7 @@ def test_what_is_not_needed_does_not_matter(grey, tmp_path):
 
 def test_no_damage_raises_anything_else(grey, colour, tmp_path):
     """Random damage to header and data: frames, or a VideoError, and never a patient's name."""
-    from sslus.engine import shard as sharding
+    from sslus.engine import spool
 
     tags = {"SequenceOfUltrasoundRegions": [box(1, 2, 60, 40)], "FrameTimeVector": ["0", *"9999"]}
     data = encoded(grey, "jpegls", "gray")
@@ -649,7 +649,7 @@ def test_no_damage_raises_anything_else(grey, colour, tmp_path):
         write(tmp_path / "c.dcm", data, JPEG_LS, **shape_of(grey), **tags),
     ]
     rng = np.random.default_rng(0)
-    sharding._worker_backends[:] = [sharding.PyavBackend()]
+    spool._worker_backends[:] = [spool.PyavBackend()]
     refused = 0
     for path in files:
         data = path.read_bytes()
@@ -659,11 +659,11 @@ def test_no_damage_raises_anything_else(grey, colour, tmp_path):
             for at in rng.integers(132, end, rng.integers(1, 12)):
                 broken[at] = rng.integers(256)
             path.write_bytes(broken[: rng.integers(200, end)] if rng.random() < 0.2 else broken)
-            record = sharding._spool_video(path, "id", Settings(size=32, stride=1), tmp_path)
+            record = spool.spool_video(path, "id", Settings(size=32, stride=1), tmp_path)
             refused += record["status"] == "refused"
             assert record["status"] != "ok" or record["decoded_frames"] == record["expected_frames"]
             assert not any(v in json.dumps(record) for v in PATIENT.values())
-    sharding._worker_backends.clear()
+    spool._worker_backends.clear()
     assert 10 < refused < 170
 
 

@@ -102,7 +102,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_run(capsys, monkeypatch):
     ],
 )
 def test_the_path_is_the_one_that_sharding_chooses(monkeypatch, chosen, says):
-    monkeypatch.setattr("sslus.engine.shard.choose_backends", lambda device, decoder: chosen)
+    monkeypatch.setattr("sslus.engine.spool.choose_backends", lambda device, decoder: chosen)
 
     assert doctor.shard().startswith(says)
 

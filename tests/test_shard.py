@@ -352,7 +352,7 @@ def test_strict_writes_nothing(mixed, tmp_path):
 
 
 def test_whatever_a_decoder_throws_is_that_files_refusal(clips, tmp_path, monkeypatch):
-    from sslus.engine import shard as module
+    from sslus.engine import spool as module
 
     def broken(*arguments):
         raise IndexError("out of range\nin a library")
@@ -364,11 +364,11 @@ def test_whatever_a_decoder_throws_is_that_files_refusal(clips, tmp_path, monkey
 
     why = "its decoder failed (IndexError: out of range)"
     monkeypatch.setattr(module, "_worker_backends", [Broken()])
-    record = module._spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
+    record = module.spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
     assert (record["status"], record["kept_frames"]) == ("incomplete", 1)
     assert record["why"].startswith(why + ";")
     monkeypatch.setattr(module, "probe", broken)
-    record = module._spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
+    record = module.spool_video(clips / "u.mp4", "0", Settings(64, 1), tmp_path)
     assert (record["status"], record["why"]) == ("refused", why)
 
 
@@ -865,8 +865,8 @@ def test_a_crashing_decoder_costs_one_file(decoders, clips, tmp_path):
     code = (
         "import os\n"
         "from pathlib import Path\n"
-        "from sslus.engine import shard as module\n"
-        "probe = module.probe\n"
+        "from sslus.engine import shard as module, spool\n"
+        "probe = spool.probe\n"
         "def crash(path):\n"
         "    if path.name == 'u.mp4':\n"
         f"        tries = Path({str(tries)!r}).open('a+')\n"
@@ -875,7 +875,7 @@ def test_a_crashing_decoder_costs_one_file(decoders, clips, tmp_path):
         "            print(os.getpid(), file=tries, flush=True)\n"
         "            os.kill(os.getpid(), 9)\n"
         "    return probe(path)\n"
-        "module.probe = crash  # in the workers too, which run this file but for what follows\n"
+        "spool.probe = crash  # in the workers too, which run this file but for what follows\n"
         f"module.choose_backends = lambda *a: [('pyav', 'cpu')] * {decoders}\n"
         "if __name__ == '__main__':\n"
         f"    clips, out = Path({str(clips)!r}), Path({str(tmp_path / 'out')!r})\n"

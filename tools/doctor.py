@@ -287,7 +287,7 @@ def synth() -> str:
 def shard() -> str:
     """The decoders that `--device auto` chooses, asked of the code that chooses them."""
     from sslus.engine.dali import why_not
-    from sslus.engine.shard import choose_backends
+    from sslus.engine.spool import choose_backends
 
     names = {
         ("pyav", "cpu"): "PyAV on the CPU",
