@@ -183,7 +183,7 @@ class Bench:
     def videos(self) -> list[Path]:
         """The given videos, or H.264 clips of moving speckle."""
         if self.data:
-            from sslus.engine.dicom import is_dicom
+            from sslus.engine.dicom_header import is_dicom
             from sslus.engine.sources import find_videos
 
             # PyAV alone, the peer, reads no DICOM file.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslus.engine import dicom, video
+from sslus.engine.dicom_header import is_dicom, is_ultrasound
 from sslus.engine.errors import InputError
 from sslus.engine.video import VideoInfo
 
@@ -92,7 +93,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
 
 def probe(path: Path) -> VideoInfo:
     """Read what a file says about itself. Raises VideoError if it cannot be decoded."""
-    return (dicom if dicom.is_dicom(path) else video).probe(path)
+    return (dicom if is_dicom(path) else video).probe(path)
 
 
 def _other_kind(path: Path) -> str | None:
@@ -101,7 +102,7 @@ def _other_kind(path: Path) -> str | None:
     if not path.name.startswith("."):
         if suffix in EXTENSIONS:
             return None
-        if dicom.is_dicom(path):  # its name tells nothing: archives use UIDs, or no extension
-            return OTHER_DICOM if dicom.is_ultrasound(path) is False else None
+        if is_dicom(path):  # its name tells nothing: archives use UIDs, or no extension
+            return OTHER_DICOM if is_ultrasound(path) is False else None
     # A name without an extension, or with a long one, may be that of a patient.
     return suffix if suffix[1:].isalnum() and len(suffix) < 6 else UNKNOWN

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sslus.engine import _luma, dicom
+from sslus.engine.dicom_header import is_dicom, read_header
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import prepare
 from sslus.engine.region import Box, Region
@@ -232,7 +233,7 @@ def fragment(path: Path, data: list[bytes], pieces: int, has_bot: bool) -> None:
             items.append(item(image[k * step : (k + 1) * step]))
             at += len(items[-1])
     table = b"".join(s.to_bytes(4, "little") for s in starts) if has_bot else b""
-    head = path.read_bytes()[: dicom.read_header(path).at]
+    head = path.read_bytes()[: read_header(path).at]
     path.write_bytes(head + item(table) + b"".join(items) + b"\xfe\xff\xdd\xe0\0\0\0\0")
 
 
@@ -471,9 +472,9 @@ def test_bad_files(grey, colour, tmp_path):
     assert len(frames(huge)) == 5 and dicom.probe(huge).num_frames == 2**31 - 1
     write(path, grey)
     data = path.read_bytes()
-    path.write_bytes(data[: dicom.read_header(path).at - 12])
+    path.write_bytes(data[: read_header(path).at - 12])
     assert "without an image" in why(path)
-    for end in range(140, dicom.read_header(write(path, grey)).at - 12, 23):
+    for end in range(140, read_header(write(path, grey)).at - 12, 23):
         path.write_bytes(data[:end])
         assert why(path)
     path.write_bytes(b"")
@@ -482,10 +483,10 @@ def test_bad_files(grey, colour, tmp_path):
     assert "contradicts" in why(write(path, grey[..., :63], photometric="YBR_FULL_422",
                                       SamplesPerPixel=3))  # fmt: skip
     write(path, grey)
-    spoil(path, b"\xff" * 4, dicom.read_header(path).at - 4)  # a length as of compressed pixels
+    spoil(path, b"\xff" * 4, read_header(path).at - 4)  # a length as of compressed pixels
     assert "contradicts" in why(path)
     write(path, grey, BIG)
-    spoil(path, b"OW", dicom.read_header(path).at - 8)
+    spoil(path, b"OW", read_header(path).at - 8)
     assert "swapped" in why(path)
     data = write(path, grey).read_bytes()
     uid = b"1.2.840.10008.1.2.1"
@@ -521,7 +522,7 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
     import simplejpeg
 
     path = write(tmp_path / "a.dcm", grey)
-    path.write_bytes(path.read_bytes()[: dicom.read_header(path).at + 3 * 48 * 64 + 100])
+    path.write_bytes(path.read_bytes()[: read_header(path).at + 3 * 48 * 64 + 100])
     assert len(frames(path)) == 3 and dicom.probe(path).num_frames == 5
     path = write(tmp_path / "a.dcm", grey, NumberOfFrames=2)  # more than the header says
     assert len(frames(path)) == 5
@@ -536,7 +537,7 @@ def test_what_a_truncated_or_damaged_file_still_gives(grey, colour, tmp_path):
 
     path = write(tmp_path / "c.dcm", colour, RLE)
     with path.open("rb") as f:
-        second = list(dicom._fragments(f, dicom.read_header(path).at))[2]  # after the table
+        second = list(dicom._fragments(f, read_header(path).at))[2]  # after the table
     spoil(path, b"\2", second[0])  # the number of its segments
     assert [f.corrupt for f in frames(path)] == [False, True, False, False, False]
     spoil(path, b"\3" + bytes(3) + b"\xff" * 60, second[0])  # their starts
@@ -554,7 +555,7 @@ def test_an_image_that_is_cut_off_is_damaged(codec, syntax, colour, tmp_path):
     path = write(tmp_path / "a.dcm", data, syntax, "RGB", **shape_of(colour))
     whole = path.read_bytes()
     with path.open("rb") as f:
-        start, length = list(dicom._fragments(f, dicom.read_header(path).at))[-1]
+        start, length = list(dicom._fragments(f, read_header(path).at))[-1]
     for share in (0.98, 0.9, 0.5, 0.2):
         path.write_bytes(whole[: start + int(length * share)])
         assert [f.corrupt for f in frames(path)] == [False] * 4 + [True]
@@ -610,14 +611,14 @@ def test_run_lengths_in_several_fragments_and_without_a_table(colour, tmp_path):
     path = write(tmp_path / "a.dcm", colour, RLE)
     with path.open("rb") as f:
         items = []
-        for start, length in list(dicom._fragments(f, dicom.read_header(path).at))[1:]:
+        for start, length in list(dicom._fragments(f, read_header(path).at))[1:]:
             f.seek(start)
             items.append(f.read(length))
     fragment(path, items, 2, has_bot=False)
     same(path, bt601(colour))
     fragment(path, items, 1, has_bot=False)
     data = path.read_bytes()
-    at = dicom.read_header(path).at
+    at = read_header(path).at
     path.write_bytes(data[:at] + data[at + 8 :])
     same(path, bt601(colour))
 
@@ -721,13 +722,13 @@ def test_real_files(real_data):
     np.testing.assert_array_equal(pixels, planes)
     little, big = (images(folder / f"gdcm-US-ALOKA-16{end}.dcm", 256) for end in ("", "_big"))
     np.testing.assert_array_equal(little, big)
-    assert dicom.read_header(folder / "gdcm-US-ALOKA-16.dcm").region.box == (24, 416, 32, 640)
+    assert read_header(folder / "gdcm-US-ALOKA-16.dcm").region.box == (24, 416, 32, 640)
     cine = images(folder / "examples_ybr_color.dcm", 256)
     with (folder / "examples_ybr_color.dcm").open("rb") as f:
-        f.seek(dicom.read_header(Path(f.name)).at)
+        f.seek(read_header(Path(f.name)).at)
         jpegs = list(generate_frames(f, number_of_frames=30))
     want = stored([simplejpeg.decode_jpeg(j, "GRAY")[..., 0] for j in jpegs], 256)
     assert len(cine) == 30 and np.abs(cine.astype(int) - want).max() <= 1
     assert dicom.probe(folder / "examples_ybr_color.dcm").rate_hz == pytest.approx(30, abs=1e-3)
     everything, _ = find_videos([folder, real_data / "itkpocus"])
-    assert sum(dicom.is_dicom(s.path) for s in everything) == 15
+    assert sum(is_dicom(s.path) for s in everything) == 15
