@@ -120,7 +120,9 @@ def start_ranks():
     """
     import torch.multiprocessing as mp
 
-    mp.get_context("forkserver").set_forkserver_preload(["sslus.ssl.train", "sslus.tools.train"])
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["sslus.tools.train", "sslus.tools.training"]
+    )
 
     def start(work, args, num):
         mp.start_processes(work, args, num, start_method="forkserver")

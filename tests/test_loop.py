@@ -32,7 +32,7 @@ from sslus.ssl.step import Snapshot, Step, choose, total_norm
 from sslus.ssl.train import Settings, train
 from sslus.ssl.world import World
 from sslus.tools.cli import main
-from sslus.tools.train import _evaluate
+from sslus.tools.training import _evaluate
 
 SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
 HEAD = vicreg.Config(projector="32-32")
@@ -311,7 +311,7 @@ def test_all_methods_one_after_the_other(shards, tmp_path, capsys, monkeypatch):
     def stopped(*args):
         raise Interrupted(stopped_at, 15)
 
-    monkeypatch.setattr("sslus.tools.train._train", stopped)
+    monkeypatch.setattr("sslus.tools.training._train", stopped)
     assert main(going[1:]) == 143
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"Error: autoencoder: {stopped_at}. Continue with: {' '.join(going)}"
@@ -379,7 +379,7 @@ def test_all_methods_keep_what_the_first_machine_chose(shards, tmp_path, capsys,
         given.append(args)
         raise Interrupted("stopped", 15)
 
-    monkeypatch.setattr("sslus.tools.train._train", stopped)
+    monkeypatch.setattr("sslus.tools.training._train", stopped)
     assert main([*base, *small.split()]) == 143
     options = json.loads((folder / "all.json").read_text())["options"]
     assert options["batch_size"] == 64 and options["precision"] == "fp32"

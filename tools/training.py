@@ -1,0 +1,264 @@
+"""What `sslus train` runs: one method, or all of them, in one process or several."""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sslus.engine.atomic import atomic_file
+from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.stream import is_url
+from sslus.ssl import methods
+from sslus.ssl import train as loop
+from sslus.ssl.loader import open_store
+from sslus.ssl.loop import NotFinite, Options
+from sslus.ssl.train import Settings
+from sslus.ssl.world import enter
+from sslus.tools.cli import EXIT_CODE_FILE
+from sslus.tools.screen import argument, progress, summary, tell
+
+# Options that change what is logged and kept, not the result.
+OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
+WHERE = ("device", "tier", "threads")  # nor do these, but for streaming, which draws anew
+NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # set by each call
+
+
+def _resume(run, how: str = "") -> str:
+    """The command that continues a run, which has recorded all but the number of processes."""
+    run, size = argument(run), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and EXIT_CODE_FILE not in os.environ:
+        return f"the same torchrun command with --resume --run {run}"
+    return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
+
+
+def train_one(shards: str, run: Path, given: dict, named: set[str]) -> None:
+    """Train one method and print the summary. `named`: the names in `given` that were set on the
+    command line."""
+    try:
+        result = _train(shards, run, given, named)
+    except Interrupted as e:
+        raise Interrupted(f"{e}. Continue with: {_resume(run)}", e.signum) from None
+    going = _resume(result.run) if result.stopped else _evaluate(result.run, result.shards)
+    if _is_main():
+        summary(_rows(result), warnings=result.warnings, next_command=going)
+
+
+def _train(shards: str, run: Path, given: dict, named: set[str]) -> loop.TrainResult:
+    """One run."""
+    given = dict(given)
+    rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
+    resume = given.pop("resume")
+    if resume:
+        how = loop.recorded_options(run)
+        given |= {k: v for k, v in how.items() if k in given and k not in named}
+    device, tier, threads = (given.pop(name) for name in ("device", "tier", "threads"))
+    options = Options(**{name: given.pop(name) for name in OPTIONS})
+    # Before the frame store is built, so that processes waiting for it hear if that fails.
+    world = enter(device)
+    settled = {k: v for k, v in given.items() if k in named or k == "method"}
+    config = loop.open_run(run, resume, world)
+    if config is None:
+        values, method_config = methods.recipe(given["method"], recipe)
+        # An option that is given removes the values of the recipe that belonged to the old one.
+        if "base_lr" in settled:
+            values.pop("lr", None)
+        if "optimizer" in settled and settled["optimizer"] != values.get("optimizer", "adamw"):
+            for name in ("lr", "base_lr", "weight_decay"):
+                values.pop(name, None)
+            fields = dataclasses.fields(method_config)
+            other = {f.name: f.default for f in fields if f.metadata.get("of_optimizer")}
+            method_config = dataclasses.replace(method_config, **other)
+        settings = loop.Settings(**{**_settings(given), **values})
+    elif recipe != "default":
+        raise InputError("--recipe: a resumed run already has its values; leave the option out")
+    else:  # the run's settings, except what this command line names: the loop compares them
+        settings, method_config = loop.settings_from(config)
+        if "method" not in named:
+            settled.pop("method")
+        if "shards" not in named:
+            shards = config["shards"]["path"]
+    own = {f.name for f in dataclasses.fields(method_config)}
+    method_config = dataclasses.replace(
+        method_config, **{k: v for k, v in settled.items() if k in own}
+    )
+    settings = dataclasses.replace(settings, **_settings(settled))
+
+    if _is_main() and not is_url(shards):
+        with progress("frame store", "frames") as report:
+            open_store(
+                shards, tier, settings.pairs, rebuild=rebuild_store, threads=threads, report=report
+            )
+    # Only the first process shows its progress.
+    with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
+        return loop.train(
+            shards,
+            settings,
+            method_config,
+            run,
+            resume=resume,
+            device=device,
+            tier=tier,
+            threads=threads,
+            options=options,
+            report=report,
+            say=tell,
+        )
+
+
+def _settings(values: dict) -> dict:
+    """Those of the values that are fields of the loop's Settings."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    return {k: v for k, v in values.items() if k in known}
+
+
+def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
+    """Train the methods one after the other, each in its own folder; skip finished ones."""
+    going = _resume(folder, " --method all")
+    shards, given, named = _settled_for_all(shards, folder, given, named, going)
+    rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
+    failed = []
+    for name in methods.names():
+        run = folder / name
+        mine = given | {
+            "method": name,
+            "resume": given["resume"] and (run / "config.json").exists(),
+        }
+        given["rebuild_store"] = False  # once for all
+        if limit is not None:
+            mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
+        if _is_main():
+            tell(f"{name} -> {run}")
+        try:
+            result = _train(shards, run, mine, named)
+        except Interrupted as e:
+            raise Interrupted(f"{name}: {e}. Continue with: {going}", e.signum) from None
+        except NotFinite as e:
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # the others may hear of it a step later
+                raise
+            failed.append(name)
+            tell(f"Error: {name}: {e}")
+            _free_memory()
+            continue
+        _free_memory()
+        if result.signum and not result.stopped and name != methods.names()[-1]:
+            raise Interrupted(f"{name} is finished. Continue with: {going}", result.signum)
+        warnings += [f"{name}: {line}" for line in result.warnings]
+        facts = _facts(result)
+        rows[name] = "; ".join([f"{result.step:,} steps", *facts.values()])
+        if result.stopped:
+            break
+    if _is_main() and rows:
+        summary(
+            rows,
+            warnings=warnings,
+            next_command=going
+            if result.stopped
+            else _evaluate(folder / next(reversed(rows)), shards),
+        )
+    if failed:
+        raise InputError(f"{', '.join(failed)}: failed, as told above")
+
+
+def _settled_for_all(shards: str, folder: Path, given: dict, named: set[str], going: str) -> tuple:
+    """(shards, given, named) for all methods.
+
+    The options of the command line are kept in <folder>/all.json, so that after a resume the
+    methods that had not begun get the same ones.
+    """
+    if given["recipe"] != "default":
+        raise InputError("--method all: leave --recipe out, since the recipes differ in length")
+    record = folder / "all.json"
+    if given["resume"]:
+        try:
+            before = json.loads(record.read_text())
+            recorded_shards, options = before["shards"], dict(before["options"])
+            if before.get("format") != 2:
+                raise ValueError("written by another version of sslus")
+        except FileNotFoundError as e:
+            raise InputError(f"--resume: {folder} holds no run of --method all") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
+        # What does not change the methods' results may be changed when resuming.
+        options |= {k: given[k] for k in named & {*OPTIONS, *WHERE} - {*NOT_FOR_ALL}}
+        given = given | {k: v for k, v in options.items() if k not in named}
+        shards = shards if "shards" in named else recorded_shards
+        named = named | set(options) | {"shards"}
+    else:
+        begun = any((folder / name / "config.json").exists() for name in methods.names())
+        if begun and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            raise InputError(f"{folder} already exists; continue it with: {going}")
+        options = {k: v for k, v in given.items() if k in named and k not in NOT_FOR_ALL}
+        # Defaults that depend on the device stay the same for all methods, wherever they resume.
+        chosen = Settings(**_settings(given) | {"method": methods.names()[0]})
+        chosen = chosen.resolved(enter(given["device"]).device, num_frames=2**40)
+        for name in ("backbone", "image_size", "batch_size", "precision"):
+            options[name] = getattr(chosen, name)
+        given, named = given | options, named | set(options)
+    if _is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        where = shards if is_url(shards) else str(Path(shards).resolve())
+        with atomic_file(record, "w") as f:
+            json.dump({"format": 2, "shards": where, "options": options}, f, indent=2)
+    return shards, given, named
+
+
+def _free_memory() -> None:
+    """Give back what the last method used: its weights are part of a cycle of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _evaluate(run, shards: str) -> str:
+    there = " --shards shards/" if is_url(shards) else ""  # evaluation needs them on a disk
+    return f"sslus evaluate {argument(run)}{there} --labels labels.csv"
+
+
+def _facts(result) -> dict[str, str]:
+    """Speed, loss and features, as far as they are known: a short run may lack some."""
+    lines = [m for m in result.metrics if "loss" in m]
+    looks = [m for m in result.metrics if "rankme" in m]
+    facts = {}
+    if lines:
+        first, last = lines[0], lines[-1]
+        speed, wait = (
+            sorted(m[key] for m in lines)[len(lines) // 2]
+            for key in ("samples_per_second", "data_wait")
+        )
+        facts["speed"] = (
+            f"{speed:,.1f} samples/s (two views each), {100 * wait:.0f} % of the time waiting for"
+            " data"
+        )
+        facts["loss"] = (
+            f"{first['loss']:.3f} (steps 1-{first['step']}) -> {last['loss']:.3f}"
+            f" (to step {last['step']})"
+        )
+    if looks:
+        look = looks[-1]
+        facts["features"] = f"RankMe {look['rankme']:.1f}, mean std {look['feature_std']:.3g}"
+    return facts
+
+
+def _rows(result) -> dict[str, str]:
+    rows = {"run": str(result.run)}
+    if result.was_finished:
+        rows["state"] = f"already finished ({result.step} steps); nothing was done"
+    if result.stopped:
+        rows["state"] = f"time limit reached at step {result.step}; everything is saved"
+    rows |= {
+        "trained": f"{result.step:,} steps, {result.epoch:.1f} epochs",
+        "time": f"{result.seconds:,.0f} s",
+        **_facts(result),
+        "curves": str(result.run / "curves.png"),
+        "backbone": str(result.run / "backbone.safetensors"),
+    }
+    return rows
