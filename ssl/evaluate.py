@@ -7,25 +7,22 @@ evaluated on the same frames, folds and subsets of labels.
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
-from sslus.ssl import backbones, finetune, views
+from sslus.ssl import backbones, finetune
+from sslus.ssl.features import RANDOM, Run, Stage, build, features_of_both, read_run
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, knn
 from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
 from sslus.ssl.splits import (
@@ -40,9 +37,6 @@ from sslus.ssl.splits import (
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
-RANDOM = "random init"  # the same backbone, never trained
-FEATURE_BATCH = 64
-SETTLED_BY = 1024  # most frames from which a random backbone gets its BatchNorm statistics
 # Chosen once, for standardised features, and the same for every backbone: tuning it on the test
 # folds would bias the result, and an inner search would take ten times as many fits.
 INVERSE_REGULARISATION = 0.01
@@ -54,9 +48,6 @@ SETTINGS = {
     },
     "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
 }  # fmt: skip
-
-# stage(label, unit) -> a context that yields report(done, total, note)
-Stage = Callable[[str, str], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def evaluate(
             "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
         )
     shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
-    source = _read_run(run)
+    source = read_run(run)
     settings = source.config["settings"]
     shards = shards or source.config["shards"]["path"]
     if is_url(shards):
@@ -140,7 +131,7 @@ def evaluate(
             guesses, num = _finetune(source, store, frames, tasks, how, where, folder, stage)
             about = dataclasses.asdict(how) | {"num_trainings": num}
         else:
-            features = _features_of_both(source, store, frames, where, out, stage)
+            features = features_of_both(source, store, frames, where, out, stage)
             with stage("probe" if protocol == "linear" else protocol, "fits") as report:
                 guesses, slow = _fit_all(protocol, tasks, frames, features, report)
             about = SETTINGS[protocol]
@@ -179,79 +170,6 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is evaluated, read once: a training under way may write other weights meanwhile."""
-
-    path: Path
-    config: dict
-    weights: bytes  # of backbone.safetensors
-
-
-def _read_run(run: Path) -> _Run:
-    for name in ("config.json", "backbone.safetensors"):
-        if not (run / name).is_file():
-            raise InputError(
-                f"{run}: has no {name}; give the folder of a run of `sslus train`"
-                " (--resume finishes an unfinished one)"
-            )
-    try:
-        config = json.loads((run / "config.json").read_text())
-        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
-            " train it again"
-        ) from e
-    return _Run(run, config, (run / "backbone.safetensors").read_bytes())
-
-
-def _features_of_both(
-    run: _Run,
-    store: FrameStore,
-    frames: LabelledFrames,
-    device: torch.device,
-    cache: Path,
-    stage: Stage,
-) -> dict[str, np.ndarray]:
-    """The features of the trained and the random backbone, by their names in the table."""
-    config, num, features, used = run.config, len(frames), {}, set()
-    with stage("features", "frames") as report:
-        for i, name in enumerate([config["settings"]["method"], RANDOM]):
-            backbone = _build(run, name)
-            if name == RANDOM:
-                seen = frames.index[:: -(-num // SETTLED_BY)]
-                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
-                backbone.to(device)
-                settle_batch_norm(backbone, (_frames(store, p, config, device) for p in parts))
-                backbone.cpu()
-            features[name], path = _features(
-                backbone, store, frames.index, config, device, cache,
-                lambda done, i=i: report(i * num + done, 2 * num, ""),
-            )  # fmt: skip
-            used.add(path)
-    for old in set(cache.glob("features-*.npy")) - used:  # of weights or labels before these
-        old.unlink()
-    return features
-
-
-def _build(run: _Run, name: str) -> nn.Module:
-    """The backbone of the run or, for RANDOM, the same with random weights from the run's seed."""
-    settings = run.config["settings"]
-    backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
-    if name == RANDOM:
-        return backbone
-    try:
-        backbone.load_state_dict(safetensors.torch.load(run.weights))
-    except (SafetensorError, RuntimeError) as e:
-        why = str(e).splitlines()[-1].strip()
-        raise InputError(
-            f"{run.path / 'backbone.safetensors'}: not this run's weights, or damaged ({why});"
-            " copy the run again, or train it again"
-        ) from e
-    return backbone
-
-
 def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, bool]:
     """Predictions of a logistic regression, (T,), and whether it converged.
 
@@ -285,69 +203,6 @@ def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
     return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
 
 
-def settle_batch_norm(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Give BatchNorm the mean statistics of `batches` instead of initial ones; weights stay.
-
-    The initial ones, mean 0 and variance 1, make random features so poor that a backbone would
-    look trained if only its statistics had changed. Leaves the backbone in eval mode.
-    """
-    backbone.eval()
-    for module in backbone.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # the mean over all batches
-            module.train()
-    with torch.no_grad():
-        for x in batches:
-            backbone(x)
-    backbone.eval()
-
-
-def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.device):
-    """(n, 1, h, w) float32: whole frames at the run's size, normalised as in training."""
-    shards = config["shards"]
-    size = config["settings"]["image_size"]
-    return views.whole(store.frames[index], size, shards["mean"], shards["std"]).to(device)
-
-
-def _features(
-    backbone: nn.Module,
-    store: FrameStore,
-    index: np.ndarray,
-    config: dict,
-    device: torch.device,
-    cache: Path,
-    report: Callable[[int], None],
-) -> tuple[np.ndarray, Path]:
-    """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`."""
-    name, size = (config["settings"][k] for k in ("backbone", "image_size"))
-    mean, std = config["shards"]["mean"], config["shards"]["std"]
-    key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
-    key.update(json.dumps(versions()).encode())
-    key.update(index.astype(np.int64).tobytes())
-    backbones.add_to_digest(key, backbone)
-    path = cache / f"features-{key.hexdigest()[:16]}.npy"
-    if path.exists():
-        report(len(index))
-        return np.load(path, allow_pickle=False), path
-    # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
-    backbone.eval().to(device, memory_format=torch.channels_last)
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(index), FEATURE_BATCH):
-            x = _frames(store, index[start : start + FEATURE_BATCH], config, device)
-            parts.append(backbone(x).float().cpu().numpy())
-            report(min(start + FEATURE_BATCH, len(index)))
-    features = np.concatenate(parts)
-    if not np.isfinite(features).all():
-        raise InputError("the backbone's features are not finite; train it again")
-    content = io.BytesIO()
-    np.save(content, features)  # in memory: on a full disk, np.save would not name the cause
-    with atomic_file(path) as f:
-        f.write(content.getbuffer())
-    return features, path
-
-
 def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterator[Task]:
     """deals: the `folds` of each seed."""
     for seed, pairs in enumerate(deals):
@@ -376,7 +231,7 @@ def _fit_all(
 
 
 def _finetune(
-    run: _Run,
+    run: Run,
     store: FrameStore,
     frames: LabelledFrames,
     tasks: list[Task],
@@ -386,7 +241,7 @@ def _finetune(
     stage: Stage,
 ) -> tuple[list[np.ndarray], int]:
     """Each task's predicted classes, (T,), and how many trainings that took."""
-    starts = {name: _build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
+    starts = {name: build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
     size, shards = run.config["settings"]["image_size"], run.config["shards"]
     pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
     index, num_classes = frames.index, len(frames.names)
@@ -450,7 +305,7 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
 
 
 def _warnings(
-    run: _Run, store: FrameStore, frames: LabelledFrames, tasks: list[Task]
+    run: Run, store: FrameStore, frames: LabelledFrames, tasks: list[Task]
 ) -> Iterator[str]:
     """What a reader of the table has to know."""
     settings, shards = run.config["settings"], run.config["shards"]
@@ -495,7 +350,7 @@ def _warnings(
         yield f"the run is not finished: its backbone is from step {done} of {steps}"
 
 
-def _write(result: Evaluation, frames, store: FrameStore, run: _Run) -> None:
+def _write(result: Evaluation, frames, store: FrameStore, run: Run) -> None:
     settings = run.config["settings"]
     facts = {
         "format": 2,

@@ -22,7 +22,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate, finetune, online, report, splits, views
+from sslus.ssl import backbones, evaluate, features, finetune, online, report, splits, views
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -311,41 +311,41 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     backbone.train()  # as a training loop leaves it
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
 
-    def features(index, cache):
+    def compute(index, cache):
         cache.mkdir(exist_ok=True)
-        return evaluate._features(
+        return features._features(
             backbone, store, index, config, torch.device("cpu"), cache, lambda done: None
         )[0]
 
     index = np.arange(80)
-    together = features(index, tmp_path / "a")
+    together = compute(index, tmp_path / "a")
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
-    alone = np.concatenate([features(index[i : i + 1], tmp_path / "b") for i in range(5)])
+    alone = np.concatenate([compute(index[i : i + 1], tmp_path / "b") for i in range(5)])
     np.testing.assert_allclose(together[:5], alone, rtol=1e-4, atol=1e-6)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "_frames", None)  # what is in the cache is not computed again
-        assert np.array_equal(features(index, tmp_path / "a"), together)
+        patch.setattr(features, "_frames", None)  # what is in the cache is not computed again
+        assert np.array_equal(compute(index, tmp_path / "a"), together)
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)
-    assert not np.array_equal(features(index, tmp_path / "a"), together)  # other weights
-    features(index, tmp_path / "a")
-    monkeypatch.setattr(evaluate, "_frames", None)
-    features(index, tmp_path / "a")  # from the cache, until anything else is other
+    assert not np.array_equal(compute(index, tmp_path / "a"), together)  # other weights
+    compute(index, tmp_path / "a")
+    monkeypatch.setattr(features, "_frames", None)
+    compute(index, tmp_path / "a")  # from the cache, until anything else is other
     for part, key, value in (
         ("shards", "mean", 0.9), ("shards", "std", 0.9), ("settings", "image_size", 16),
         ("settings", "backbone", "resnet18"),
     ):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
             patch.setitem(config[part], key, value)
-            features(index, tmp_path / "a")
+            compute(index, tmp_path / "a")
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
-        patch.setattr(evaluate, "versions", lambda: {"torch": "other"})
-        features(index, tmp_path / "a")
+        patch.setattr(features, "versions", lambda: {"torch": "other"})
+        compute(index, tmp_path / "a")
     with pytest.raises(TypeError, match="not callable"):
-        features(index[::-1], tmp_path / "a")
+        compute(index[::-1], tmp_path / "a")
     store = dataclasses.replace(store, digest="other")
     with pytest.raises(TypeError, match="not callable"):
-        features(index, tmp_path / "a")
+        compute(index, tmp_path / "a")
 
 
 def test_a_run_that_goes_on_is_judged_as_it_was_read(run, videos, tmp_path):

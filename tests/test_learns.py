@@ -27,7 +27,8 @@ from sslus.kernels.mask import mask_fill, mask_ids, masked_mse
 from sslus.kernels.ntxent import ntxent_loss
 from sslus.kernels.vicreg import vicreg_loss
 from sslus.ssl import backbones, methods
-from sslus.ssl.evaluate import probe, scores, settle_batch_norm
+from sslus.ssl.evaluate import probe, scores
+from sslus.ssl.features import settle_batch_norm
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import (
     Output,

@@ -1,0 +1,166 @@
+"""Features of the frozen backbone of a run, and of the same one at random initialisation."""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from sslus.engine.atomic import atomic_file
+from sslus.engine.errors import InputError
+from sslus.engine.store import FrameStore
+from sslus.ssl import backbones, views
+from sslus.ssl.splits import LabelledFrames
+from sslus.ssl.versions import versions
+
+RANDOM = "random init"  # the same backbone, never trained
+FEATURE_BATCH = 64
+SETTLED_BY = 1024  # most frames from which a random backbone gets its BatchNorm statistics
+
+# stage(label, unit) -> a context that yields report(done, total, note)
+Stage = Callable[[str, str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is evaluated, read once: a training under way may write other weights meanwhile."""
+
+    path: Path
+    config: dict
+    weights: bytes  # of backbone.safetensors
+
+
+def read_run(run: Path) -> Run:
+    """Raises InputError if it is not the folder of a run, or damaged."""
+    for name in ("config.json", "backbone.safetensors"):
+        if not (run / name).is_file():
+            raise InputError(
+                f"{run}: has no {name}; give the folder of a run of `sslus train`"
+                " (--resume finishes an unfinished one)"
+            )
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
+            " train it again"
+        ) from e
+    return Run(run, config, (run / "backbone.safetensors").read_bytes())
+
+
+def features_of_both(
+    run: Run,
+    store: FrameStore,
+    frames: LabelledFrames,
+    device: torch.device,
+    cache: Path,
+    stage: Stage,
+) -> dict[str, np.ndarray]:
+    """The features of the trained and the random backbone, by their names in the table."""
+    config, num, features, used = run.config, len(frames), {}, set()
+    with stage("features", "frames") as report:
+        for i, name in enumerate([config["settings"]["method"], RANDOM]):
+            backbone = build(run, name)
+            if name == RANDOM:
+                seen = frames.index[:: -(-num // SETTLED_BY)]
+                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
+                backbone.to(device)
+                settle_batch_norm(backbone, (_frames(store, p, config, device) for p in parts))
+                backbone.cpu()
+            features[name], path = _features(
+                backbone, store, frames.index, config, device, cache,
+                lambda done, i=i: report(i * num + done, 2 * num, ""),
+            )  # fmt: skip
+            used.add(path)
+    for old in set(cache.glob("features-*.npy")) - used:  # of weights or labels before these
+        old.unlink()
+    return features
+
+
+def build(run: Run, name: str) -> nn.Module:
+    """The backbone of the run or, for RANDOM, the same with random weights from the run's seed."""
+    settings = run.config["settings"]
+    backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
+    if name == RANDOM:
+        return backbone
+    try:
+        backbone.load_state_dict(safetensors.torch.load(run.weights))
+    except (SafetensorError, RuntimeError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise InputError(
+            f"{run.path / 'backbone.safetensors'}: not this run's weights, or damaged ({why});"
+            " copy the run again, or train it again"
+        ) from e
+    return backbone
+
+
+def settle_batch_norm(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Give BatchNorm the mean statistics of `batches` instead of initial ones; weights stay.
+
+    The initial ones, mean 0 and variance 1, make random features so poor that a backbone would
+    look trained if only its statistics had changed. Leaves the backbone in eval mode.
+    """
+    backbone.eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+            module.train()
+    with torch.no_grad():
+        for x in batches:
+            backbone(x)
+    backbone.eval()
+
+
+def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.device):
+    """(n, 1, h, w) float32: whole frames at the run's size, normalised as in training."""
+    shards = config["shards"]
+    size = config["settings"]["image_size"]
+    return views.whole(store.frames[index], size, shards["mean"], shards["std"]).to(device)
+
+
+def _features(
+    backbone: nn.Module,
+    store: FrameStore,
+    index: np.ndarray,
+    config: dict,
+    device: torch.device,
+    cache: Path,
+    report: Callable[[int], None],
+) -> tuple[np.ndarray, Path]:
+    """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`."""
+    name, size = (config["settings"][k] for k in ("backbone", "image_size"))
+    mean, std = config["shards"]["mean"], config["shards"]["std"]
+    key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
+    key.update(json.dumps(versions()).encode())
+    key.update(index.astype(np.int64).tobytes())
+    backbones.add_to_digest(key, backbone)
+    path = cache / f"features-{key.hexdigest()[:16]}.npy"
+    if path.exists():
+        report(len(index))
+        return np.load(path, allow_pickle=False), path
+    # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
+    backbone.eval().to(device, memory_format=torch.channels_last)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(index), FEATURE_BATCH):
+            x = _frames(store, index[start : start + FEATURE_BATCH], config, device)
+            parts.append(backbone(x).float().cpu().numpy())
+            report(min(start + FEATURE_BATCH, len(index)))
+    features = np.concatenate(parts)
+    if not np.isfinite(features).all():
+        raise InputError("the backbone's features are not finite; train it again")
+    content = io.BytesIO()
+    np.save(content, features)  # in memory: on a full disk, np.save would not name the cause
+    with atomic_file(path) as f:
+        f.write(content.getbuffer())
+    return features, path
