@@ -67,19 +67,16 @@ class FrameStore:
         facts = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
         return self.frames.nbytes <= 512 * facts["MemAvailable"]
 
-    def read_ahead(self, indices: np.ndarray | None = None) -> None:
-        """Ask the system to load frames into memory: those at `indices`, or all.
+    def read_ahead(self, indices: np.ndarray) -> None:
+        """Ask the system to load these frames into memory, in which they are looked for first.
 
-        Returns at once; frames that are not loaded in time are read when they are used.
+        Frames that are not loaded in time are read when they are used. If the disk is busy, this
+        waits for it.
         """
-        mapped = self.frames._mmap
-        if indices is None:
-            mapped.madvise(mmap.MADV_WILLNEED)
-            return
         length = self.size**2
-        for i in np.unique(indices).tolist():
-            start = i * length // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, start, (i + 1) * length - start)
+        with Path(self.frames.filename).open("rb") as f:
+            for i in np.unique(indices).tolist():
+                os.posix_fadvise(f.fileno(), i * length, length, os.POSIX_FADV_WILLNEED)
 
     @staticmethod
     def open(
@@ -136,7 +133,7 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         if path.stat().st_size != np.prod(shape):
             raise InputError(f"{path}: does not have the size of {shape[0]} frames{remedy}")
         frames = np.memmap(path, np.uint8, "r", shape=shape)
-        with np.load(folder / "index.npz", allow_pickle=False) as columns:
+        with np.load(io.BytesIO(index), allow_pickle=False) as columns:
             arrays = {name: columns[name] for name in COLUMNS}
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: is missing{remedy}") from e

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
-from sslus.kernels.augment import COLUMNS, views
+from sslus.kernels.augment import views
 from sslus.ssl.memory import large_pages
 from sslus.ssl.views import ViewConfig, draw
 
@@ -52,6 +52,16 @@ class Views(NamedTuple):
     weights: Tensor | None  # (B,) float32, of the pairs
     ids: Tensor  # (B,) int64, `sample_ids`
     labels: Tensor  # (B,) int64, of the first view's frame; -1 without a label
+
+
+class _Drawn(NamedTuple):
+    """A batch whose views are drawn but not made yet."""
+
+    batch: Batch
+    index: Tensor  # (2B,) int64, the frames of the first views, then those of the second ones
+    params: Tensor  # (2B, P) float32, of these views
+    ids: Tensor  # (B,) int64
+    labels: Tensor | None  # (B,) int64; None if the frames are streamed, and labels with them
 
 
 def sample_ids(seed: int, epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -199,17 +209,21 @@ class Loader:
                 self.frames = torch.from_numpy(store.frames)
         if self.tier == "gpu":
             self.frames = self.frames.to(device)
-        elif self.tier == "ram":
-            store.read_ahead()
         # A new thread's device is the first GPU, where each rank would reserve memory.
         here = (torch.cuda.set_device, (self.stream.device,)) if device.type == "cuda" else ()
         self.pool = ThreadPoolExecutor(1, "views", *here)
+        self.advising = ThreadPoolExecutor(1, "read-ahead")  # a busy disk may make it wait
+        self.advice: deque[Future] = deque()
+        if self.tier == "ram":
+            for start in range(0, len(store), DRAWN):  # in pieces, so that it can be stopped
+                self._advise(np.arange(start, min(start + DRAWN, len(store))))
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exc) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.advising.shutdown(wait=True, cancel_futures=True)
         if self.reader:
             self.reader.close()
 
@@ -232,78 +246,87 @@ class Loader:
 
     def at_once(self, batch: Batch) -> Views:
         """The views of one batch, made immediately, for a trial."""
-        ((index, table, ids),) = self._prepare([batch])
-        job = self.pool.submit(self._make, batch, index, table, ids)
-        return self._hand_over(*job.result())
+        return self._hand_over(*self.pool.submit(self._make_one, batch).result())
 
     # ------------------------------------------------------------ in the background thread
 
     def _make_all(self) -> Iterator[tuple]:
         for group in self._groups():
-            for batch, prepared in zip(group, self._prepare(group), strict=True):
-                yield self._make(batch, *prepared)
+            for drawn in self._draw(group):
+                yield self._make(drawn)
+
+    def _make_one(self, batch: Batch) -> tuple:
+        if self.tier == "stream":
+            self.reader.read_ahead(batch.first)
+        return self._make(*self._draw([batch]))
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Groups of batches with DRAWN frames or more, announced to the read-ahead in advance."""
         horizon = {"disk": DRAWN, "stream": BUFFER}.get(self.tier, 0)  # frames
         waiting: deque[list[Batch]] = deque()
-        num_waiting, group, num = 0, [], 0
-        for batch in self.batches:
+        num_waiting = 0
+        for group in _grouped(self.batches):
             if self.tier == "disk":
-                same = batch.second is batch.first
-                frames = batch.first if same else np.concatenate([batch.first, batch.second])
-                self.store.read_ahead(frames)
+                self._advise(np.concatenate([x for b in group for x in (b.first, b.second)]))
             elif self.tier == "stream":
-                self.reader.read_ahead(batch.first)
-            group.append(batch)
-            num += len(batch.first)
-            if num < DRAWN:
-                continue
+                self.reader.read_ahead(np.concatenate([b.first for b in group]))
+            most = 2 if self.tier == "disk" else math.inf  # it must not fall behind
+            while self.advice and (self.advice[0].done() or len(self.advice) > most):
+                self.advice.popleft().result()  # raises what went wrong
             waiting.append(group)
-            num_waiting += num
-            group, num = [], 0
+            num_waiting += _num_frames(group)
             while num_waiting > horizon:
-                num_waiting -= sum(len(b.first) for b in waiting[0])
+                num_waiting -= _num_frames(waiting[0])
                 yield waiting.popleft()
         yield from waiting
-        if group:
-            yield group
 
-    def _prepare(self, group: list[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch, first views before second views: frames (2B,), table, ids (2B,).
+    def _advise(self, frames: np.ndarray) -> None:
+        self.advice.append(self.advising.submit(self.store.read_ahead, frames))
+
+    def _draw(self, group: list[Batch]) -> list[_Drawn]:
+        """Together for the group: between two batches of views, Python's own data is in no cache,
+        and each of its steps takes some ten times as long as usual.
 
         The draws of both views belong to the first frame, so that a frame which is the partner of
         two others gives each of them a different view.
         """
-        lengths = [2 * len(batch.first) for batch in group]
-        index = np.concatenate([x for b in group for x in (b.first, b.second)]).astype(np.int64)
-        key = np.concatenate([x for b in group for x in (b.first, b.first)]).astype(np.int64)
-        view = np.repeat([0, 1] * len(group), np.repeat(lengths, 2) // 2)
+        lengths = [len(batch.first) for batch in group]
+        first = np.concatenate([batch.first for batch in group])
         epoch = np.repeat([batch.epoch for batch in group], lengths)
-        table = np.empty((len(index), len(COLUMNS)), np.float32)
-        for number, config in enumerate(self.presets):
-            rows = view == number
-            table[rows] = draw(
-                config, key[rows], number, epoch[rows], self.seed, self.store.size, self.size
+        tables = [
+            draw(config, first, view, epoch, self.seed, self.store.size, self.size)
+            for view, config in enumerate(self.presets)
+        ]
+        all_ids = torch.from_numpy(sample_ids(self.seed, epoch, first)).split(lengths)
+        all_labels = [None] * len(group)
+        if self.tier != "stream":
+            labels = self.store.label[first].astype(np.int64)
+            all_labels = torch.from_numpy(labels).split(lengths)
+        drawn, end = [], 0
+        for batch, ids, labels in zip(group, all_ids, all_labels, strict=True):
+            start, end = end, end + len(batch.first)
+            index = np.concatenate([batch.first, batch.second])
+            params = np.concatenate([table[start:end] for table in tables])
+            drawn.append(
+                _Drawn(batch, torch.from_numpy(index), torch.from_numpy(params), ids, labels)
             )
-        arrays = (index, table, sample_ids(self.seed, epoch, key))
-        return zip(*(torch.from_numpy(x).split(lengths) for x in arrays), strict=True)
+        return drawn
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make(self, batch: Batch, index: Tensor, params: Tensor, ids: Tensor) -> tuple:
-        num = len(batch.first)
+    def _make(self, drawn: _Drawn) -> tuple:
+        batch, index, params, ids, labels = drawn
         on_gpu = self.device.type == "cuda"
         if self.tier == "stream":
             if batch.second is not batch.first and (batch.second != batch.first).any():
                 raise ValueError("loader: in the stream tier, both views must be of the same frame")
             frames, labels = self.reader.read(batch.first)
             frames = self._on_gpu(frames) if self.reader.gpu else torch.from_numpy(frames)
-            index = torch.arange(num).repeat(2)
+            index, labels = torch.arange(len(labels)).repeat(2), torch.from_numpy(labels)
         else:
-            frames, labels = self.frames, self.store.label[batch.first]
+            frames = self.frames
         weights = None if batch.weights is None else torch.from_numpy(batch.weights)
-        rest = (weights, ids[:num], torch.from_numpy(labels.astype(np.int64)))
+        rest = (weights, ids, labels)
         if on_gpu:
             with torch.cuda.stream(self.stream):
                 rest = tuple(x if x is None else self._send(x) for x in rest)
@@ -355,18 +378,36 @@ class Loader:
         return Views(*out.chunk(2), *rest)  # with one channel this is channels_last too
 
 
+def _grouped(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if _num_frames(group) >= DRAWN:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _num_frames(group: list[Batch]) -> int:
+    return sum(len(batch.first) for batch in group)
+
+
 class _Memory:
     """Reuses memory for batches: page faults in new blocks cost up to four times the views."""
 
     def __init__(self):
-        self.free: deque[np.ndarray] = deque()
+        self.blocks: list[tuple[weakref.ref, np.ndarray]] = []  # what its tensor keeps alive
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
         """An uninitialised float32 tensor; its memory comes back when no tensor refers to it."""
         length = math.prod(shape)
-        block = self.free.pop() if self.free else np.empty(0, np.float32)
+        free, used = [], []
+        for each in self.blocks:
+            (free if each[0]() is None else used).append(each)
+        block = free.pop()[1] if free else np.empty(0, np.float32)
         if len(block) < length:
             block = large_pages(length)
         lent = block[:length]  # an object of its own, kept alive by the tensor
-        weakref.finalize(lent, self.free.append, block).atexit = False
+        self.blocks = [*free, *used, (weakref.ref(lent), block)]
         return torch.from_numpy(lent).view(shape)

@@ -1,7 +1,10 @@
 """The loader: the same batches from every tier, made ahead, and nothing left behind."""
 
+import dataclasses
+import os
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.plan import nearby
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
+from sslus.engine.stream import Reader
 from sslus.ssl import loader as loaders
 from sslus.ssl.loader import Batch, Loader, Views, open_store, plan_of, sample_ids, tier
 from sslus.ssl.views import parse
@@ -94,7 +98,11 @@ def test_a_resume_in_the_middle_goes_on_exactly(shards, wanted):
     rest = run(store, batches_of(store, epochs=(0, 1), start=4), threads=2)
     assert equal(whole[4:], rest)
     with loader_of(store, batches_of(store)) as loader:
-        assert equal([whole[0]], [loader.at_once(next(batches_of(store)))])
+        batches = iter(loader)
+        first = next(batches)
+        assert equal([whole[0]] * 2, [first, loader.at_once(next(batches_of(store)))])
+        assert equal(whole[1:], list(batches))
+        assert wanted != "stream" or not loader.reader.shards  # all of them were let go
 
 
 def test_ids_and_labels_belong_to_the_frames(store):
@@ -194,6 +202,58 @@ def test_batches_are_made_ahead(store, monkeypatch):
             start = time.monotonic()
             next(iter_)
             assert time.monotonic() - start < 0.2
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_frames_of_the_disk_are_read_ahead(store, pairs, monkeypatch):
+    """ram: all of them; disk: those of each batch, and no others."""
+    told, length = Counter(), store.size**2
+
+    def advise(fd, start, num_bytes, advice):
+        assert (start % length, num_bytes, advice) == (0, length, os.POSIX_FADV_WILLNEED)
+        told[start // length] += 1
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    batches = [
+        dataclasses.replace(b, second=b.first[::-1] // 2) if pairs else b
+        for b in batches_of(store, epochs=(0,))
+    ][:3]
+    run(store, iter(batches), wanted_tier="disk")
+    both = [np.unique([b.first, b.second]).tolist() for b in batches]
+    assert set(told) == {frame for frames in both for frame in frames} < set(range(len(store)))
+    told.clear()
+    with loader_of(store, iter(batches), wanted_tier="ram") as loader:
+        list(loader)
+        loader.advising.submit(int).result()
+    assert told == Counter(range(len(store)))
+
+
+@pytest.mark.parametrize(("wanted", "horizon"), [("disk", "DRAWN"), ("stream", "BUFFER")])
+def test_the_read_ahead_is_ahead(shards, wanted, horizon, monkeypatch):
+    """By as many frames as are meant, until the last ones are announced."""
+    store = open_store(shards, wanted)
+    announced, made, ahead = [], [], []
+    monkeypatch.setattr(loaders, "DRAWN", 8)
+    monkeypatch.setattr(loaders, horizon, 16)
+    owner, name = (Loader, "_advise") if wanted == "disk" else (Reader, "read_ahead")
+    announce, make = getattr(owner, name), Loader._make
+
+    def told(self, frames):
+        announced.extend(frames if wanted == "stream" else frames[: len(frames) // 2])
+        return announce(self, frames)
+
+    def making(self, drawn):
+        ahead.append(len(announced) - len(made))
+        made.extend(drawn.batch.first)
+        return make(self, drawn)
+
+    monkeypatch.setattr(owner, name, told)
+    monkeypatch.setattr(Loader, "_make", making)
+    batches = list(batches_of(store))
+    num = len(run(store, iter(batches), wanted_tier=wanted))
+    left = sum(len(b.first) for b in batches) - np.cumsum([0, *(len(b.first) for b in batches)])
+    assert num == len(batches) > 8
+    assert all(a > min(16, n - 1) for a, n in zip(ahead, left, strict=False))
 
 
 def test_memory_is_used_again_but_never_while_somebody_looks(store):
