@@ -96,6 +96,13 @@ def length(squares):
 
 
 @triton.jit
+def across(along, size):
+    """How much of u to take from a gradient for u = z / size, so that what is left is orthogonal to
+    u. Nothing where `length` has limited the size: there, u grows with z."""
+    return tl.where(size > _SHORTEST, along, 0.0)
+
+
+@triton.jit
 def over(x, length):
     """Rows x divided by their lengths, rounded once: at D = 1 exactly 1, with gradient 0."""
     return tl.div_rn(x, length[:, None] + tl.zeros_like(x))

@@ -26,6 +26,9 @@ LEFT = 1 / 16  # Barlow Twins: the diagonal, and thus its rounding, is spread ov
 LEFT_OF_ONE = 1 / 4  # VICReg: one column may hold all of it, and the difference is its gradient
 
 
+SHORTEST = 1e-12  # a row's length in `unit`
+
+
 def work(z: Tensor) -> Tensor:
     """z in the dtype to compute in: half precision becomes float32, others stay."""
     return z if z.dtype == torch.float64 else z.float()
@@ -115,11 +118,13 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows and the lengths (N, 1), like F.normalize: lengths are at least 1e-12."""
-    length = z.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+    """Unit rows and the lengths (N, 1), like F.normalize: lengths are at least SHORTEST."""
+    length = z.norm(dim=1, keepdim=True).clamp_(min=SHORTEST)
     return z / length, length
 
 
 def unit_gradient(g: Tensor, u: Tensor, length: Tensor) -> Tensor:
-    """dL/dz for u = z / |z|, from g = dL/du: the component of g orthogonal to u, over |z|."""
-    return torch.addcmul(g, u, (g * u).sum(1, keepdim=True), value=-1).div_(length)
+    """dL/dz for u = z / |z|, from g = dL/du: the component of g orthogonal to u, over |z|. Where
+    `unit` has limited the length, u grows with z, and all of g counts."""
+    along = (g * u).sum(1, keepdim=True).mul_(length > SHORTEST)
+    return torch.addcmul(g, u, along, value=-1).div_(length)

@@ -292,6 +292,9 @@ TYPED += [("ntxent", [(9, 48)] * 2), ("infonce_queue", [(9, 48), (9, 48), (70, 4
 TYPED += [("byol", [(9, 48)] * 4)]
 
 
+MATRICES = ("vicreg", "barlow")
+
+
 def typed(name, shapes, dtypes, device):
     tensors = inputs({"tensors": shapes}, torch.float32, device)
     tensors = [t.to(dtypes[i % 2]) for i, t in enumerate(tensors)]
@@ -444,6 +447,24 @@ def test_parity_at_the_widest(name, n):
     for t, k in zip([loss.detach(), *(z.grad for z in leaves)], kernel, strict=True):
         # At D = 4096 the definition in float32 is off by 2.6e-6.
         assert (k - t).abs().max() <= 5e-6 * t.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.1])
+@pytest.mark.parametrize("kind", ["near", "identity"])
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40)])
+def test_ntxent_where_the_views_agree(shape, kind, temperature):
+    """Loss and gradient are what is left of sums that cancel."""
+    tensors = inputs({"tensors": [shape] * 2}, torch.float32, kind=kind)
+    assert_parity(OPS["ntxent"], "cpu", tensors, scalars={"temperature": temperature})
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("name, shapes", [case for case in TYPED if case[0] not in MATRICES])
+def test_rows_too_short_to_be_normalised(name, shapes, which):
+    """Their length counts as 1e-12, as in F.normalize, so they are not of length 1 afterwards."""
+    tensors = inputs({"tensors": shapes}, torch.float32, device_of(which))
+    tensors = [t * (1e-14 if i < 2 else 1) for i, t in enumerate(tensors)]
+    assert_parity(OPS[name], which, tensors, scalars=OPS[name].cases[0]["scalars"])
 
 
 def test_moments_of_what_is_not_finite_and_of_half_precision():

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from sslus.kernels.aot import Build
 from sslus.kernels.byol.reference import check
-from sslus.kernels.logits_gpu import COLUMNS, ROWS, length, load, over, total, total_build
+from sslus.kernels.logits_gpu import (
+    COLUMNS,
+    ROWS,
+    across,
+    length,
+    load,
+    over,
+    total,
+    total_build,
+)
 from sslus.kernels.ranks import Ranks
 
 
@@ -41,6 +50,7 @@ def _direction(p, t, grad, losses, n, d, factor, ROWS: tl.constexpr, BD: tl.cons
         distance += tl.sum(pull * pull, 1)
         along += tl.sum(pull * u, 1)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(row < n, distance, 0.0), 0))
+    along = across(along, size_p)
     for c0 in range(0, d, BD):
         c = c0 + tl.arange(0, BD)
         u = over(load(p, i, c, d).to(tl.float32), size_p)

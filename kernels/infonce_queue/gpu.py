@@ -34,6 +34,7 @@ from sslus.kernels.logits_gpu import (
     LOG2_E,
     ROWS,
     TABLES,
+    across,
     length,
     load,
     logits,
@@ -153,6 +154,7 @@ def finish_kernel(
         along += tl.sum(
             u * _pull(mixed, stats, k, top, total, size_k, i, c, n, parts, d, ROWS, BD), 1
         )
+    along = across(along, size_q)
     for c0 in range(0, d, BD):
         c = c0 + tl.arange(0, BD)
         u = over(load(q, i, c, d).to(tl.float32), size_q)

@@ -33,7 +33,6 @@ def ntxent(
     rows = torch.arange(n) + ranks.rank * n
     rows = torch.cat([rows, rows + num // 2])
     others = (rows + num // 2) % num
-    positives = (own * u[others]).sum(1).div_(temperature)
     band = max(1, BAND // num)
     starts = range(0, 2 * n, band)
 
@@ -41,10 +40,12 @@ def ntxent(
         s = (own[start : start + band] @ u.T).div_(temperature)
         return s.scatter_(1, rows[start : start + band, None], float("-inf"))
 
-    lse = own.new_empty(2 * n)
+    lse, positives = own.new_empty(2 * n), own.new_empty(2 * n)
     for start in starts:
         s = logits(start)
         lse[start : start + band] = s.logsumexp(1)
+        # One of these very logits: from another sum, its rounding would be most of a small loss.
+        positives[start : start + band] = s.gather(1, others[start : start + band, None])[:, 0]
     loss = ranks.sum_((lse - positives).sum(dtype=torch.float64)) / num
     every = torch.cat([ranks.join(half) for half in lse.split(n)])
 
@@ -54,8 +55,12 @@ def ntxent(
             s = logits(start)
         p = (s - lse[start : start + band, None]).exp_()
         p += s.sub_(every).exp_()
+        # Where the views agree, this weight is all but 0. Subtracted from the product, u_p would
+        # leave the rounding of the product.
+        other = others[start : start + band, None]
+        p.scatter_add_(1, other, p.new_full(other.shape, -2))
         torch.mm(p, u, out=grad[start : start + band])
-    grad.sub_(u[others], alpha=2).div_(num * temperature)
+    grad.div_(num * temperature)
     ga, gb = grad.split(n)
     return (
         loss.to(torch.float32),

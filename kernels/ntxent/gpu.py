@@ -38,6 +38,7 @@ from sslus.kernels.logits_gpu import (
     LOG2_E,
     ROWS,
     TABLES,
+    across,
     length,
     load,
     logits,
@@ -213,6 +214,7 @@ def finish_kernel(
         c = c0 + tl.arange(0, BD)
         u = over(load(z, i, c, width).to(tl.float32), size)
         along += tl.sum(u * _sum(share, second * n + r, c, 2 * n, parts, width, ROWS, BD), 1)
+    along = across(along, size)
     for c0 in range(0, width, BD):
         c = c0 + tl.arange(0, BD)
         u = over(load(z, i, c, width).to(tl.float32), size)
