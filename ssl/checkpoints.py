@@ -32,6 +32,8 @@ def keep(path: Path, step: int, num: int, score: tuple[str, float] | None) -> No
     """
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
+    for half in folder.glob("*.tmp"):  # of a process that was killed
+        half.unlink()
     if num:
         _link(path, folder / f"step-{step:08d}.pt")
     for old in sorted(folder.glob("step-*.pt"))[: -num or None]:
@@ -45,6 +47,8 @@ def keep(path: Path, step: int, num: int, score: tuple[str, float] | None) -> No
 
 
 def _link(path: Path, to: Path) -> None:
+    if to.exists() and to.samefile(path):  # renaming a link to itself would leave both names
+        return
     new = to.with_suffix(".tmp")
     new.unlink(missing_ok=True)
     try:

@@ -95,54 +95,66 @@ class Loop:
             _Log(self) as self.log,
         ):
             self.say(f"frames: {loader.tier} ({loader.why})")
+            if self.world.is_main and state.step:  # a kill may have come between the two
+                self.log.recall()
+                self.keep()
+            if self.look_is_due() and not self.has_looked():  # it was stopped before
+                self.look(signals, agreed)
             batches = iter(loader)
             update = step.choose(state, s, lambda: self.first_views(loader), self.say)
             loader.gpu_waits()  # discard those of the trial
             self.log.restart()
-            if self.online_is_due() and not self.has_looked():  # it was stopped before
-                self.look(saved=True)
             while state.step < s.max_steps:
-                before = time.monotonic()
-                views = [next(batches) for _ in range(s.accumulate)]
-                self.log.waited += time.monotonic() - before
+                features = update(self.take(batches), self.learning_rate(state.step))
                 self.log.gpu_waits += loader.gpu_waits()
-                features = update(views, self.learning_rate(state.step))
                 done = state.step == s.max_steps
                 if state.step % self.options.log_every == 0 or done:
                     self.log.line(features)
                 if self.report and self.world.is_main:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
                 stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
-                look = self.online_is_due() or (done and self.options.online_every > 0)
-                if done and look:  # before the run counts as finished
-                    self.look(saved=False)
+                look = self.look_is_due()
                 if state.step % self.options.checkpoint_every == 0 or done or stop or look:
                     self.checkpoint()
-                if stop and not done:
-                    agreed.settle()
-                    if stop == _TIME_IS_UP:
-                        break
-                    self.stopped(stop)
-                if look and not done:
-                    self.look(saved=True)
+                if stop == _TIME_IS_UP and not done:
+                    break
+                if stop and stop != _TIME_IS_UP and (look or not done):
+                    self.stopped(stop, agreed)
+                if look:
+                    self.look(signals, agreed)
             agreed.settle()
             self.signum = max(int(x) for x in self.world.gather(torch.tensor(signals.seen)))
 
-    def look(self, saved: bool) -> None:
-        """kNN and linear probe on the shards' labels. saved: checkpoint.pt is of this step."""
-        if not self.online:
-            return
-        self.log.flush()
-        self.check_finite()
-        found = self.online(self.state.backbone)
-        self.log.best = "knn_accuracy", found["knn_accuracy"]
-        if saved:  # before the line is written, after which a resumed run would not repeat this
-            self.keep()
-        self.log.add(found)
+    def take(self, batches: Iterator[Views]) -> Iterator[Views]:
+        """The micro-batches of a step, each when the one before it is done with."""
+        for _ in range(self.settings.accumulate):
+            before = time.monotonic()
+            views = next(batches)
+            self.log.waited += time.monotonic() - before
+            yield views
+
+    def look(self, signals: Signals, agreed: Agreement) -> None:
+        """kNN and linear probe on the shards' labels, after the checkpoint of this step. A signal
+        ends it, since it may take minutes; a resumed run begins it again."""
+        found, stop = None, 0
+        if self.online:
+            found = self.online(self.state.backbone, lambda: signals.seen != 0)
+            stop = 0 if found else signals.seen
+        if stop := int(self.world.gather(torch.tensor(stop))[0]):
+            self.stopped(stop, agreed)
+        if found:
+            self.log.best = "knn_accuracy", found["knn_accuracy"]
+            self.keep()  # before the line is written, after which a resumed run would not look
+            self.log.add(found)
 
     def has_looked(self) -> bool:
         lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
         return any("knn_accuracy" in m and m["step"] == self.state.step for m in lines)
+
+    def is_finished(self) -> bool:
+        return self.state.step == self.settings.max_steps and (
+            not self.look_is_due() or self.has_looked()
+        )
 
     def first_views(self, loader: Loader) -> Views:
         return loader.at_once(next(self.batches(0)))
@@ -151,12 +163,13 @@ class Loop:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.started > limit
 
-    def online_is_due(self) -> bool:
-        """Whether the last step was the first of an epoch with an online evaluation."""
-        if not self.options.online_every or self.state.step == 0:
+    def look_is_due(self) -> bool:
+        """Whether the last step was the first of an epoch with an online evaluation, or the end."""
+        step = self.state.step
+        if not self.options.online_every or step == 0:
             return False
         every = self.options.online_every * self.per_epoch
-        return int(self.state.step / every) > int((self.state.step - 1) / every)
+        return step == self.settings.max_steps or int(step / every) > int((step - 1) / every)
 
     def view_threads(self) -> int:
         """1 on the CPU: the step needs the cores, and one thread keeps up with it easily."""
@@ -233,7 +246,8 @@ class Loop:
                     )
                 )
 
-    def stopped(self, signum: int) -> None:
+    def stopped(self, signum: int, agreed: Agreement) -> None:
+        agreed.settle()
         if self.world.is_main:
             self.export_backbone()  # not the curves: a scheduler may not give the seconds they take
         self.world.barrier()
@@ -294,6 +308,13 @@ class _Log:
         self.collapsed = False
         past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
         self.divergence = health.Divergence([m["loss"] for m in past if "loss" in m])
+
+    def recall(self) -> None:
+        """The score of the checkpoint from which the run goes on."""
+        past = checkpoints.read_metrics(self.loop.run / "metrics.jsonl")
+        losses = [m["loss"] for m in past if "loss" in m]
+        if losses and self.loop.online is None:
+            self.best = "-loss", -losses[-1]
 
     def __enter__(self) -> "_Log":
         self.file = self.board = None

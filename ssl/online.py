@@ -4,6 +4,8 @@ It serves to watch a run and to choose the best checkpoint; use `sslus evaluate`
 frames are a fixed sample, split by patient, and the backbone is not changed.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from sslus.ssl.splits import LabelledFrames, folds, testable
 from sslus.ssl.views import whole
 
 NUM_FRAMES = 2000  # takes a ResNet-18 at 96 px a few seconds on two cores
-BATCH = 256
+BATCH = 64  # a signal is seen between two batches
 
 
 class Online:
@@ -56,9 +58,14 @@ class Online:
             folds(self.frames, seed), key=lambda pair: len(np.unique(self.frames.y[pair[1]]))
         )
 
-    def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """knn_accuracy, knn_macro_f1 and probe_macro_f1 on the test part, 0 to 1."""
-        x, y = self.features(backbone), self.frames.y
+    def __call__(
+        self, backbone: nn.Module, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """knn_accuracy, knn_macro_f1 and probe_macro_f1 on the test part, 0 to 1; None if `stop`
+        has become true."""
+        x, y = self.features(backbone, stop), self.frames.y
+        if x is None:
+            return None
         num, seen = len(self.frames.names), y[self.test]
         guess = knn(x[self.train], y[self.train], x[self.test], num)
         found = {"knn_accuracy": float((guess == seen).mean())}
@@ -72,14 +79,16 @@ class Online:
         return found
 
     @torch.no_grad()
-    def features(self, backbone: nn.Module) -> np.ndarray:
+    def features(self, backbone: nn.Module, stop: Callable[[], bool]) -> np.ndarray | None:
         """(n, F) float32, with the running statistics of BatchNorm, which are not updated."""
         training = backbone.training
         backbone.eval()
         parts = []
         for start in range(0, len(self.frames), BATCH):
+            if stop():
+                break
             frames = self.store.frames[self.frames.index[start : start + BATCH]]
             x = whole(frames, self.image_size, self.store.mean, self.store.std)
             parts.append(backbone(x.clone().to(self.device)).float().cpu().numpy())
         backbone.train(training)
-        return np.concatenate(parts)
+        return None if stop() else np.concatenate(parts)

@@ -9,7 +9,7 @@ import inspect
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,14 @@ class Step:
         self.names: tuple[str, ...] = ()
         self.running: deque[torch.cuda.Event] = deque()
 
-    def __call__(self, batches: list[Views], lr: float) -> Tensor:
+    def __call__(self, batches: Iterable[Views], lr: float) -> Tensor:
         state = self.state
         set_lr(state.optimizer, lr)
         if self.way == "graph":
+            (views,) = batches
             if self.graph is None:
-                self.graph = _Graph(self, batches[0])
-            numbers, features = self.graph(batches[0])
+                self.graph = _Graph(self, views)
+            numbers, features = self.graph(views)
         else:
             numbers, features = self.update(batches)
         state.add(self.names, numbers)
@@ -75,13 +76,13 @@ class Step:
                 self.running.popleft().synchronize()
         return features
 
-    def update(self, batches: list[Views]) -> tuple[Tensor, Tensor]:
+    def update(self, batches: Iterable[Views]) -> tuple[Tensor, Tensor]:
         """Forward, backward, optimiser. Returns the loss, its terms and the gradient norm as (K,)
         float32, named by `names`, and the features."""
         s, world = self.settings, self.state.world
         total = None
         for i, views in enumerate(batches):
-            last = i == len(batches) - 1
+            last = i == s.accumulate - 1
             quiet = contextlib.nullcontext() if last or world.size == 1 else self.model.no_sync()
             with quiet:
                 with torch.autocast(
@@ -90,7 +91,7 @@ class Step:
                     loss, terms, *features = self.model(views)
                 # The gradients of the ranks add up to that of the joint loss, but DDP averages
                 # them: the factor makes up for that.
-                (loss * (world.size / len(batches))).backward()
+                (loss * (world.size / s.accumulate)).backward()
             numbers = torch.stack([loss.detach().float(), *(t.float() for t in terms.values())])
             total = numbers if total is None else total + numbers
         trained = [p for p in self.state.method.parameters() if p.grad is not None]
@@ -101,7 +102,7 @@ class Step:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.names = ("loss", *terms, "grad_norm")
         seen = torch.stack([h.detach() for h in features if h is not None])
-        return torch.cat([total / len(batches), norm[None]]), seen
+        return torch.cat([total / s.accumulate, norm[None]]), seen
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:

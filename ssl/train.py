@@ -309,7 +309,7 @@ def train(
             if config != recorded:
                 _write_json(run / "config.json", config)
             checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
-        was_finished = state.step == settings.max_steps
+        was_finished = loop.is_finished()
         started = time.monotonic()
         if not was_finished:
             loop.run_to_end()

@@ -808,7 +808,7 @@ def test_the_online_probe_keeps_patients_apart(monkeypatch):
             guess = label[query[:, 0]]
             return guess if num else (guess, True)
 
-        monkeypatch.setattr(look, "features", lambda backbone, used=used: used[:, None])
+        monkeypatch.setattr(look, "features", lambda backbone, stop, used=used: used[:, None])
         monkeypatch.setattr(online, "knn", spied)
         monkeypatch.setattr(online, "probe", spied)
         assert look(None) == {"knn_accuracy": 1.0, "knn_macro_f1": 1.0, "probe_macro_f1": 1.0}

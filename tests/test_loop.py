@@ -20,7 +20,7 @@ from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, checkpoints, curves, health, methods
+from sslus.ssl import backbones, checkpoints, curves, health, methods, online
 from sslus.ssl.dual import DualTask
 from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
@@ -73,8 +73,9 @@ def test_micro_batches_average_their_gradients():
     one, two, both = (state_of(settings) for _ in range(3))
     start = weights_of(both)
     a, b = views_of(16, 0), views_of(16, 1)
-    Step(one, settings)([a], 0.1)
-    Step(two, settings)([b], 0.1)
+    alone = dataclasses.replace(settings, accumulate=1)
+    Step(one, alone)([a], 0.1)
+    Step(two, alone)([b], 0.1)
     Step(both, settings)([a, b], 0.1)
     want = (weights_of(one) + weights_of(two)) / 2 - start
     torch.testing.assert_close(weights_of(both) - start, want, rtol=1e-3, atol=1e-6)
@@ -211,6 +212,7 @@ def test_a_look_on_the_way_at_labelled_frames(shards, tmp_path):
     scores = {m["step"]: m["knn_accuracy"] for m in found}
     assert best["score"] == max(scores.values()) == scores[best["step"]]
     assert checkpoints.load(tmp_path / "looked" / "checkpoints" / "best.pt")["step"] == best["step"]
+    assert not list((tmp_path / "looked" / "checkpoints").glob("*.tmp"))
 
 
 def test_a_signal_is_followed_before_a_look_which_the_resumed_run_makes(
@@ -236,6 +238,54 @@ def test_a_signal_is_followed_before_a_look_which_the_resumed_run_makes(
     assert seen[0] == seen[1]
     best = [json.loads((r.run / "checkpoints" / "best.json").read_text()) for r in (whole, resumed)]
     assert best[0] == best[1]
+
+
+def test_a_signal_ends_the_last_look_which_the_resumed_run_repeats(shards, tmp_path, monkeypatch):
+    """All is saved before it, but until it is made the run does not count as finished."""
+    whole = run_train(shards, tmp_path / "whole", online_every=100)
+    pictures, met = online.whole, []
+
+    def stop(*arguments):
+        met.append(signal.raise_signal(signal.SIGTERM))
+        return pictures(*arguments)
+
+    monkeypatch.setattr(online, "whole", stop)
+    monkeypatch.setattr(online, "BATCH", 1)
+    with pytest.raises(Interrupted, match="step 6 of 6"):
+        run_train(shards, tmp_path / "run", online_every=100)
+    assert len(met) == 1 and checkpoints.load(tmp_path / "run" / "checkpoint.pt")["step"] == 6
+    monkeypatch.undo()
+    resumed, again = (
+        run_train(shards, tmp_path / "run", resume=True, online_every=100) for _ in range(2)
+    )
+    assert (resumed.was_finished, again.was_finished) == (False, True)
+    for result in (resumed, again):
+        found = [(m["step"], m.get("knn_accuracy"), m.get("loss")) for m in result.metrics]
+        assert found == [(m["step"], m.get("knn_accuracy"), m.get("loss")) for m in whole.metrics]
+        best = (result.run / "checkpoints" / "best.json").read_text()
+        assert best == (whole.run / "checkpoints" / "best.json").read_text()
+
+
+def test_a_kill_between_a_checkpoint_and_its_names_costs_neither(shards, tmp_path, monkeypatch):
+    whole = run_train(shards, tmp_path / "whole", checkpoint_every=2, keep=5)
+    keep = checkpoints.keep
+
+    def killed(path, step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        keep(path, step, *rest)
+
+    monkeypatch.setattr(checkpoints, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(shards, tmp_path / "run", checkpoint_every=2, keep=5)
+    monkeypatch.undo()
+    run_train(shards, tmp_path / "run", resume=True, checkpoint_every=2, keep=5)
+    folders = [run / "checkpoints" for run in (whole.run, tmp_path / "run")]
+    names, best = ([f(folder) for folder in folders] for f in (
+        lambda folder: {p.name for p in folder.iterdir()},
+        lambda folder: (folder / "best.json").read_text(),
+    ))  # fmt: skip
+    assert names[0] == names[1] >= {"step-00000004.pt"} and best[0] == best[1]
 
 
 def test_knn_follows_the_near_ones():
