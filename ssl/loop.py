@@ -95,9 +95,6 @@ class Loop:
             _Log(self) as self.log,
         ):
             self.say(f"frames: {loader.tier} ({loader.why})")
-            if self.world.is_main and state.step:  # a kill may have come between the two
-                self.log.recall()
-                self.keep()
             if self.look_is_due() and not self.has_looked():  # it was stopped before
                 self.look(signals, agreed)
             batches = iter(loader)
@@ -226,6 +223,13 @@ class Loop:
         checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
         self.log.best = None
 
+    def keep_again(self) -> None:
+        """For the checkpoint from which the run goes on: a kill may have come before `keep`."""
+        lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
+        losses = [m["loss"] for m in lines if "loss" in m]
+        score = ("-loss", -losses[-1]) if losses and not self.options.online_every else None
+        checkpoints.keep(self.run / "checkpoint.pt", self.state.step, self.options.keep, score)
+
     def check_finite(self) -> None:
         if self.state.window_steps:
             self.finite(self.state.window_names, self.state.window.tolist())
@@ -308,13 +312,6 @@ class _Log:
         self.collapsed = False
         past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
         self.divergence = health.Divergence([m["loss"] for m in past if "loss" in m])
-
-    def recall(self) -> None:
-        """The score of the checkpoint from which the run goes on."""
-        past = checkpoints.read_metrics(self.loop.run / "metrics.jsonl")
-        losses = [m["loss"] for m in past if "loss" in m]
-        if losses and self.loop.online is None:
-            self.best = "-loss", -losses[-1]
 
     def __enter__(self) -> "_Log":
         self.file = self.board = None

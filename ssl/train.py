@@ -309,6 +309,8 @@ def train(
             if config != recorded:
                 _write_json(run / "config.json", config)
             checkpoints.rewind_metrics(run / "metrics.jsonl", state.step)
+            if state.step:
+                loop.keep_again()
         was_finished = loop.is_finished()
         started = time.monotonic()
         if not was_finished:
