@@ -209,8 +209,9 @@ def columns(
     if BARLOW:
         var_a /= n
         var_b /= n
-        root_a = 1 / tl.sqrt_rn(var_a + _BARLOW_EPS)
-        root_b = 1 / tl.sqrt_rn(var_b + _BARLOW_EPS)
+        # Times 0: NaN where a variance has overflowed, whose column would look like a perfect one.
+        root_a = 1 / tl.sqrt_rn(var_a + _BARLOW_EPS) + var_a * 0
+        root_b = 1 / tl.sqrt_rn(var_b + _BARLOW_EPS) + var_b * 0
     else:
         var_a /= n - 1
         var_b /= n - 1

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sslus.kernels.ranks import Ranks, group_name
 
@@ -73,27 +74,33 @@ class Op:
         which = os.environ.get("SSLUS_KERNELS", "auto")
         return self.run(which, *tensors, group=group, **scalars)
 
-    def why_not(self, which: str, x: Tensor) -> str | None:
-        """Why the implementation `which` cannot run on `x`; None if it can."""
+    def why_not(self, which: str, *tensors: Tensor | None) -> str | None:
+        """Why the implementation `which` cannot run on the tensors; None if it can."""
         if which == "reference":
             return None
         if getattr(self, which) is None:
             return "it is not written"
+        x, *others = (t for t in tensors if t is not None)
+        if any(t.device != x.device for t in others):
+            return f"the tensors are on {', '.join(sorted({str(t.device) for t in (x, *others)}))}"
         if which == "cpu" and x.device.type != "cpu":
             return f"the tensors are on {x.device}"
         # Triton's interpreter runs GPU kernels on CPU tensors, for tests without a GPU.
         if which == "gpu" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the tensors are on {x.device}"
-        if x.dtype not in DTYPES[which]:
-            return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {x.dtype}"
+        for t in (x, *others):
+            if t.ndim > 1 and t.dtype not in DTYPES[which]:  # not ids or weights
+                return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {t.dtype}"
         if which == "gpu" and any(n > LONGEST for n in x.shape):
             return f"it takes at most {LONGEST} rows and columns, not {tuple(x.shape)}"
         return None
 
-    def choose(self, x: Tensor) -> str:
-        """The implementation that `auto` chooses for `x`: the one compiled for its device."""
-        native = "gpu" if x.is_cuda else "cpu"
-        return "reference" if self.why_not(native, x) else native
+    def choose(self, *tensors: Tensor | None) -> str:
+        """The implementation that `auto` chooses: the one compiled for the device, or the reference
+        if it is not written, and for float64."""
+        native = "gpu" if tensors[0].is_cuda else "cpu"
+        wide = any(t is not None and t.ndim > 1 and t.dtype == torch.float64 for t in tensors)
+        return "reference" if wide or getattr(self, native) is None else native
 
     def run(
         self,
@@ -109,22 +116,31 @@ class Op:
         if which not in CHOICES:
             raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
         if which == "auto":
-            which = self.choose(x)
-        if why := self.why_not(which, x):
+            which = self.choose(*tensors)
+        if why := self.why_not(which, *tensors):
             raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
         name = group_name(group)
         # Ops choose their precision themselves; autocast would round their products.
         with torch.autocast(x.device.type, enabled=False):
             if which != "reference":
+                if not torch.compiler.is_compiling() and any(map(_has_tangent, tensors)):
+                    raise RuntimeError(
+                        f"op {self.name!r} has no forward-mode derivative; SSLUS_KERNELS=reference"
+                        " has"
+                    )
                 return self.fused[which](*tensors, group=name, **scalars)[0]
+            ranks = Ranks.named(name)
+            ranks.same_rows(self.name, x)  # before others could wait for one that is refused
             _refuse_empty(self, x)
             if name:
-                ranks = Ranks.named(name)
-                ranks.same_rows(self.name, x)
                 batched = tensors[: self.num_batched]
                 joined = (ranks.join_with_gradient(t) for t in batched)
                 tensors = *joined, *tensors[len(batched) :]
             return self.reference(*tensors, **scalars)
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _refuse_empty(op: Op, x: Tensor) -> None:
@@ -145,9 +161,9 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
     )
 
     def run(*tensors, group="", **scalars):
-        _refuse_empty(op, tensors[0])
         ranks = Ranks.named(group)
         ranks.same_rows(op.name, tensors[0])
+        _refuse_empty(op, tensors[0])
         # Compiled kernels refuse strided input, so it is copied explicitly, here.
         dense = (t if t is None else t.contiguous() for t in tensors)
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
@@ -167,8 +183,13 @@ def _register(op: Op, which: str, implementation: Callable) -> Callable:
         ctx.set_materialize_grads(False)  # else zeros are allocated for gradients of gradients
         ctx.save_for_backward(*output[1:])
 
-    @torch.autograd.function.once_differentiable
     def scale(ctx, grad_loss, *_):
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: the saved gradients would count as constant
+            raise RuntimeError(
+                f"op {op.name!r} has no second derivative; SSLUS_KERNELS=reference has"
+            )
         grads = ctx.saved_tensors
         if which == "gpu":
             grads = _scaled_on_gpu(list(grads), grad_loss, ctx.dtypes[0], ctx.dtypes[-1])

@@ -1,5 +1,6 @@
 // A thread pool, kept between calls: starting a thread takes as long as making a view.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -26,7 +27,7 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) work(context, i);
       return;
     }
-    instance().share(count, threads, work, context);
+    instance().share(count, std::min(threads, count), work, context);
   }
 
  private:

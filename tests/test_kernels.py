@@ -638,6 +638,48 @@ def test_dispatch_uses_the_kernel_and_scales_its_gradient(toy_op, monkeypatch):
         torch.testing.assert_close(leaf.grad, 6 * x)
 
 
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("name, shapes", TYPED)
+def test_derivatives_that_an_op_does_not_have_are_refused(name, shapes, which):
+    """A gradient penalty or a forward-mode derivative would silently be another number."""
+    op, tensors, scalars = typed(name, shapes, [torch.float32] * 2, device_of(which))
+    leaf = tensors[0].requires_grad_()
+    loss = op.run(which, *tensors, **scalars)
+    with pytest.raises(RuntimeError, match="no second derivative; SSLUS_KERNELS=reference has"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(
+            lambda z: op.run(which, z, *tensors[1:], **scalars),
+            (leaf.detach(),),
+            (torch.ones_like(leaf),),
+        )
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("shape", [(60, 20), (40, 9), (9, 40)])
+def test_variances_that_overflow_are_no_perfect_loss(shape, which):
+    """Divided by them, all columns are 0 and agree. NaN is a good answer, 0 is not."""
+    tensors = [1e20 * z for z in inputs({"tensors": [shape] * 2}, torch.float32, device_of(which))]
+    op = OPS["barlow"]
+    truth, loss = (
+        value_and_grads(op, how, given, op.cases[0]["scalars"])[0]
+        for how, given in (("reference", [z.double() for z in tensors]), (which, tensors))
+    )
+    assert loss.isnan() or loss == pytest.approx(truth.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [torch.complex64, torch.int64, torch.float16, torch.float64])
+def test_every_matrix_has_to_have_a_type_that_is_taken(other):
+    z = torch.randn(9, 4)
+    for name, num in [("barlow", 2), ("ntxent", 2), ("byol", 4), ("infonce_queue", 3)]:
+        tensors = [z] * (num - 1) + [z.to(other)]
+        with pytest.raises(ValueError, match=f"cpu' cannot run: it takes .*, not {other}"):
+            OPS[name].run("cpu", *tensors, **OPS[name].cases[0]["scalars"])
+        if other != torch.float64:  # for which `auto` takes the reference
+            with pytest.raises(ValueError, match=f"not {other}"):
+                OPS[name](*tensors, **OPS[name].cases[0]["scalars"])
+
+
 def test_a_named_choice_that_cannot_run_raises(toy_op, monkeypatch):
     x = torch.randn(3, 4)
     for choice, tensor, why in [

@@ -85,6 +85,14 @@ def uneven(rank):
                 gradients(name, which, z)
 
 
+def empty(rank):
+    """The others must not wait for the rank that has nothing."""
+    z = torch.ones(3 * (rank == 0), 4)
+    for which in ("cpu", "reference"):
+        with pytest.raises(ValueError, match=r"same \(N, D\) on every rank, got .*\(0, 4\)"):
+            gradients("barlow", which, [z, z])
+
+
 def remembered(rank):
     """Where asking the others would wait for a GPU, they ask once, and then look for themselves."""
     z = torch.ones(3 + (rank == 1), 5)
@@ -147,6 +155,7 @@ def work(rank, folder):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
         check(rank, 3, None, alone)
         uneven(rank)
+        empty(rank)
         remembered(rank)
         compiled(rank, alone)
         terms(rank, alone)

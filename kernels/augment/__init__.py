@@ -7,6 +7,8 @@ drawn here: a row of the table `params` describes one view, and reference.PARAMS
 is no hue, saturation or grayscale, which would not change a grey frame.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from sslus.kernels.op import Map
 __all__ = ["COLUMNS", "PARAMS", "check_params", "identity", "views"]
 
 LOWEST, HIGHEST = np.float32([[low, high] for _, _, low, high, _ in PARAMS]).T
+SMALLEST_STD = 1e-6  # 1 / 4000 of a grey level
 WHOLE = [COLUMNS.index(name) for name in ("flip", "seed")]
 
 
@@ -55,12 +58,13 @@ def views(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=frames.device)
     _check(frames, index, params, out, shape, dtype)
-    if std <= 0:
-        raise ValueError(f"views: want std > 0, got {std}")
+    if not (SMALLEST_STD <= std < math.inf and math.isfinite(mean)):
+        raise ValueError(f"views: want a finite mean and std >= {SMALLEST_STD}, got {mean}, {std}")
     _views(
         frames, index, params, out, mean=float(mean), std=float(std),
         threads=torch.get_num_threads() if threads is None else threads,
     )  # fmt: skip
+    torch.autograd.graph.increment_version(out)  # autograd may have saved what was there before
     return out
 
 

@@ -81,6 +81,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
         else:
             low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
         del pair, x  # freed before the next block is allocated
+    v += v * 0  # see centre
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
         mirror(k[i])
@@ -172,4 +173,7 @@ def centre(z, out, spare, n, ranks):
     """
     torch.sub(z, ranks.sum_(z[:1].to(out.dtype, copy=True)).div_(ranks.world), out=out)
     out -= ranks.sum_(out.sum(0)).div_(n)
-    return ranks.sum_(torch.square(out, out=spare).sum(0)).div_(n).add_(EPS)
+    v = ranks.sum_(torch.square(out, out=spare).sum(0)).div_(n).add_(EPS)
+    # NaN for a variance that has overflowed: divided by it, a column would be 0 in both views, and
+    # the loss, which is computed from their difference, that of a perfect one.
+    return v.add_(v * 0)
