@@ -656,7 +656,7 @@ def test_derivatives_that_an_op_does_not_have_are_refused(name, shapes, which):
 
 
 @pytest.mark.parametrize("which", KERNELS)
-@pytest.mark.parametrize("shape", [(60, 20), (40, 9), (9, 40)])
+@pytest.mark.parametrize("shape", [(600, 20), (40, 9), (20, 600)])
 def test_variances_that_overflow_are_no_perfect_loss(shape, which):
     """Divided by them, all columns are 0 and agree. NaN is a good answer, 0 is not."""
     tensors = [1e20 * z for z in inputs({"tensors": [shape] * 2}, torch.float32, device_of(which))]
