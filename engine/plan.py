@@ -8,7 +8,7 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 
-ROUNDING = 1e-4  # seconds; the rounding error of timestamps in float32
+ROUNDING = 1e-4  # seconds; well above the 1e-6 to which shards round timestamps
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,15 @@ def nearby(
         raise InputError(f"--max-seconds: want more than 0, got {max_seconds}")
     first = np.searchsorted(video, video[indices], "left")
     last = np.searchsorted(video, video[indices], "right")
-    limit = np.float32(max_seconds + ROUNDING)
-    low = _bisect(first, indices, lambda at: time_seconds[indices] - time_seconds[at] <= limit)
-    high = _bisect(indices + 1, last, lambda at: time_seconds[at] - time_seconds[indices] > limit)
+
+    def beyond(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Whether frames b are out of reach of the earlier frames a."""
+        # Both are off by up to half a step of float32, which after an hour is above ROUNDING.
+        late = time_seconds[b]
+        return late - time_seconds[a] - np.spacing(late) > max_seconds + ROUNDING
+
+    low = _bisect(first, indices, lambda at: ~beyond(at, indices))
+    high = _bisect(indices + 1, last, lambda at: beyond(indices, at))
     others = high - low - 1
     words = _words(seed, epoch, len(video))[indices]
     partners = low + (words % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)

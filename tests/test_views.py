@@ -254,8 +254,11 @@ def test_nearby_frames_are_of_the_same_video_and_in_reach():
         assert mine <= (want or {i}) and (len(want) > 4 or mine == (want or {i}))
 
 
-def test_the_frame_exactly_at_the_limit_is_nearby():
-    times = np.round(np.arange(200) / 25, 6).astype(np.float32)  # 0.2 s are five of them
+@pytest.mark.parametrize("start_seconds", [0, 7600, 20000])
+def test_the_frame_exactly_at_the_limit_is_nearby(start_seconds):
+    """Also hours after the start, where float32 has steps of 0.5 and 2 ms."""
+    times = start_seconds + np.round(np.arange(200) / 25, 6)  # 0.2 s are five of them
+    times = times.astype(np.float32)
     video, every = np.zeros(200, np.int32), np.arange(200)
     far = np.max([np.abs(nearby(video, times, every, 0.2, 0, e)[0] - every) for e in range(80)], 0)
     assert (far == 5).all()
