@@ -2,8 +2,8 @@
 
 Every rank holds N rows; the joint batch is their concatenation in rank order. A kernel works on its
 rank's share (of the rows or columns), sums over the ranks, and returns the joint loss together with
-its gradient with respect to the rank's own rows. Nothing is all-reduced outside autograd, which
-would make gradients too small by a factor of the number of ranks.
+its gradient with respect to the rank's own rows. Autograd sees none of these sums, so no gradient
+may have to pass through one: it would come out too small by a factor of the number of ranks.
 """
 
 from dataclasses import dataclass
