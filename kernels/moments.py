@@ -1,6 +1,7 @@
 """Means and variances of the columns of two views, from which logged terms are computed.
 
 One pass over the views; across ranks, only six numbers per column are summed, and no rows gathered.
+They are for logs alone, so SSLUS_KERNELS does not select how they are computed.
 """
 
 from typing import NamedTuple
