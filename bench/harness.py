@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {  # name in a row's versions -> distribution
     "sslus": "sslus", "numpy": "numpy", "av": "av", "simplejpeg": "simplejpeg", "torch": "torch",
     "torchvision": "torchvision", "triton": "triton", "timm": "timm",
-    "dali": "nvidia-dali-cuda130",
+    "dali": "nvidia-dali-cuda130", "lightly": "lightly", "albumentationsx": "albumentationsx",
+    "opencv": "opencv-python-headless", "kornia": "kornia",
 }  # fmt: skip
 SIZE, STRIDE, QUALITY = 256, 5, 95  # the defaults of `sslus shard`
 
@@ -114,7 +115,8 @@ class Bench:
     ) -> dict[str, Row]:
         """Time `works` in turns, A B A B, so that a noisy minute affects all of them alike.
 
-        Before that, each runs once untimed, and once in a fresh process for its peak memory.
+        Before that, each runs once untimed, and if `fresh` once in a process of its own, for its
+        peak memory.
         Returns their rows under the same keys. The part of a key after "|" only distinguishes
         works of the same implementation.
         """

@@ -1,10 +1,9 @@
 """two batches of projections -> loss and gradients; images -> masked images and masked error
 
 Against the definition in plain PyTorch with autograd, on a GPU also under torch.compile, and
-against lightly's losses if lightly can be imported (`pip install --no-deps --target FOLDER
-lightly`, then PYTHONPATH=FOLDER). Floor: the chosen form's matrix products alone; bench/roofline.py
-plots them. Memory: what a step needs beyond its inputs. Masks: against a mask tensor and
-F.mse_loss.
+against lightly's losses if lightly is installed (`pip install sslus[bench]`). Floor: the chosen
+form's matrix products alone; bench/roofline.py plots them. Memory: what a step needs beyond its
+inputs. Masks: against a mask tensor and F.mse_loss.
 
 On a GPU, one measurement is as many steps as take 0.05 s, launched without waiting and synchronised
 at the end: it gives the larger of the host's launch time and the device's run time. The definition
@@ -151,7 +150,8 @@ def step(case: Case, loss: Callable) -> int:
 
 
 def products(case: Case) -> int:
-    """The chosen form's products alone: with whole N x N (N < D) or D x D matrices."""
+    """The chosen form's products alone, of N x N (N < D) or D x D matrices. On a CPU three quarters
+    of a symmetric matrix are computed, on a GPU all of it."""
     import torch
 
     torch.set_num_threads(case.threads)
