@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "packbits.h"
+
 namespace nb = nanobind;
 
 // One wheel runs everywhere: the loader picks the widest version that the processor supports.
@@ -285,27 +287,10 @@ void luma_of_rgb(Colours src, Image out) {
     rgb_row(src.data() + y * src.stride(0), step, colour, out.data() + y * width, width);
 }
 
-// PackBits, as in DICOM PS3.5 G.3: a byte n, then n + 1 bytes as they are, or one byte that is
-// repeated 257 - n times; n = 128 does nothing.
 int64_t unpack(Packed packed, Plane out) {
   nb::gil_scoped_release release;
-  const auto from = static_cast<int64_t>(packed.size()), to = static_cast<int64_t>(out.size());
-  int64_t at = 0, done = 0;
-  while (at + 1 < from && done < to) {
-    const int n = packed.data()[at++];
-    if (n == 128) continue;
-    int64_t length = n < 128 ? n + 1 : 257 - n;
-    length = std::min(length, to - done);
-    if (n > 128) {
-      std::memset(out.data() + done, packed.data()[at++], static_cast<size_t>(length));
-    } else {
-      length = std::min(length, from - at);
-      std::memcpy(out.data() + done, packed.data() + at, static_cast<size_t>(length));
-      at += n + 1;
-    }
-    done += length;
-  }
-  return done;
+  return sslus::packbits::unpack(packed.data(), static_cast<int64_t>(packed.size()), out.data(),
+                                 static_cast<int64_t>(out.size()));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fuzz the JPEG decoder and the compiled augmentation under AddressSanitizer and UBSan, then the
-# latter's threads under TSan; then compare every instruction set with the first:
-# bash tools/sanitize.sh [runs]
+# Fuzz the decoders of JPEG and of DICOM's run lengths and the compiled augmentation under
+# AddressSanitizer and UBSan, then the latter's threads under TSan; then compare every instruction
+# set with the first: bash tools/sanitize.sh [runs]
 # Compiling takes most of the time, so all compile at once.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,8 +18,10 @@ compile() { # name, source, flags: dispatch by processor starts before a sanitiz
 }
 
 views=kernels/augment/fuzz.cpp
-compile jpeg engine/jpeg_fuzz.cpp -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-compile address $views -O1 -DSSLUS_NO_CLONES -fsanitize=address,undefined -fno-sanitize-recover=all
+checks=(-O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
+compile jpeg engine/jpeg_fuzz.cpp "${checks[@]}"
+compile packbits engine/packbits_fuzz.cpp "${checks[@]}"
+compile address $views -DSSLUS_NO_CLONES "${checks[@]}"
 compile threads $views -O1 -DSSLUS_NO_CLONES -fsanitize=thread
 compile baseline $views -O3 -DSSLUS_NO_CLONES -DSSLUS_NO_BIT_CAST # also what old compilers make of it
 compile processor $views -O3
@@ -27,8 +29,8 @@ for pid in "${pids[@]}"; do wait "$pid"; done
 for name in "${names[@]}"; do
   echo "== $name"
   count=$runs
-  if [[ $name == jpeg ]]; then
-    "$build/jpeg" $((runs * 30))
+  if [[ $name == jpeg || $name == packbits ]]; then
+    "$build/$name" $((runs * 30))
     continue
   fi
   if [[ $name == threads ]]; then count=$((runs / 10)); fi # TSan is 20 times slower
