@@ -69,8 +69,13 @@ def compilations():
     return {tuple(key): found for key, found in json.loads(done.stdout.splitlines()[-1])}
 
 
-# Triton 3.6 spills 8 bytes in half precision's product for sm_100, 3.8 and 3.9 nothing.
-SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 8
+def most_spilled(label, arch):
+    """Bytes per thread: none but for the exceptions of kernels/README.md."""
+    if re.fullmatch(r"finish \w+ i32", label):  # D is not a multiple of 16
+        return {80: 64, 90: 16, 100: 0}[arch]
+    # Triton 3.6 spills 8 bytes in half precision's product for sm_100, 3.8 and 3.9 nothing.
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    return 8 if old and label.startswith("multiply 64 bf16") else 0
 
 
 @pytest.mark.parametrize("arch", LIMITS)
@@ -81,7 +86,7 @@ def test_compiles_without_spills(op, arch, compilations):
     found = {label: x for (name, label, a), x in compilations.items() if (name, a) == (op, arch)}
     assert len(found) == len(chosen(MODULES[op], arch)) > 0, "two builds with one label"
     for label, x in found.items():
-        assert x["spills"] <= (SPILLS if label.startswith("multiply 64 bf16") else 0), (label, x)
+        assert x["spills"] <= most_spilled(label, arch), (label, x)
         assert x["shared_bytes"] <= LIMITS[arch], (label, x)
         assert x["atomics"] == 0, (label, x)  # sums would have the order in which programs end
         # Each product is one of tensor cores; Hopper's own has 64 rows at least.

@@ -198,6 +198,15 @@ def builds() -> Iterator[Build]:
             blocks, *options,
         )  # fmt: skip
 
+    def finish(kind: str, d: str) -> Build:
+        return Build(
+            f"finish {kind} {d}", finish_kernel,
+            {"q": f"*{kind}:16", "k": f"*{kind}:16", "stats": "*fp32:16", "mixed": "*fp32:16",
+             "grad": "*fp32:16", "losses": "*fp32:16", "n": "i32", "parts": "i32",
+             "d": d, "scale": "fp32", "factor": "fp32"},
+            {"ROWS": ROWS, "BD": COLUMNS},
+        )  # fmt: skip
+
     for dtype, table in TABLES.items():
         kind = KINDS[dtype]
         for most, blocks in table.items():
@@ -205,12 +214,7 @@ def builds() -> Iterator[Build]:
         if kind == "fp16":
             continue  # same as bf16
         yield mix(kind, kind, "i32", math.inf, table[math.inf])
-        yield Build(
-            f"finish {kind}", finish_kernel,
-            {"q": f"*{kind}:16", "k": f"*{kind}:16", "stats": "*fp32:16", "mixed": "*fp32:16",
-             "grad": "*fp32:16", "losses": "*fp32:16", "n": "i32", "parts": "i32",
-             "d": "i32:16", "scale": "fp32", "factor": "fp32"},
-            {"ROWS": ROWS, "BD": COLUMNS},
-        )  # fmt: skip
+        yield finish(kind, "i32:16")
+        yield finish(kind, "i32")
     yield mix("bf16", "fp32", "i32:16", math.inf, TABLES[torch.float32][math.inf])
     yield total_build()
