@@ -568,6 +568,16 @@ def test_memory_of_a_step(name, n, d, kind, dtype):
     assert 0 < max(forward.peak_bytes, num_bytes) <= 4 * 4 * (n * n + n * d)
 
 
+@pytest.mark.parametrize("num_weights", [0, 1])
+def test_memory_of_vicregs_tiled_form(num_weights):
+    """3 N D + 512 D floats, and blocks of columns."""
+    op, n, d = OPS["vicreg"], 2048, 1024
+    tensors = inputs({"tensors": [(n, d)] * 2 + [(n,)] * num_weights}, torch.float32)
+    with Held(tensors) as held:
+        op.cpu(*tensors, **op.cases[0]["scalars"], ranks=Ranks())
+    assert 0 < held.peak_bytes / 4 <= 3.5 * n * d + 512 * d
+
+
 @pytest.mark.parametrize(
     "name, shapes, limit",
     [

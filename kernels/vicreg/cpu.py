@@ -4,7 +4,7 @@ With x the centred z, v_j = |x_j|^2 / (N - 1), s_j = sqrt(v_j + 1e-4), both form
 
     form   when     covariance term, times D                     products      extra floats
     Gram   N < D    |x x^T|_F^2 / (N - 1)^2 - sum_j v_j^2        3.25 N^2 D    N^2 + 2 N D
-    tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3.25 N D^2    4 N D + 512 D
+    tiled  N >= D   |tiles of x^T x / (N - 1), diagonal 0|^2     3.25 N D^2    3 N D + 512 D
 
 Products are counted in multiplications, of two operations each; autograd of the definition takes
 6 N D^2. Only 5/8 of a symmetric matrix is computed. The extra floats include the two gradients;
@@ -132,13 +132,13 @@ def tiled(za, zb, weights, n, factors, ranks):
     pull = za.float() - zb
     squares = weighted_squares(pull, None if weights is None else work(weights)[:, None])
     loss = invariance / (n * d) * ranks.sum_(squares)
-    grads = []
-    for z, sign in ((za, 1), (zb, -1)):
+    factor = 2 * invariance / (n * d)
+    grads = pull * factor, pull.mul_(-factor)  # of the invariance term; the others are added
+    for z, g in zip((za, zb), grads, strict=True):
         x, v = centred_rows(z, torch.float32, n, ranks)
         s = v.div_(n - 1).add_(1e-4).sqrt_()
         loss += variance / (2 * d) * (1 - s).clamp_(min=0).sum(dtype=torch.float64)
         slope = (s < 1) * (-variance / (2 * d * (n - 1))) / s
-        g = pull * (sign * 2 * invariance / (n * d))
         for a in range(0, d, TILE):
             b = min(a + TILE, d)
             tile = ranks.sum_(x[:, a:].T @ x[:, a:b]).div_(n - 1)  # rows a to d of columns a to b
@@ -149,5 +149,5 @@ def tiled(za, zb, weights, n, factors, ranks):
             square.diagonal().copy_(slope[a:b])
             g[:, a:b].addmm_(x[:, a:], tile)
             g[:, b:].addmm_(x[:, a:b], below.T)
-        grads.append(g)
+        del x, tile, square, below  # freed before the other view is centred
     return loss, *grads
