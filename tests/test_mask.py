@@ -325,7 +325,7 @@ def test_what_cannot_be_masked_is_refused():
     ]:
         with pytest.raises(ValueError, match=why):
             masked_mse(*arguments, PATCHES)
-    for hole, rest in [(0, 1), (1, -1)]:
+    for hole, rest in [(0, 1), (1, -1), (np.inf, 0), (1, np.inf), (np.nan, 0), (1, np.nan)]:
         with pytest.raises(ValueError, match="hole > 0 and rest >= 0"):
             masked_mse(x, x, ids, PATCHES, hole=hole, rest=rest)
     assert "mask_fill" in MAPS and "masked_mse" in OPS

@@ -123,10 +123,10 @@ def masked_mse(
 
     prediction, target: (B, 1, H, W), each float32 or bfloat16, or both float64, which runs the
     reference. The gradient goes to prediction, in its dtype; it is exactly 0 where the weight is 0.
-    With several ranks (`group`, by default all), it is the loss of the joint batch, as for every
-    Op.
+    An image that is not finite makes the loss NaN or infinite, even where its weight is 0. With
+    several ranks (`group`, by default all), it is the loss of the joint batch, as for every Op.
 
-    Raises ValueError for wrong dtypes or shapes, hole <= 0 or rest < 0.
+    Raises ValueError for wrong dtypes or shapes, hole <= 0, rest < 0, or either not finite.
     """
     exact = torch.float64 in (prediction.dtype, target.dtype)
     types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)

@@ -207,5 +207,5 @@ def check(prediction: Tensor, target: Tensor, ids: Tensor) -> None:
 
 def check_weights(hole: float, rest: float) -> None:
     """hole must be positive: if all pixels are hidden, the weights would otherwise sum to 0."""
-    if not (hole > 0 and rest >= 0):
-        raise ValueError(f"masked_mse: want hole > 0 and rest >= 0, got {hole} and {rest}")
+    if not (0 < hole < torch.inf and 0 <= rest < torch.inf):
+        raise ValueError(f"masked_mse: want finite hole > 0 and rest >= 0, got {hole} and {rest}")
