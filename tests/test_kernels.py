@@ -578,6 +578,15 @@ def test_memory_of_vicregs_tiled_form(num_weights):
     assert 0 < held.peak_bytes / 4 <= 3.5 * n * d + 512 * d
 
 
+def test_a_queue_in_half_precision_is_not_copied_as_a_whole():
+    module = importlib.import_module("sslus.kernels.infonce_queue.cpu")
+    tensors = inputs({"tensors": [(8, 1024), (8, 1024), (8192, 1024)]}, torch.bfloat16)
+    with Held(tensors) as held:
+        OPS["infonce_queue"].cpu(*tensors, temperature=0.1, ranks=Ranks())
+    # A copy of the whole queue would take 8 BAND floats.
+    assert 0 < held.peak_bytes / 4 <= 3 * module.BAND
+
+
 @pytest.mark.parametrize(
     "name, shapes, limit",
     [

@@ -1,10 +1,11 @@
-"""InfoNCE with a queue on the CPU: the queue is read in bands, neither copied nor concatenated.
+"""InfoNCE with a queue on the CPU: the queue is read in bands, and never copied as a whole.
 
 Each band's logits s update a running maximum top and the sums of exp(s - top) and of
 exp(s - top) queue, which are rescaled when top grows: one pass, two products of N M D
 multiplications. With x = lse over the queue - q.k / T, the loss is softplus(x), accurate where it
 is small too, and dL/dq_i = sigmoid(x) (sum_m P_im queue_m - k_i) / (N T), with P the softmax over
-the queue alone. Across ranks, each keeps its own rows. Extra floats: one band, 4 N D.
+the queue alone. Across ranks, each keeps its own rows. Extra floats: two bands of logits, two of a
+queue in half precision, 4 N D.
 """
 
 import torch
@@ -15,7 +16,8 @@ from sslus.kernels.infonce_queue.reference import check
 from sslus.kernels.products import unit, unit_gradient, work
 from sslus.kernels.ranks import Ranks
 
-BAND = 1 << 20  # logits at a time: 4 MiB, to stay in a cache
+# Logits, or elements of the queue, which may be made float32, at a time: 4 MiB, to stay in a cache.
+BAND = 1 << 20
 
 
 def infonce_queue(
@@ -28,7 +30,7 @@ def infonce_queue(
     positives = (u * key).sum(1, keepdim=True).div_(temperature)
     top = torch.full_like(positives, float("-inf"))
     total, mixed = torch.zeros_like(positives), torch.zeros_like(key)
-    for negatives in queue.split(max(64, BAND // len(q))):
+    for negatives in queue.split(max(64, BAND // max(q.shape))):
         negatives = work(negatives)
         s = (u @ negatives.T).div_(temperature)
         higher = torch.maximum(top, s.amax(1, keepdim=True))
