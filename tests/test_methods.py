@@ -90,12 +90,16 @@ def test_unknown_names_are_one_line():
             widths(text)
 
 
-def test_vicreg_terms_add_up_to_the_loss():
+@pytest.mark.parametrize("pairs", [(), (torch.linspace(0, 2, 40),)], ids=["plain", "weighted"])
+def test_vicreg_terms_add_up_to_the_loss(pairs):
     za, zb = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0))
     weights = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
-    loss = vicreg_loss(za, zb, **weights)
-    terms = vicreg_terms(za, zb, loss, **weights)
+    loss = vicreg_loss(za, zb, *pairs, **weights)
+    terms = vicreg_terms(za, zb, loss, *pairs, **weights)
     assert sum(weights[k] * v for k, v in terms.items()).item() == pytest.approx(loss.item())
+    distances = (za - zb).square().mean(1)
+    want = (distances * pairs[0] if pairs else distances).mean().item()
+    assert terms["invariance"].item() == pytest.approx(want)
     want = (covariance_term(za) + covariance_term(zb)).item()
     assert terms["covariance"].item() == pytest.approx(want, rel=1e-4)
 
