@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ def test_store_without_labels(clips, tmp_path):
     assert (store.label == -1).all() and (store.patient == -1).all() and store.label_names == []
     assert (tmp_path / "elsewhere" / "store.json").exists()
     assert not (tmp_path / "shards" / "store").exists()
+
+
+def test_what_fits_in_memory_is_half_of_what_is_available(shards, monkeypatch):
+    store = FrameStore.open(shards)
+    least = -(-2 * store.frames.nbytes // 1024)
+    for num_kib, fits in [(least, True), (least - 1, False)]:
+        text = f"MemTotal: 1 kB\nMemFree: 1 kB\nMemAvailable:   {num_kib} kB\nHugePages_Total: 0\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda _, text=text: text)
+            found = store.fits_in_memory()
+        assert found is fits
 
 
 def test_store_of_other_shards_is_refused_then_rebuilt(clips, shards):
