@@ -116,10 +116,12 @@ def test_frames_and_labels_are_the_shards(shards):
         reader.close()
 
 
-def test_only_what_is_needed_is_fetched_and_decoded(shards, monkeypatch):
+def test_only_what_is_needed_is_fetched_checked_and_decoded(shards, monkeypatch):
+    """A shard that is fetched again has been checked."""
     store = StreamStore.open(shards)
-    fetched, decoded = [], []
-    fetch, decode = stream._fetch, stream._decode_one
+    fetched, checked, decoded = [], [], []
+    fetch, sha256, decode = stream._fetch, hashlib.sha256, stream._decode_one
+    monkeypatch.setattr(hashlib, "sha256", lambda data: (checked.append(1), sha256(data))[1])
     monkeypatch.setattr(stream, "_fetch", lambda *a: (fetched.append(a[1]), fetch(*a))[1])
     monkeypatch.setattr(stream, "_decode_one", lambda *a: (decoded.append(1), decode(*a))[1])
     reader = Reader(store)
@@ -127,7 +129,8 @@ def test_only_what_is_needed_is_fetched_and_decoded(shards, monkeypatch):
     for i in (last, last - 1):
         reader.read(np.array([i]))
     reader.close()
-    assert fetched == [store.manifest.shards[-1]["name"]] * 2 and len(decoded) == 2
+    assert fetched == [store.manifest.shards[-1]["name"]] * 2
+    assert len(checked) == 1 and len(decoded) == 2
 
 
 def test_labels_may_be_missing(clips, tmp_path):
