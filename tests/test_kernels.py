@@ -467,6 +467,41 @@ def test_rows_too_short_to_be_normalised(name, shapes, which):
     assert_parity(OPS[name], which, tensors, scalars=OPS[name].cases[0]["scalars"])
 
 
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("shape", [(64, 129), (129, 64)], ids=str)
+def test_a_correlation_near_one_keeps_its_digits(shape, which):
+    """1 - C_jj is at most 1e-3 here: as a difference it would keep four digits, as in the
+    definition. Without the other correlations, which would hide it."""
+    op, scalars = OPS["barlow"], {"off_diagonal": 0.0}
+    tensors = inputs({"tensors": [shape, shape]}, torch.float32, device_of(which), "near")
+    truth = op.run("reference", *(t.double() for t in tensors), **scalars).item()
+    assert op.run(which, *tensors, **scalars).item() == pytest.approx(truth, rel=2e-6)
+
+
+@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+def test_the_shape_selects_the_form(name, monkeypatch):
+    module, taken = importlib.import_module(f"sslus.kernels.{name}.cpu"), []
+    for form in ("gram", "tiled"):
+        result = lambda *_, form=form: (taken.append(form), (torch.zeros(()),))[1]  # noqa: E731
+        monkeypatch.setattr(module, form, result)
+    for n in (4, 5, 6):
+        OPS[name].cpu(*torch.zeros(2, n, 5), **OPS[name].cases[0]["scalars"], ranks=Ranks())
+    assert taken == ["gram", "tiled", "tiled"]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of Triton's interpreter
+@pytest.mark.parametrize("which", [pytest.param("reference"), *KERNELS])
+@pytest.mark.parametrize("name, shapes", TYPED)
+def test_what_is_not_a_number_shows(name, shapes, which):
+    """In the loss, by which divergence is noticed, whichever input it comes from."""
+    op, clean, scalars = typed(name, shapes, (torch.float32,) * 2, device_of(which))
+    for i in range(len(clean)):
+        tensors = [t.clone() for t in clean]
+        tensors[i][3, 2] = torch.nan
+        loss, *grads = value_and_grads(op, which, tensors, scalars)
+        assert loss.isnan() and any(g.isnan().any() for g in grads), i
+
+
 def test_moments_of_what_is_not_finite_and_of_half_precision():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, 9, 3, generator=g)
