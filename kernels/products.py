@@ -48,10 +48,9 @@ def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z minus its column means. Subtracts the first row first: exact for constant columns."""
+    """z minus its column means."""
     z = z.to(dtype)
-    z = z - z[:1]
-    return z.sub_(z.mean(0))
+    return z - z.mean(0)
 
 
 def standardised(
