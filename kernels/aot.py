@@ -42,6 +42,7 @@ class Compiled:
     spills: int  # bytes of local memory per thread, for registers that did not fit
     shared_bytes: int
     products: tuple[tuple[int, int], ...]  # (M, N) of each tl.dot
+    ttir: str  # Triton's own code
     ptx: str
 
 
@@ -71,6 +72,7 @@ def compiled(build: Build, arch: int) -> Compiled:
         spills=used["STACK"] + used["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         products=tuple((int(m), int(n)) for m, n in dots),
+        ttir=kernel.asm["ttir"],
         ptx=kernel.asm["ptx"],
     )
 

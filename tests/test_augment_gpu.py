@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 
+from sslus.kernels import aot
 from sslus.kernels.augment import gpu
 from sslus.kernels.augment.reference import COLUMNS, identity, noise, views
 
@@ -140,83 +141,60 @@ LIMITS = {  # of a program: shared memory in bytes, and how a tensor-core produc
 }
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", LIMITS)
-def test_compiles_without_spills(capability):
-    if capability != 90 and os.environ.get("SSLUS_AOT_ALL") != "1":
-        pytest.skip("compiled with SSLUS_AOT_ALL=1")
+def test_compiles_without_spills(capability, kind):
     """256 -> 224: nothing spills, and every product is one of tensor cores."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    if (capability, kind) != (90, "fp32") and os.environ.get("SSLUS_AOT_ALL") != "1":
+        pytest.skip("compiled with SSLUS_AOT_ALL=1")
+    found = compiled(capability, kind)
     shared, product = LIMITS[capability]
     # Triton 3.6 spills 64 bytes for sm_100, 3.8 and 3.9 nothing.
     old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-    assert found["STACK"] <= (64 if capability == 100 and old else 0), found
-    assert found["LOCAL"] == 0, found
-    assert found["shared"] * gpu.PROGRAMS <= shared, found
+    assert found["spills"] <= (64 if capability == 100 and old else 0), found
+    assert found["shared_bytes"] * gpu.PROGRAMS <= shared, found
     assert found[product] >= 4, found  # one for each of the steps that are products
     # Or a multiprocessor would not hold PROGRAMS of them. Before 3.9 Triton gives the kernel 181 to
     # 196 registers, and one program is resident.
     if capability >= 90 and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-        assert found["REG"] * 32 * gpu.NUM_WARPS * gpu.PROGRAMS <= 65536, found
+        assert found["registers"] * 32 * gpu.NUM_WARPS * gpu.PROGRAMS <= 65536, found
 
 
 def test_extreme_shrinking_compiles_like_any_other():
     """1000 -> 3 x 2, of 668 pixels and more each: no tile of weights is as long as that."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, "90", "1000", "3", "2"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["STACK"] == 0 and found["LOCAL"] == 0, found
+    found = compiled(90, "bf16", 1000, 3, 2)
+    assert found["spills"] == 0, found
     meta = gpu.plan(1000, (3, 2))
     # With a tile of BO x 1024 the compiler took half a minute.
     assert found["largest"] == meta["BO"] * meta["BM"], found
 
 
-def compiled(capability, store=256, height=224, width=224):
-    """Resources of the kernel on a device of this compute capability."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    pointers = {"frames": "*u8", "index": "*i64", "table": "*fp32", "out": "*bf16"}
-    scalars = {"num_frames": "i32", "num_views": "i32", "white": "fp32", "black": "fp32"}
-    meta = gpu.plan(store, (height, width)) | {"DEVICE": True}
-    signature = pointers | {"scratch": "*fp16"} | scalars | dict.fromkeys(meta, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-    source = ASTSource(gpu.augment_kernel, signature, meta, aligned)
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": gpu.NUM_WARPS, "enable_fp_fusion": True},
+def compiled(capability, kind, store=256, height=224, width=224):
+    """Resources of the kernel on a device of this compute capability, for views of this kind."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = [str(x) for x in (capability, kind, store, height, width)]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True
     )
-    ptx = kernel.asm["ptx"]
-    found = {product: ptx.count(product) for _, product in LIMITS.values()}
-    tiles = re.findall(r"tensor<([\dx]+)x[a-z]", kernel.asm["ttir"])
-    found["largest"] = max(math.prod(map(int, tile.split("x"))) for tile in tiles)
-    return found | {"shared": kernel.metadata.shared} | usage(kernel.asm["cubin"])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def usage(cubin):
-    """What ptxas gave the kernel: {"REG": 128, "STACK": 0, ...}."""
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    line = next(line for line in report.stdout.splitlines() if "REG:" in line)
-    fields = (field.split(":") for field in line.split() if "[" not in field)
-    return {name: int(value) for name, value in fields}
+def main(capability, kind, store, height, width):
+    build = aot.Build(
+        "views", gpu.augment_kernel,
+        {"frames": "*u8:16", "index": "*i64:16", "table": "*fp32:16", "out": f"*{kind}:16",
+         "scratch": "*fp16:16", "num_frames": "i32", "num_views": "i32", "white": "fp32",
+         "black": "fp32"},
+        gpu.plan(int(store), (int(height), int(width))) | {"DEVICE": True}, gpu.NUM_WARPS,
+    )  # fmt: skip
+    x = aot.compiled(build, int(capability))
+    tiles = re.findall(r"tensor<([\dx]+)x[a-z]", x.ttir)
+    found = {product: x.ptx.count(product) for _, product in LIMITS.values()}
+    found |= {"largest": max(math.prod(map(int, tile.split("x"))) for tile in tiles)}
+    found |= {"registers": x.registers, "spills": x.spills, "shared_bytes": x.shared_bytes}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(*map(int, sys.argv[1:]))))
+    main(*sys.argv[1:])
