@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslus.kernels.philox import philox
+
 # Columns of the table: name, neutral value (None: that of the whole frame), lowest and highest
 # allowed value, meaning. One row is one view.
 PARAMS = (
@@ -152,18 +154,3 @@ def noise(seed: Tensor, size: tuple[int, int]) -> Tensor:
     words = torch.stack(philox(x, y, key), -1).flatten(2)[..., :w]
     total = sum((words >> shift) & 0xFF for shift in (0, 8, 16, 24))
     return ((total - 510).to(seed.dtype) / math.sqrt(21845)).unsqueeze(1)
-
-
-def philox(c0: Tensor, c1: Tensor, k0: Tensor) -> list[Tensor]:
-    """Philox4x32-10 with counter (c0, c1, 0, 0) and key (k0, 0): four words in int64.
-
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; `tl.philox` of Triton.
-    """
-    mask = 0xFFFFFFFF
-    a, b, c, d = *torch.broadcast_tensors(c0, c1, torch.zeros_like(k0)), torch.zeros_like(k0)
-    k1 = torch.zeros_like(k0)
-    for _ in range(10):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps around, with the right 64 bits
-        a, b, c, d = (q >> 32) & mask ^ b ^ k0, q & mask, (p >> 32) & mask ^ d ^ k1, p & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return [a, b, c, d]

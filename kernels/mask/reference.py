@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslus.kernels.augment.reference import philox
+from sslus.kernels.philox import philox
 
 MAX_CELLS = 1024  # a cell's number is the last 10 bits of its rank
 MAX_RECTANGLES = 32  # one bit each
