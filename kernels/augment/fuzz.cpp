@@ -3,6 +3,7 @@
 // Frames and views are allocated with exactly their size, so that sanitizers detect any overrun.
 // The first run writes its views to FILE; later runs, which may be built for another processor,
 // compare theirs with it.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <random>
+#include <stdexcept>
 #include <string>
 
 #include "pool.h"
@@ -110,11 +112,42 @@ void make_all(Views& v, int64_t threads) {
       &v);
 }
 
+// An exception reaches the caller once no thread is at work any more, and the pool goes on.
+bool pool_passes_exceptions_on(int64_t threads) {
+  struct Items {
+    int64_t bad;
+    std::atomic<int64_t> num_done{0}, at_work{0};
+  };
+  for (int64_t bad : {0, 57, 99, -1}) {
+    Items items{bad};
+    bool thrown = false;
+    try {
+      sslus::Pool::run(
+          100, threads,
+          [](void* context, int64_t i) {
+            auto& x = *static_cast<Items*>(context);
+            ++x.at_work;
+            if (i != x.bad) ++x.num_done;
+            --x.at_work;
+            if (i == x.bad) throw std::runtime_error("bad");
+          },
+          &items);
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    if (thrown != (bad >= 0) || items.at_work != 0) return false;
+    if (!thrown && items.num_done != 100) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc < 2) return std::fputs("usage: fuzz FILE [RUNS]\n", stderr), 2;
   const int64_t runs = argc > 2 ? std::atoll(argv[2]) : 300;
+  for (int64_t threads = 1; threads <= 3; ++threads)
+    if (!pool_passes_exceptions_on(threads)) return std::fputs("an exception is lost\n", stderr), 1;
   std::ifstream known(argv[1], std::ios::binary);
   std::ofstream written;
   if (!known) written.open(argv[1], std::ios::binary);
