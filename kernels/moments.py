@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sslus.kernels import _cpu
+from sslus.kernels.products import work
 from sslus.kernels.ranks import Ranks
 
 
@@ -40,7 +41,7 @@ def moments(za: Tensor, zb: Tensor, ranks: Ranks) -> Moments:
 
 
 def _in_torch(za: Tensor, zb: Tensor) -> Tensor:
-    za, zb = (z if z.dtype == torch.float64 else z.float() for z in (za, zb))
+    za, zb = work(za), work(zb)
     (var_a, mean_a), (var_b, mean_b) = (torch.var_mean(z, 0, correction=0) for z in (za, zb))
     return torch.stack([mean_a, mean_b, var_a, var_b, (za - zb).var(0, correction=0)])
 
