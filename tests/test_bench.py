@@ -3,9 +3,11 @@ roofline of a file; and the script that checks a machine with a GPU."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,15 @@ def as_on_a_gpu(tmp_path, stage: str) -> tuple[str, dict]:
     done = run(bench, "--quick", "--stage", "asongpu", "--json", str(out), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text())
+
+
+def test_rows_record_the_versions_of_the_peers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import harness
+
+    project = tomllib.loads((BENCH.parent / "pyproject.toml").read_text())["project"]
+    peers = {re.match(r"[\w-]+", x)[0] for x in project["optional-dependencies"]["bench"]}
+    assert peers and peers <= set(harness.PACKAGES.values())
 
 
 def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
