@@ -81,7 +81,6 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
         else:
             low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
         del pair, x  # freed before the next block is allocated
-    v += v * 0  # see centre
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
         mirror(k[i])
