@@ -29,6 +29,7 @@ from sslus.engine.phantom import (
     overlay,
     synth,
 )
+from sslus.engine.phantom.compiled import compiled
 from sslus.engine.phantom.film import random_complex
 from sslus.engine.phantom.machines import _scan_convert
 from sslus.tools.cli import main
@@ -295,6 +296,12 @@ def test_an_interrupted_run_is_completed_with_the_same_bytes(made, tmp_path):
     with pytest.raises(InputError, match="not empty"):
         synth(out, replace(TINY, seed=9))
     assert digests(out) == digests(made)
+
+
+def test_where_nothing_can_be_cached_the_loops_are_compiled_all_the_same():
+    scope = {}
+    exec("def double(x): return 2 * x", scope)  # without a file, numba has no place for its cache
+    assert compiled(scope["double"])(21) == 42
 
 
 def num_workers(pid: int) -> int:

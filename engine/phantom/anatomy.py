@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 
 from sslus.engine.phantom.clips import PLANES
+from sslus.engine.phantom.compiled import compiled
 
 # Echo level in dB, and whether sound passes with almost no loss.
 TISSUES = {
@@ -79,7 +79,7 @@ class Tube:
         return points, np.concatenate([-normals, normals])
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _nearest(points, path):
     out = np.empty(len(points))
     for s in range(len(points)):

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 
 from sslus.engine.phantom.anatomy import CLEAR, FLUID, LEVEL, NAMES, OUTSIDE, SECTIONS, Ellipse
 from sslus.engine.phantom.clips import Clip, Settings
+from sslus.engine.phantom.compiled import compiled
 from sslus.engine.phantom.machines import SOUND_MM_PER_US, Sector
 from sslus.engine.phantom.motion import Beating, glint_of, leaflet_points, place, wave
 from sslus.engine.phantom.overlay import overlay
@@ -288,7 +288,7 @@ def random_complex(rng, n: int) -> np.ndarray:
     )[:, 0]
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _shadow(centres, bones, depth, angle, radius):
     """(rows, beams) share of the amplitude that passes the bones, given by (radius, through)."""
     out = np.ones((len(depth), len(angle)), np.float32)
@@ -314,7 +314,7 @@ def _shadow(centres, bones, depth, angle, radius):
     return out
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _compress(echo, white, dynamic_range, curve, smooth):
     """Log compression: (rows, beams) float32 grey 0..255 of a (2, rows, beams) echo."""
     rows, beams = echo.shape[1], echo.shape[2]

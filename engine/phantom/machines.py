@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-import numba
 import numpy as np
+
+from sslus.engine.phantom.compiled import compiled
 
 MARGIN_MM = 2.0  # echoes just outside the visible sector still blur into it
 MARGIN_ANGLE = 0.04
@@ -136,7 +137,7 @@ def _gaussian(width: float) -> np.ndarray:
     return (half / math.sqrt(energy)).astype(np.float32)
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _splat(raw, points, weights, wavenumber, radius, depth0, depth_step, angle0, angle_step):
     rows, columns = raw.shape[1], raw.shape[2]
     for s in range(len(points)):
@@ -160,7 +161,7 @@ def _splat(raw, points, weights, wavenumber, radius, depth0, depth_step, angle0,
             raw[part, i + 1, j + 1] += value * fu * fv
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _blur(raw, pulse, beam, rows, beams):
     pad, reach = len(pulse), beam.shape[1]
     out = np.empty((2, rows, beams), np.float32)
@@ -180,7 +181,7 @@ def _blur(raw, pulse, beam, rows, beams):
     return out
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _scan_convert(grey, row, column, pixels, canvas):
     for n in range(len(pixels)):
         # At the edge of a small sector, the last row and column have no next neighbour.

@@ -2,10 +2,10 @@
 
 import math
 
-import numba
 import numpy as np
 
 from sslus.engine.phantom.anatomy import Scene, Valve
+from sslus.engine.phantom.compiled import compiled
 
 REACH = 1.9  # a chamber's pull ends at this multiple of its semi-axes
 
@@ -35,7 +35,7 @@ def wave(name: str, phase: float) -> float:
     return min(1.0, 1.6 * bump(0.04, 0.20, 0.42))
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _deform(rest, chambers, pushes, out):
     """Pull points towards the chambers and push them with the valve plane.
 
@@ -67,7 +67,7 @@ def _deform(rest, chambers, pushes, out):
         out[s, 0], out[s, 1] = x + dx, y + dy
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def place(points, turn, shift, out):
     for s in range(len(points)):
         x, y = points[s, 0], points[s, 1]
@@ -75,7 +75,7 @@ def place(points, turn, shift, out):
         out[s, 1] = turn[1, 0] * x + turn[1, 1] * y + shift[1]
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def glint_of(points, normals, turn, radius):
     """The share of a wall's echo that returns to the probe: all of it at normal incidence."""
     out = np.empty(len(points), np.float32)
