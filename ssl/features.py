@@ -145,9 +145,10 @@ def _features(
     key.update(index.astype(np.int64).tobytes())
     backbones.add_to_digest(key, backbone)
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
-    if path.exists():
+    known = _read(path)
+    if known is not None and known.ndim == 2 and len(known) == len(index):
         report(len(index))
-        return np.load(path, allow_pickle=False), path
+        return known, path
     # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
     backbone.eval().to(device, memory_format=torch.channels_last)
     parts = []
@@ -164,3 +165,11 @@ def _features(
     with atomic_file(path) as f:
         f.write(content.getbuffer())
     return features, path
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """None if the file is missing, or damaged, as by a power cut or a copy that was stopped."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None

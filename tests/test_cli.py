@@ -95,6 +95,15 @@ def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("Error: out of memory; give a smaller --batch-size")
 
 
+def test_an_end_of_file_is_not_taken_for_ctrl_c(capsys, monkeypatch):
+    def read(*args):
+        raise EOFError("no data left")
+
+    monkeypatch.setattr(cli.sslus, "invoke", read)
+    assert cli.main(["views"]) == 70
+    assert "Error: EOFError: no data left (a bug in sslus" in capsys.readouterr().err
+
+
 def test_a_file_name_cannot_break_a_line_or_colour_the_terminal(tmp_path, capsys):
     (tmp_path / "a\n\x1b[31mé.mp4").write_bytes(b"")
     assert cli.main(["shard", str(tmp_path), "-o", str(tmp_path / "out")]) == 1

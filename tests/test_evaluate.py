@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -324,6 +325,10 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     np.testing.assert_allclose(together[:5], alone, rtol=1e-4, atol=1e-6)
     with monkeypatch.context() as patch:
         patch.setattr(features, "_frames", None)  # what is in the cache is not computed again
+        assert np.array_equal(compute(index, tmp_path / "a"), together)
+    (cached,) = (tmp_path / "a").iterdir()
+    for size in (0, 100, 2000):  # copied in part
+        os.truncate(cached, size)
         assert np.array_equal(compute(index, tmp_path / "a"), together)
     with torch.no_grad():
         next(backbone.parameters()).mul_(1.5)

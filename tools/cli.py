@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
             click.echo(f"Error: {message}", err=True)
         return code
 
+    def fail_as_bug(e: BaseException) -> int:
+        return fail(
+            f"{type(e).__name__}: {e} (a bug in sslus: set SSLUS_DEBUG=1 for the traceback)", 70
+        )
+
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process
@@ -98,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
             return fail(f"an argument is empty ({arg or repr('')}): a variable that is not set?", 2)
     try:
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as e:
+        if isinstance(e.__cause__, EOFError):  # to click that is Ctrl-D, at a prompt; we have none
+            return fail_as_bug(e.__cause__)
         return fail("interrupted", 130)
     except click.ClickException as e:
         if _speaks(e.exit_code):
@@ -129,6 +136,4 @@ def main(argv: list[str] | None = None) -> int:
                 " or close other programs",
                 1,
             )
-        return fail(
-            f"{type(e).__name__}: {e} (a bug in sslus: set SSLUS_DEBUG=1 for the traceback)", 70
-        )
+        return fail_as_bug(e)
