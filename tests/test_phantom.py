@@ -354,6 +354,8 @@ def test_command_says_what_next_and_refuses_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("Error: synth: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="at most 1,000,000 videos, got 1,000,001"):
+        Settings(videos=1_000_001)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     assert main(["synth", str(tmp_path / "full"), *small]) == 1

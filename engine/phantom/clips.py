@@ -8,6 +8,8 @@ from sslus.engine.errors import InputError
 
 VERSION = 1  # incremented when the same settings no longer give the same clips
 
+MOST_VIDEOS = 1_000_000  # the list of all clips is in memory: a number mistyped would fill it
+
 PLANES = ("4CH", "LVOT", "RVOT", "3VV", "non-heart")
 
 
@@ -27,6 +29,8 @@ class Settings:
                 f"synth: want at least one video and one patient, got {self.videos} and"
                 f" {self.patients}"
             )
+        if self.videos > MOST_VIDEOS:
+            raise InputError(f"synth: want at most {MOST_VIDEOS:,} videos, got {self.videos:,}")
         if self.patients > self.videos:
             raise InputError(
                 f"synth: {self.patients} patients need at least as many videos, got {self.videos}"
