@@ -56,7 +56,7 @@ def read_labels(path: Path) -> list[Label]:
             if not cells[column] and column != "split":
                 raise InputError(f"{where}: the {column} is empty")
             # Unmatched quotes merge two rows into one, and two patients into one.
-            if any(c in cells[column] for c in "\n\r\0"):
+            if any(c in cells[column] for c in "\n\r"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
         video = real(path.parent / cells["path"])
         if video in seen:
@@ -159,9 +159,16 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
     rows = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
-            reader = csv.reader(f, strict=True)  # an unclosed quote is an error
+            # An unclosed quote is an error. Unless the space is skipped, the quotes of `a, "left"`
+            # are part of the label.
+            reader = csv.reader(f, strict=True, skipinitialspace=True)
             try:
                 for row in reader:
+                    if any("\0" in cell for cell in row):  # UTF-16 without a mark at its start
+                        raise InputError(
+                            f"labels {path}, line {reader.line_num}: has a NUL character, so it is"
+                            " no UTF-8 text; save it as UTF-8"
+                        )
                     cells = [cell.strip() for cell in row]
                     if any(cells):
                         rows.append((reader.line_num, cells))

@@ -25,7 +25,7 @@ HEADER = "path,label,patient\n"
 def test_a_row_is_what_its_cells_say(read, tmp_path):
     rows = read(
         "\ufeffpath , label,note,patient,split\r\n"  # as a spreadsheet writes it
-        'A/x.mp4,"left, ""atrial""",,p1,train\r\n'
+        'A/x.mp4, "left, ""atrial""",, "p1",train\r\n'
         "\r\n"
         f" {tmp_path}/far/../y.mp4 , right ,seen twice,p 2,test\r\n"
         ",,,,\r\n"
@@ -66,7 +66,8 @@ def test_a_patient_is_the_same_in_either_form(read):
         (HEADER + "\n\r\n,,\na.mp4,,p1\n", "line 5: the label is empty"),
         (HEADER + 'a.mp4,left,p1\n\nb.mp4,"left,p1\n', "line 4: unexpected end of data; are the"),
         (HEADER + "\na.mp4,left\n", "line 3: want 3 cells like the header, got 2"),
-        (HEADER + "a\0.mp4,left,p1\n", "line 2: the path has a line break"),
+        (HEADER + "a\0.mp4,left,p1\n", "line 2: has a NUL character"),
+        (HEADER.encode("utf-16-le"), "line 1: has a NUL character, .*; save it as UTF-8"),
         ("path,label,patient,split\na,l,p,train\n\nb,l,p,test\n", "line 4: patient p is in both"),
         ("path,label,patient,split\na,l,p,dev\n", "line 2: split must be train or test, got 'dev'"),
         ("path,label,patient,split\na,l,p,\nb,l,q,test\n", "split is given for some rows only"),
