@@ -77,7 +77,7 @@ def synth(
     with atomic_file(note, "w") as f:
         f.write(wanted)
     todo = clips(settings)
-    missing = [c for c in todo if not (out / c.name).exists()]
+    missing = [c for c in todo if not _is_there(out / c.name)]
     done, frames = len(todo) - len(missing), 0
     if report:
         report(done, len(todo), "")
@@ -89,7 +89,7 @@ def synth(
                     report(done, len(todo), f"{frames:,} frames")
     except (KeyboardInterrupt, Interrupted) as e:
         raise Interrupted(
-            f"synth {out}: {sum((out / c.name).exists() for c in todo)} of {len(todo)} clips are"
+            f"synth {out}: {sum(_is_there(out / c.name) for c in todo)} of {len(todo)} clips are"
             " kept; the same command resumes from there",
             getattr(e, "signum", signal.SIGINT),
         ) from None
@@ -97,6 +97,11 @@ def synth(
         f.write("path,label,patient\n")
         f.writelines(f"{c.name},{c.label},{c.patient}\n" for c in todo)
     return len(missing)
+
+
+def _is_there(clip: Path) -> bool:
+    """A file without content, as a copy onto a full disk leaves it, counts as missing."""
+    return clip.exists() and clip.stat().st_size > 0
 
 
 def _write_all(settings, missing, out, jobs) -> Iterator[int]:
