@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def test_a_check_that_breaks_is_a_line_and_the_others_run(capsys, monkeypatch):
     assert code == 1
     assert checks["train"]["says"] == "failed: OSError: .../libx.so: undefined symbol"
     assert checks["evaluate"]["ok"]
+
+
+def test_ctrl_c_is_no_broken_installation():
+    def imports():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as e:
+            raise ImportError("numpy.core.multiarray failed to import") from e
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # others may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            doctor.checked("train", imports)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

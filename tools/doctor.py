@@ -5,9 +5,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,11 +96,34 @@ def command(as_json):
 def checked(name: str, check: Callable[[], Check | str]) -> Check:
     """A check that fails becomes a line that says so; the others still run."""
     try:
-        found = check()
+        with heeding_ctrl_c():
+            found = check()
     except Exception as e:  # whatever a broken installation throws
         first = str(e).strip().splitlines()[0] if str(e).strip() else ""
         found = Check(name, f"failed: {type(e).__name__}: {private(first)[:160]}", ok=False)
     return found if isinstance(found, Check) else Check(name, found)
+
+
+@contextlib.contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the block as ever, also where it hits an import that makes an error of it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came = False
+
+    def stop(signum, frame):
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if came:
+            raise KeyboardInterrupt
 
 
 def private(text: str) -> str:
