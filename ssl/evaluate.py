@@ -345,6 +345,13 @@ def _warnings(
             f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
             " (see local/ledger.jsonl of the shards)"
         )
+    trained_on = shards.get("digest")
+    if trained_on and store.digest != trained_on:
+        yield (
+            f"the run was trained on other shards (digest {trained_on[:8]}; these have"
+            f" {store.digest[:8]}); if their frames were made with other options, such as --size,"
+            " that changes the scores"
+        )
     done, steps = backbones.step_in(run.weights), settings.get("max_steps")
     if done and steps and done < steps:
         yield f"the run is not finished: its backbone is from step {done} of {steps}"

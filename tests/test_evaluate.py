@@ -702,6 +702,8 @@ def test_one_video_under_two_patients_is_named(run, videos, clip, tmp_path):
         run, videos / "labels.csv", out=tmp_path / "before", num_seeds=1, protocol="knn"
     )
     assert not any("under several patients" in line for line in before.warnings)
+    other = [any("trained on other shards" in x for x in r.warnings) for r in (before, result)]
+    assert other == [False, True]
 
 
 def test_a_class_that_some_fold_cannot_learn_is_named(run, videos, tmp_path):
