@@ -20,7 +20,8 @@ def find_key(local: Path, given: Path | None) -> bytes:
         text = secrets.token_hex(KEY_BYTES) if path is None else Path(path).read_text().strip()
         key = bytes.fromhex(text)
     except OSError as e:
-        raise InputError(f"--key {path}: cannot be read ({e})") from e
+        name = f"--key {path}" if given else path
+        raise InputError(f"{name}: cannot be read ({e.strerror or e})") from e
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:

@@ -270,6 +270,8 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
         manifest = read_manifest(out)
         lines = (out / "local" / LEDGER).read_text().splitlines()
         ledger = [json.loads(line) for line in lines]
+    except PermissionError:  # no reason for --force, which would replace them
+        raise
     except (OSError, ValueError):  # ValueError: InputError, or neither UTF-8 nor JSON
         return None
     if len(ledger) != len(wanted):
@@ -290,9 +292,11 @@ def _moved(local: Path, ledger: list[dict], places: dict[str, str]) -> list[dict
 
 
 def _read_json(path: Path):
-    """None if the file does not exist or is damaged."""
+    """None if the file does not exist or is damaged. Raises PermissionError."""
     try:
         return json.loads(path.read_text())
+    except PermissionError:
+        raise
     except (OSError, ValueError):
         return None
 

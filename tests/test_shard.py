@@ -619,6 +619,29 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
     assert make(clips, out, key).already and (out / "local" / "key").read_text() == KEY + "\n"
 
 
+def test_what_may_not_be_read_is_no_reason_to_replace_it(clips, tmp_path, monkeypatch):
+    def again():
+        return shard([clips / "u.mp4"], tmp_path / "out", SMALL, device="cpu", jobs=1)
+
+    again()
+    read = Path.read_text
+
+    def refused(path, *args, **kwargs):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refused)  # root may read everything
+        for name in ("manifest.json", "request.json", "ledger.jsonl"):
+            with pytest.raises(PermissionError, match=name):
+                again()
+        name = "key"
+        with pytest.raises(InputError, match=r"^/.*/key: cannot be read \(Permission denied\)$"):
+            again()
+    assert again().already
+
+
 def test_two_runs_do_not_mix(clips, tmp_path, key):
     import fcntl
 
