@@ -93,13 +93,18 @@ class FrameStore:
         if several processes call this at once, one of them builds it. An existing store may be on
         a read-only file system. `threads` decode (default: one per core); `report(done, total,
         note)` counts frames. Raises InputError if the shards are unfinished, damaged or of another
-        version, or if the store belongs to other shards and `rebuild` is not given; OSError on a
-        full disk.
+        version, if the store belongs to other shards and `rebuild` is not given, or if one must be
+        built where nothing can be written; OSError on a full disk.
         """
         shards = Path(shards)
         manifest = read_manifest(shards)
         folder = Path(folder) if folder else shards / "store"
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if (rebuild or not folder.exists()) and not os.access(folder.parent, os.W_OK):
+            raise InputError(
+                f"{folder.parent}: has no frame store that can be used, and none can be written"
+                " there; copy the shards to a folder of your own, or train with --tier stream"
+            )
         try:
             lock_file = folder.with_name(folder.name + ".lock").open("w")
         except OSError:  # where no lock file can be written, nobody can be building

@@ -214,8 +214,9 @@ def test_a_store_opens_where_nothing_can_be_written(clips, small_disk):
     built = FrameStore.open(small_disk / "shards").frames.sum()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert FrameStore.open(small_disk / "shards").frames.sum() == built
-    with pytest.raises(OSError, match="Read-only"):
-        FrameStore.open(small_disk / "shards", folder=small_disk / "other")
+    for folder, rebuild in (("other", False), ("shards/store", True)):
+        with pytest.raises(InputError, match="none can be written there; .* with --tier stream"):
+            FrameStore.open(small_disk / "shards", folder=small_disk / folder, rebuild=rebuild)
 
 
 def test_shards_of_another_version_give_no_store(shards):
