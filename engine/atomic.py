@@ -24,7 +24,7 @@ def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterat
     It is written as `<path>.tmp`, synced and renamed. On an exception the temporary file is
     removed, and an earlier file at `path` stays as it was. Without `durable` nothing is synced:
     this is safe if the process is killed, but after a power cut the file may exist with wrong
-    content, which its reader must detect.
+    content, which its reader must detect. An OSError names `path`, if it names no file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -34,7 +34,8 @@ def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterat
             if durable:
                 os.fsync(f.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as e:
+        _name(e, path)
         temporary.unlink(missing_ok=True)
         raise
     if durable:
@@ -46,7 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under `path` only when the block ends without an exception.
 
     Yields a temporary folder beside it, after removing leftovers of an earlier crash. The caller
-    must sync the files that it writes there. A folder that exists at `path` is replaced.
+    must sync the files that it writes there. A folder that exists at `path` is replaced. An
+    OSError names `path`, if it names no file.
     """
     temporary, old = _beside(path)
     remove_leftovers(path)
@@ -60,7 +62,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(path)
-    except BaseException:
+    except BaseException as e:
+        _name(e, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
@@ -79,3 +82,9 @@ def _beside(path: Path) -> tuple[Path, Path]:
     """Where a folder is while it is written, and while it is replaced. The names are hidden ones,
     such as nobody gives to a copy."""
     return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """A write that fails, as on a full disk, does not say of which file."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)

@@ -130,6 +130,17 @@ def test_paths_in_the_next_command(tmp_path, monkeypatch):
     assert [screen.count(n, "file") for n in (0, 1, 1000)] == ["0 files", "1 file", "1,000 files"]
 
 
+def test_a_full_disk_under_a_log_is_no_fault_of_the_files():
+    class Full(io.StringIO):
+        name = "<stdout>"
+
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="^<stdout>: cannot be written to .No space left"):
+        screen.tell("videos 3", Full())
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -305,6 +305,19 @@ def test_where_nothing_can_be_cached_the_loops_are_compiled_all_the_same():
     assert compiled(scope["double"])(21) == 42
 
 
+def test_a_full_disk_is_one_line_and_no_clip_is_half_written(small_disk, capsys):
+    filler, out = small_disk / "filler", small_disk / "v"
+    filler.write_bytes(bytes((4 << 20) - 8192))  # room for synth.json
+    command = ["synth", str(out), "--videos", "2", "--patients", "1", "--size", "96"]
+    command += ["--seconds", "1", "1", "--jobs", "1"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"Error: no space left on the disk of {out}/clip-000.mp4; no partial")
+    assert [path.name for path in out.iterdir()] == ["synth.json"]
+    filler.unlink()
+    assert main(command) == 0
+
+
 def num_workers(pid: int) -> int:
     """Its worker processes, once they are Python interpreters."""
     children = subprocess.run(["ps", "--ppid", str(pid), "-o", "args="], capture_output=True)

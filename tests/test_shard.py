@@ -872,7 +872,7 @@ def test_full_disk(clip, pattern, tmp_path, small_disk):
         clip(videos / f"{i}.mp4", rng.integers(0, 256, (40, 256, 256), dtype=np.uint8))
     out = small_disk / "out"
     arguments = ["shard", videos, "-o", out, "--all", "--device", "cpu", "--jobs", 1]
-    one_line(command(*arguments), 1, "no space left")
+    one_line(command(*arguments), 1, f"no space left on the disk of {out}/local/work/")
     assert public_bytes(out) == {}
     assert not list(small_disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)

@@ -242,5 +242,5 @@ def test_full_disk_is_an_error_not_a_crash(clips, tmp_path, small_disk):
         f"FrameStore.open(Path({shards!r}), folder=Path({folder!r}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1 and "No space left on device" in result.stderr
+    assert result.returncode == 1 and f"No space left on device: '{folder}'" in result.stderr
     assert [p.name for p in small_disk.iterdir()] == ["s.lock"]

@@ -294,3 +294,10 @@ def test_a_picture_of_views(store, tmp_path):
     assert Image.open(tmp_path / "new" / "one.png").size == (48, 3 * 50 - 2)
     wrong = subprocess.run([*command, "--preset", "x"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("Error: --views 'x'")
+
+
+def test_a_picture_for_which_the_disk_has_no_room(store, small_disk):
+    (small_disk / "filler").write_bytes(bytes(4 << 20))
+    with pytest.raises(OSError, match="No space left on device: .*/disk/v.png"):
+        picture_of(store, "ultrasound", small_disk / "v.png", num=3, size=48, seed=0)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from sslus.engine.errors import InputError
+
 # report(done, total, note): the progress of a long task, in any unit; total is never 0.
 Report = Callable[[int, int, str], None]
 
@@ -133,3 +135,5 @@ def tell(line: str, stream: IO[str] | None = None) -> None:
         print(line, file=stream, flush=True)
     except BrokenPipeError:  # all that follows, and the flush at the end, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as e:  # such as the full disk of `> log`: no fault of the command's own files
+        raise InputError(f"{stream.name}: cannot be written to ({e.strerror or e})") from e
