@@ -1,5 +1,6 @@
 """The results of an evaluation, as a table, a page and a figure."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,5 +155,7 @@ def draw(result: Evaluation, path: Path) -> None:
         axes.set_xlabel("prediction")
         axes.set_ylabel("truth")
         axes.set_title(f"{row.backbone}, {largest:g} % of labels\nmacro-F1 {row.macro_f1:.3f}")
-    with atomic_file(path) as f:
+    with atomic_file(path) as f, warnings.catch_warnings():
+        # A class named in a script that the font lacks has boxes here; the tables have its name.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(f, format="png", dpi=110)

@@ -602,9 +602,10 @@ def test_two_processes_do_not_write_one_report(run, videos, tmp_path):
     judge(tmp_path / "one")  # which is free again
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
     """Whatever the shares, and whatever a class is called."""
-    odd = {"dark": "a|b", "bright": "$\\no{$", "striped": "50 $ or 60 $"}
+    odd = {"dark": "a|b", "bright": "$\\no{$", "striped": "50 $ or 四腔"}
     labels = rewrite(videos, tmp_path, lambda rows: [r | {"label": odd[r["label"]]} for r in rows])
     judged = evaluate.evaluate(
         run, labels, out=tmp_path / "out", percents=(20, 10, 20 + 1e-9), num_seeds=1, device="cpu"
