@@ -145,7 +145,7 @@ def _features(
     key.update(index.astype(np.int64).tobytes())
     backbones.add_to_digest(key, backbone)
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
-    known = _read(path)
+    known = read_kept(path)
     if known is not None and known.ndim == 2 and len(known) == len(index):
         report(len(index))
         return known, path
@@ -167,8 +167,9 @@ def _features(
     return features, path
 
 
-def _read(path: Path) -> np.ndarray | None:
-    """None if the file is missing, or damaged, as by a power cut or a copy that was stopped."""
+def read_kept(path: Path) -> np.ndarray | None:
+    """An array that an earlier evaluation has left; None if it is missing, or cut short, as by a
+    copy that was stopped."""
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -27,6 +27,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.kernels.augment import views
 from sslus.ssl import backbones, optimizers
+from sslus.ssl.features import read_kept
 from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.signals import Signals
 from sslus.ssl.versions import versions
@@ -124,7 +125,7 @@ def finetune(
         keep_freed_memory()
     names = _names(jobs, starts, pictures, settings)
     trainings = dict(zip(names, jobs, strict=True))
-    todo = [name for name in trainings if not (cache / name).exists()]
+    todo = [name for name in trainings if read_kept(cache / name) is None]
     num, steps = len(trainings), settings.steps
     report((num - len(todo)) * steps, num * steps, "")
     with Signals() as signals:

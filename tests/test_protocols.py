@@ -2,6 +2,7 @@
 reaches it."""
 
 import dataclasses
+import os
 import signal
 from types import SimpleNamespace
 
@@ -177,6 +178,10 @@ def test_what_was_interrupted_goes_on_with_the_same_bytes(toy, tmp_path):
     run(tmp_path / "parts", lambda *a: told.append(a))
     assert told[0] == (3, 9, "") and told[-1] == (9, 9, "training 3 of 3")
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    told.clear()
+    os.truncate(next((tmp_path / "parts").iterdir()), 0)  # by a copy that was stopped
+    run(tmp_path / "parts", lambda *a: told.append(a))
+    assert told[0] == (6, 9, "") and files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 def test_on_a_full_disk_no_training_seems_finished(toy, small_disk):
