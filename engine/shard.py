@@ -55,6 +55,7 @@ class ShardReport:
     ledger: list[dict]
     ignored: Counter  # skipped files by extension, and links to folders
     unlabelled: int = 0  # videos without a row in the labels
+    held_out: int = 0  # videos whose labels stay out of the shards: split is test
     resumed: int = 0  # videos already decoded by an earlier, interrupted run
     already: bool = False  # there was nothing to do
     seconds: float = 0.0
@@ -81,13 +82,14 @@ def shard(
 ) -> ShardReport:
     """Decode the videos under `paths` into WebDataset shards in the folder `out`.
 
-    `labels` is a CSV file (see engine.labels); its labels go into the shards, its patients as
-    keyed hashes. `key` is a file with 64 hex digits from which ids are made, so that videos can
-    get the ids they have elsewhere; by default a random key is made and kept in `out`/local.
-    `jobs` is the number of worker processes (default: one per core, at most MOST_ON_GPU if they
-    decode on a GPU); `device` and `decoder` are those of choose_backends. With `strict`, no shards
-    are written if any file is refused or incomplete; with `force`, shards that were made otherwise
-    are replaced. `report(done, total, note)` is called after each video.
+    `labels` is a CSV file (see engine.labels); its labels go into the shards, its patients as keyed
+    hashes. Labels of the test split stay out, since what trains on the shards would learn what it
+    is tested on. `key` is a file with 64 hex digits from which ids are made, so that videos can get
+    the ids they have elsewhere; by default a random key is made and kept in `out`/local. `jobs` is
+    the number of worker processes (default: one per core, at most MOST_ON_GPU if they decode on a
+    GPU); `device` and `decoder` are those of choose_backends. With `strict`, no shards are written
+    if any file is refused or incomplete; with `force`, shards that were made otherwise are
+    replaced. `report(done, total, note)` is called after each video.
 
     A second call continues where the first was stopped, or returns at once if all is done. It
     retries refused files only with `force`, since their frames would change shards that may be
@@ -125,7 +127,7 @@ def shard(
             shutil.rmtree(local / "work", ignore_errors=True)  # of an abandoned --force
             manifest, ledger = done
             ledger = _moved(local, ledger, {ids[s.name]: str(s.path) for s in sources})
-            return ShardReport(out, manifest, ledger, ignored, _unmarked(marks), already=True)
+            return ShardReport(out, manifest, ledger, ignored, *_unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
             why = "the shards there are of other videos, labels or settings, damaged, or of another"
             why += " version"
@@ -152,8 +154,9 @@ def shard(
         manifest.write(out)
         shutil.rmtree(work)
     return ShardReport(
-        out, manifest, ledger, ignored, _unmarked(marks), resumed, False, time.monotonic() - start
-    )
+        out, manifest, ledger, ignored, *_unmarked(marks), resumed=resumed,
+        seconds=time.monotonic() - start,
+    )  # fmt: skip
 
 
 def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
@@ -177,6 +180,7 @@ def _refuse_failure(ledger: list[dict], strict: bool, path: Path) -> None:
 class _Mark:
     label: str | None = None
     patient: str | None = None
+    held_out: bool = False  # it has a label, which stays out of the shards
 
 
 def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | None:
@@ -191,7 +195,8 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
         if name is None:
             missing.append(row.path)
         else:
-            marks[name] = _Mark(row.label, row.patient)
+            held_out = row.split == "test"
+            marks[name] = _Mark(None if held_out else row.label, row.patient, held_out)
     if missing:
         raise InputError(
             f"labels {labels}: {len(missing)} of its videos are not among the videos given,"
@@ -216,8 +221,10 @@ class _Job:
         return f"{len(self.records)} of {len(self.sources)} videos are decoded"
 
 
-def _unmarked(marks: dict[str, _Mark] | None) -> int:
-    return sum(m.label is None for m in marks.values()) if marks else 0
+def _unmarked(marks: dict[str, _Mark] | None) -> tuple[int, int]:
+    """How many videos have no label, and how many have one that stays out of the shards."""
+    held_out = sum(m.held_out for m in (marks or {}).values())
+    return sum(m.label is None for m in (marks or {}).values()) - held_out, held_out
 
 
 # ---------------------------------------------------------------- the folder

@@ -332,8 +332,8 @@ def _warnings(
     if num and settings.get("dual_task") and store.digest == shards.get("digest"):
         yield (
             f"the run learned the labels of {num} of the {len(tested)} frames that it is tested on"
-            " (--dual-task), so its scores do not hold for new patients: train it on shards that"
-            " contain the labels of other patients only"
+            " (--dual-task), so its scores do not hold for new patients: train it on shards made"
+            " with a labels.csv that lacks these patients, or whose column split says test"
         )
     if frames.moved:
         yield (

@@ -140,14 +140,16 @@ def labelled(out, labels):
     return splits.label_frames(FrameStore.open(out), out, labels)
 
 
-@pytest.mark.parametrize("learnt, num", [("all", 18), ("train", 0)])
+@pytest.mark.parametrize("learnt, num", [("all", 18), ("train", 0), ("split", 0)])
 def test_labels_that_the_run_has_learnt_are_named(learnt, num, run, videos, tmp_path):
-    """A dual task sees what is in its shards, whoever's it is."""
+    """A dual task sees what is in its shards; of a test split, only the patients are."""
 
     def split(rows):
         return [r | {"split": "train" if int(r["patient"][1:]) < 6 else "test"} for r in rows]
 
     def known(rows):
+        if learnt == "split":
+            return split(rows)
         return [r for r in rows if learnt == "all" or int(r["patient"][1:]) < 6]
 
     for name in ("in_shards", "asked"):
@@ -155,8 +157,13 @@ def test_labels_that_the_run_has_learnt_are_named(learnt, num, run, videos, tmp_
     shards = tmp_path / "shards"
     labels = rewrite(videos, tmp_path / "in_shards", known)
     settings = ShardSettings(size=32, stride=3)
-    shard([videos], shards, settings, labels=labels, device="cpu", jobs=1)
+    made = shard([videos], shards, settings, labels=labels, device="cpu", jobs=1)
+    counts = {"all": (0, 0), "train": (9, 0), "split": (0, 9)}
+    assert (made.unlabelled, made.held_out) == counts[learnt]
     store = FrameStore.open(shards)
+    assert (np.sum(store.label < 0), np.sum(store.patient < 0)) == {
+        "all": (0, 0), "train": (18, 18), "split": (18, 0),
+    }[learnt]  # fmt: skip
     dual = tmp_path / "run"
     shutil.copytree(run, dual)
     config = json.loads((run / "config.json").read_text())

@@ -41,8 +41,9 @@ TRY_AGAIN = (
 )  # fmt: skip
 @click.option(
     "--labels", type=click.Path(path_type=Path),
-    help="CSV file with the columns path,label,patient; paths are relative to it. Labels are"
-    " stored in the shards, patients as keyed hashes. Not needed for pretraining.",
+    help="CSV file with the columns path,label,patient[,split]; paths are relative to it. Labels"
+    " are stored in the shards, except where split is test; patients as keyed hashes. Not needed"
+    " for pretraining.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=int,
@@ -179,9 +180,11 @@ def show(result) -> None:
         sizes = {(r["width"], r["height"]) for r in cut}
         if region != "auto" and len(sizes) > 1:
             warnings.append(f"--region {region} was used for images of {len(sizes)} sizes")
-    if manifest.labels:
+    if manifest.labels or result.held_out:
         unlabelled = count(result.unlabelled, "video")
-        rows["labels"] = f"{', '.join(manifest.labels)}; {unlabelled} without a label"
+        rows["labels"] = f"{', '.join(manifest.labels) or 'none'}; {unlabelled} without a label"
+        if result.held_out:
+            rows["labels"] += f"; those of {count(result.held_out, 'test video')} left out"
     problems = result.problems
     warnings += [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
