@@ -278,6 +278,9 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
         used = [
             [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
         ]
+        if _is_one_fit(found):
+            confusion = confusion[:1]
+        count = len(confusion)
         f1, accuracy, per_class = zip(*(scores(c) for c in confusion), strict=True)
         videos, patients = np.mean(used, axis=0).tolist()
         rows.append(
@@ -285,10 +288,10 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
                 backbone=name,
                 percent=p,
                 macro_f1=float(np.mean(f1)),
-                macro_f1_std=float(np.std(f1, ddof=1)) if num_seeds > 1 else None,
+                macro_f1_std=float(np.std(f1, ddof=1)) if count > 1 else None,
                 balanced_accuracy=float(np.mean(accuracy)),
-                balanced_accuracy_std=float(np.std(accuracy, ddof=1)) if num_seeds > 1 else None,
-                num_seeds=num_seeds,
+                balanced_accuracy_std=float(np.std(accuracy, ddof=1)) if count > 1 else None,
+                num_seeds=count,
                 num_train_videos=videos,
                 num_train_patients=patients,
                 num_test_frames=len(tested),
@@ -302,6 +305,17 @@ def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], 
             )
         )
     return rows
+
+
+def _is_one_fit(found: list[tuple[Task, np.ndarray]]) -> bool:
+    """Whether every seed's (task, guess) is the same, as with a fixed split and all labels: then
+    the fits are one fit, whose repetition says nothing about its spread."""
+    first, guess = found[0]
+    return all(
+        np.array_equal(t.train, first.train) and np.array_equal(t.test, first.test)
+        and np.array_equal(g, guess)
+        for t, g in found
+    )  # fmt: skip
 
 
 def _warnings(
@@ -365,7 +379,7 @@ def _write(result: Evaluation, frames, store: FrameStore, run: Run) -> None:
         "run": {k: settings[k] for k in ("method", "backbone", "image_size", "seed")}
         | {"weights_sha256": hashlib.sha256(run.weights).hexdigest()},
         "settings": {
-            "num_seeds": result.rows[0].num_seeds,
+            "num_seeds": max(row.num_seeds for row in result.rows),
             **result.settings,
             "split": result.split,
         },

@@ -23,7 +23,7 @@ class Row:
     macro_f1_std: float | None  # over seeds; None for one seed
     balanced_accuracy: float
     balanced_accuracy_std: float | None
-    num_seeds: int
+    num_seeds: int  # 1 where a fixed split and all labels leave nothing to draw
     num_train_videos: float  # mean over folds and seeds
     num_train_patients: float
     num_test_frames: int  # per seed; with folds, every frame is tested once
@@ -47,6 +47,17 @@ class Evaluation:
     num_patients: int
     split: str  # how patients were split, in words
     warnings: list[str]
+
+    @property
+    def spread(self) -> str:
+        """What the table's ± is, in words."""
+        num_seeds = max(row.num_seeds for row in self.rows)
+        if num_seeds == 1:
+            return "one seed"
+        alone = any(row.num_seeds == 1 for row in self.rows)
+        return f"mean ± standard deviation over {num_seeds} seeds" + (
+            "; numbers without ± are those of one fit, as all seeds make the same" if alone else ""
+        )
 
 
 def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -77,15 +88,13 @@ def markdown(result: Evaluation, settings: dict) -> str:
     *judged, majority = result.rows
     per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
     names = [name.replace("|", "\\|") for name in result.names]
-    num_seeds = judged[0].num_seeds
-    spread = "one seed" if num_seeds == 1 else f"mean ± standard deviation over {num_seeds} seeds"
     return "\n".join(
         [
             f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
             f" {settings['image_size']} px",
             "",
             f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
-            f" patients; {result.split}; {spread}. Numbers are per frame.",
+            f" patients; {result.split}; {result.spread}. Numbers are per frame.",
             *_in_words(result),
             "",
             *lines,

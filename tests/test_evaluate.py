@@ -652,12 +652,15 @@ def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
 
     labels = rewrite(videos, tmp_path, split)
     result = evaluate.evaluate(
-        run, labels, out=tmp_path / "out", percents=(100,), num_seeds=1, device="cpu"
+        run, labels, out=tmp_path / "out", percents=(10, 100), num_seeds=2, device="cpu"
     )
     assert result.split == "the split of labels.csv, the same for each seed"
     assert {row.num_test_patients for row in result.rows} == {3}
-    assert {row.num_train_patients for row in result.rows} == {9}
-    assert result.rows[0].macro_f1_std is None
+    assert {row.num_train_patients for row in result.rows} == {3, 9}
+    # All labels: both seeds make the same fit, which is no measure of a spread.
+    assert all((r.num_seeds == 1) == (r.macro_f1_std is None) for r in result.rows)
+    assert {r.percent: r.num_seeds for r in result.rows} == {10: 2, 100: 1}
+    assert "numbers without ± are those of one fit" in result.spread
 
 
 def test_a_split_with_one_side_is_refused(run, videos, tmp_path):

@@ -84,12 +84,12 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
             protocol=name, percents=percents, num_seeds=seeds, steps=steps, device=device,
             stage=progress,
         )  # fmt: skip
-        show(result, seeds)
+        show(result)
     again = f"sslus train {argument(result.shards)} --method all"
     summary({}, next_command=f"{again}   (the same for every method)")
 
 
-def show(result, seeds: int) -> None:
+def show(result) -> None:
     import sys
 
     from rich import box
@@ -114,8 +114,7 @@ def show(result, seeds: int) -> None:
         {
             "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"
             f" {result.num_patients} patients, {len(result.names)} classes",
-            "split": result.split
-            + (f"; ± is the standard deviation over {seeds} seeds" if seeds > 1 else ""),
+            "split": f"{result.split}; {result.spread}",
             "report": str(result.out / "report.md"),
             "numbers": str(result.out / "results.json"),
             "picture": str(result.out / "confusion.png"),
