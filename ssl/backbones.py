@@ -233,9 +233,15 @@ def step_of(path: Path) -> int | None:
 
 
 def step_in(data: bytes) -> int | None:
-    """The same from the bytes of the file: 8 bytes of header length, then the JSON header."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return json.loads(header.get("__metadata__", {}).get("step", "null"))
+    """The same from the bytes of the file."""
+    return json.loads(_split(data)[0].get("__metadata__", {}).get("step", "null"))
+
+
+def _split(data: bytes) -> tuple[dict, memoryview]:
+    """The header of a safetensors file, and its tensors: first come 8 bytes with the length of
+    the header, which is JSON."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), memoryview(data)[end:]
 
 
 def save(backbone: nn.Module, path: Path, about: dict) -> None:
@@ -246,5 +252,11 @@ def save(backbone: nn.Module, path: Path, about: dict) -> None:
     """
     weights = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     data = safetensors.torch.save(weights, {k: json.dumps(v) for k, v in about.items()})
+    header, tensors = _split(data)
+    # safetensors puts `about` in a random order: equal weights would make files of unequal digests.
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
     with atomic_file(path) as f:
-        f.write(data)
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(tensors)

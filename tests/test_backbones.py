@@ -1,5 +1,7 @@
 """Backbones: any timm model with one channel, and weights made for three."""
 
+import json
+
 import pytest
 import safetensors.torch
 import timm
@@ -80,6 +82,19 @@ def test_files_with_colours_prefixes_and_heads_are_matched(tmp_path):
     assert "`module.encoder_q.` removed from their names" in said[0]
     assert "conv1.weight folded into one" in said[0] and "module.queue" in said[0]
     assert said[1].endswith("not used: fc.bias, fc.weight")
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    net, facts = torch.nn.Linear(2, 3), {k: f"{k} é" for k in "bdfhgeca"} | {"step": 7}
+    path = tmp_path / "backbone.safetensors"
+    found = set()
+    for _ in range(4):
+        backbones.save(net, path, facts)
+        found.add(path.read_bytes())
+    assert len(found) == 1 and backbones.step_of(path) == 7
+    with safetensors.safe_open(path, "pt") as f:
+        assert f.metadata() == {k: json.dumps(v) for k, v in facts.items()}
+        assert torch.equal(f.get_tensor("weight"), net.weight)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
