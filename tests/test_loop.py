@@ -379,6 +379,27 @@ def test_every_recipe_trains(name, shards, tmp_path):
         assert main(["train", str(shards), *run, *small.split(), "--max-steps", "1"]) == 0
 
 
+def test_pairs_are_for_the_methods_that_have_them(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(methods, "names", lambda: ["autoencoder", "moco"])
+    folder = tmp_path / "all"
+    base = ["train", str(shards), "--method", "all", "--run", str(folder), "--device", "cpu"]
+    small = "--threads 1 --backbone test_resnet --image-size 32 --batch-size 8 --max-steps 1"
+    paired = "--pairs nearby --max-seconds 9 --pair-weights --views simclr"
+    # A mistake in them is told at once, though the first method does not use them.
+    assert main([*base, *small.split(), "--pair-weights"]) == 1 and not folder.exists()
+    assert main([*base, *small.split(), *paired.split()]) == 0
+    said = capsys.readouterr()
+    assert "single frames, so without --pair-weights --pairs --views" in said.out + said.err
+    assert main([*base[:1], *base[2:], "--resume"]) == 0  # which knows the options of both
+    settings = [
+        json.loads((folder / name / "config.json").read_text())["settings"]
+        for name in methods.names()
+    ]
+    assert [(s["pairs"], s["pair_weights"], s["views"]) for s in settings] == [
+        ("same", False, "autoencoder"), ("nearby", True, "simclr"),
+    ]  # fmt: skip
+
+
 def test_a_method_that_fails_does_not_keep_the_others_from_training(
     shards, tmp_path, capsys, monkeypatch
 ):

@@ -25,6 +25,7 @@ from sslus.tools.screen import argument, progress, summary, tell
 # Options that change what is logged and kept, not the result.
 OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
 WHERE = ("device", "tier", "threads")  # nor do these, but for streaming, which draws anew
+OF_PAIRS = {"pairs": "same", "pair_weights": False, "views": None}  # as if not given
 NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # set by each call
 
 
@@ -124,17 +125,17 @@ def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
     failed = []
     for name in methods.names():
         run = folder / name
-        mine = given | {
-            "method": name,
-            "resume": given["resume"] and (run / "config.json").exists(),
-        }
+        mine, own = _part_of(name, given, named)
+        mine |= {"resume": given["resume"] and (run / "config.json").exists()}
         given["rebuild_store"] = False  # once for all
         if limit is not None:
             mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
         if _is_main():
-            tell(f"{name} -> {run}")
+            left = " ".join(f"--{option.replace('_', '-')}" for option in sorted(named - own))
+            note = f"; it learns from single frames, so without {left}" if left else ""
+            tell(f"{name} -> {run}{note}")
         try:
-            result = _train(shards, run, mine, named)
+            result = _train(shards, run, mine, own)
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Continue with: {going}", e.signum) from None
         except NotFinite as e:
@@ -162,6 +163,14 @@ def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
         )
     if failed:
         raise InputError(f"{', '.join(failed)}: failed, as told above")
+
+
+def _part_of(name: str, given: dict, named: set[str]) -> tuple[dict, set[str]]:
+    """(given, named) as the method `name` gets them: without pairs of views if it has none."""
+    given = given | {"method": name}
+    if getattr(methods.load(name), "TWO_VIEWS", True):
+        return given, named
+    return given | OF_PAIRS, named - {*OF_PAIRS}
 
 
 def _settled_for_all(shards: str, folder: Path, given: dict, named: set[str], going: str) -> tuple:
@@ -194,8 +203,11 @@ def _settled_for_all(shards: str, folder: Path, given: dict, named: set[str], go
             raise InputError(f"{folder} already exists; continue it with: {going}")
         options = {k: v for k, v in given.items() if k in named and k not in NOT_FOR_ALL}
         # Defaults that depend on the device stay the same for all methods, wherever they resume.
-        chosen = Settings(**_settings(given) | {"method": methods.names()[0]})
-        chosen = chosen.resolved(enter(given["device"]).device, num_frames=2**40)
+        # All are resolved, so that a wrong option is told before the first method is trained.
+        device = enter(given["device"]).device
+        for name in methods.names():
+            chosen = Settings(**_settings(_part_of(name, given, named)[0]))
+            chosen = chosen.resolved(device, num_frames=2**40)
         for name in ("backbone", "image_size", "batch_size", "precision"):
             options[name] = getattr(chosen, name)
         given, named = given | options, named | set(options)
