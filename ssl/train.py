@@ -208,7 +208,8 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
         raise InputError(f"{why}; start another run with --run DIR")
     if resume and recorded is None:
         raise InputError(f"--resume: {run} holds no run; leave out --resume to start one")
-    if not resume and run.exists() and any(run.iterdir()):
+    # A run that was killed while it wrote its first file has left nothing to continue.
+    if not resume and run.exists() and any(path.suffix != ".tmp" for path in run.iterdir()):
         raise InputError(
             f"{run} already exists; --resume continues it, --run DIR starts another run"
         )

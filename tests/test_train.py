@@ -428,8 +428,12 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys)
         )  # fmt: skip
     with pytest.raises(InputError, match=f"warmup_steps was 1, now {STEPS + 1}"):
         run_train(shards, run, dataclasses.replace(SMALL, warmup_steps=STEPS + 1), resume=True)
-    with pytest.raises(InputError, match="holds no run"):
-        run_train(shards, tmp_path / "none", resume=True)
+    begun = tmp_path / "begun"  # and killed while its first file was written
+    begun.mkdir()
+    (begun / "config.json.tmp").touch()
+    with pytest.raises(InputError, match="holds no run; leave out --resume"):
+        run_train(shards, begun, resume=True)
+    run_train(shards, begun, dataclasses.replace(SMALL, max_steps=1))
     lost = tmp_path / "lost"
     shutil.copytree(run, lost)
     (lost / "checkpoint.pt").unlink()
