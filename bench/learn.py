@@ -3,17 +3,19 @@
     python bench/learn.py videos/ --labels videos/labels.csv -o learn/ --steps 300 --seeds 3
 
 For each seed, every method trains the same backbone for the same number of steps on the same
-frames; a linear probe, with no patient in both training and test data, evaluates the features.
-Writes learn/table.md (mean and standard deviation over the training seeds) and
-learn/results.json. If stopped, the same command resumes with the run that was in progress.
+frames; a linear probe, with no patient in both training and test data, evaluates the features, in
+as many draws of labels and folds as --draws says. Writes learn/table.md (see `NOTE`) and
+learn/results.json, with every draw. If stopped, the same command resumes with the run that was in
+progress; with other --draws, it evaluates the finished runs again.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
@@ -22,6 +24,15 @@ from sslus.engine.shard import shard
 from sslus.ssl import methods
 from sslus.ssl.evaluate import evaluate
 from sslus.ssl.train import Settings, train
+
+RANDOM = "random init"
+NOTE = """
+Macro-F1: mean over training seeds and draws of labels and folds. Gain: the mean difference to
+random weights of the same seed in the same draw ± its standard error, which is the root of
+(variance of the seeds' mean gains / seeds + variance of the draws' mean gains / draws); with one
+seed or one draw, without that term. The draws are the same for all methods and seeds, and are of
+the same videos: the methods' errors are not independent, and other videos may differ by more.
+"""
 
 
 def arguments() -> argparse.Namespace:
@@ -34,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=methods.names(), metavar="METHOD")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
+    parser.add_argument("--draws", type=int, default=12, help="draws of labels and folds")
     parser.add_argument("--backbone", default=None, help="default: that of `sslus train`")
     parser.add_argument("--image-size", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=None)
@@ -49,7 +61,9 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
     run = args.out / f"{method}-{seed}"
     done = run / "evaluation" / "lines.json"
     if done.exists():
-        return json.loads(done.read_text())
+        lines = json.loads(done.read_text())
+        if all(x.get("draws") == args.draws for x in lines):
+            return lines
     values, config = methods.recipe(method, "default")
     settings = Settings(
         method=method, seed=seed, max_steps=args.steps, backbone=args.backbone,
@@ -61,14 +75,15 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
         shards, settings, config, run, resume=resume, device=args.device, threads=args.threads
     )
     percents = [float(p) for p in args.fractions.split(",")]
-    judged = evaluate(run, args.labels, percents=percents, num_seeds=3, device=args.device)
+    judged = evaluate(run, args.labels, percents=percents, num_seeds=args.draws, device=args.device)
     lines = [
         {
             "method": row.backbone, "seed": seed, "percent": row.percent,
             "macro_f1": row.macro_f1, "balanced_accuracy": row.balanced_accuracy,
-            "loss": result.metrics[-1]["loss"],
+            "loss": result.metrics[-1]["loss"], "draws": args.draws,
+            "macro_f1_of_draws": row.macro_f1_of_seeds,
         }
-        for row in judged.rows if row.backbone in (method, "random init")
+        for row in judged.rows if row.backbone in (method, RANDOM)
     ]  # fmt: skip
     with atomic_file(done, "w") as f:
         json.dump(lines, f)
@@ -76,22 +91,33 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
     return lines
 
 
+def gain(trained: np.ndarray, random: np.ndarray) -> tuple[float, float | None]:
+    """Mean of trained - random, both (seeds, draws), and its standard error; see `NOTE`.
+
+    Variance between seeds and between draws both contain that of a single fit, which is so counted
+    twice: the error is rather too large. None for one fit.
+    """
+    each = trained - random
+    means = [each.mean(axis=axis) for axis in (0, 1)]
+    squares = [np.var(m, ddof=1) / len(m) for m in means if len(m) > 1]
+    return float(each.mean()), float(np.sqrt(sum(squares))) if squares else None
+
+
 def table(lines: list[dict]) -> str:
     percents = sorted({x["percent"] for x in lines})
-    rows = ["| backbone | " + " | ".join(f"{p:g} % of labels" for p in percents) + " |"]
-    rows.append("|---" * (len(percents) + 1) + "|")
+    found = {(x["method"], x["percent"], x["seed"]): x["macro_f1_of_draws"] for x in lines}
+    header = ["backbone", *(f"{p:g} % of labels | gain" for p in percents)]
+    rows = [header, ["---"] * (1 + 2 * len(percents))]
     for method in dict.fromkeys(x["method"] for x in lines):
-        cells = []
+        row = [method]
         for p in percents:
-            found = {
-                x["seed"]: x["macro_f1"]
-                for x in lines if x["method"] == method and x["percent"] == p
-            }  # fmt: skip
-            values = list(found.values())
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        rows.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+            seeds = sorted(s for m, q, s in found if (m, q) == (method, p))
+            own, random = (np.array([found[m, p, s] for s in seeds]) for m in (method, RANDOM))
+            mean, error = gain(own, random)
+            gained = f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+            row += [f"{own.mean():.3f}", "" if method == RANDOM else gained]
+        rows.append(row)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + NOTE
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -374,3 +375,28 @@ def test_the_gpu_check_leaves_out_what_is_not_installed(tmp_path):
     assert set(steps("--only", "kernels,train-*")) == {
         "build", "kernels", "train-eager", "train-graph", "train-auto",
     }  # fmt: skip
+
+
+def test_a_gain_is_held_against_the_draws_and_the_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import learn
+
+    rng = np.random.default_rng(0)
+    seeds, draws = rng.normal(0, 0.05, (4000, 3, 1)), rng.normal(0, 0.08, (4000, 1, 12))
+    both = rng.normal(0, 0.3, (4000, 1, 12))  # what a draw does to all backbones alike
+    found = [learn.gain(g + b, b) for g, b in zip(0.1 + seeds + draws, both, strict=True)]
+    means, errors = np.array(found).T
+    assert means.mean() == pytest.approx(0.1, abs=0.003)
+    assert np.mean(errors**2) == pytest.approx(means.var(), rel=0.1)
+
+    def lines(seed, trained, random):
+        each = {"percent": 10.0, "seed": seed}
+        return [
+            {"method": name, "macro_f1_of_draws": values, **each}
+            for name, values in (("vicreg", trained), (learn.RANDOM, random))
+        ]
+
+    rows = learn.table(lines(0, [0.5, 0.7], [0.4, 0.2]) + lines(1, [0.6, 0.8], [0.3, 0.1]))
+    assert "| vicreg | 0.650 | +0.400 ± 0.224 |\n| random init | 0.250 |  |\n" in rows
+    one = learn.table(lines(0, [0.5, 0.7], [0.4, 0.2]))  # one seed, of which nothing is known
+    assert "| +0.300 ± 0.200 |" in one
