@@ -64,13 +64,24 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
     except Exception as e:  # torch.load raises a dozen kinds of errors
+        older = _intact_before(path)
         raise InputError(
-            f"checkpoint {path}: cannot be read ({type(e).__name__}); delete the run's folder"
-            " and start again, or put back a copy"
+            f"checkpoint {path}: cannot be read ({type(e).__name__}); "
+            + (
+                f"copy {older} over it and resume from there"
+                if older
+                else "delete the run's folder and start again, or put back a copy"
+            )
         ) from e
     if found != FORMAT:
         raise InputError(f"checkpoint {path}: format {found}, but this version reads {FORMAT}")
     return state
+
+
+def _intact_before(path: Path) -> Path | None:
+    """The newest kept checkpoint that is not the damaged `path` itself, by its other name."""
+    kept = sorted((path.parent / "checkpoints").glob("step-*.pt"), reverse=True)
+    return next((p for p in kept if path.exists() and not p.samefile(path)), None)
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -447,8 +447,18 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys)
     damaged.mkdir()
     (damaged / "config.json").write_bytes((run / "config.json").read_bytes())
     (damaged / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(InputError, match="checkpoint .*cannot be read"):
+    with pytest.raises(InputError, match="checkpoint .*cannot be read.*delete the run's folder"):
         run_train(shards, damaged, resume=True)
+    shutil.copytree(run / "checkpoints", damaged / "checkpoints")
+    shutil.copy(run / "metrics.jsonl", damaged)
+    newest, before = sorted((damaged / "checkpoints").glob("step-*.pt"), reverse=True)
+    newest.unlink()
+    os.link(damaged / "checkpoint.pt", newest)  # as they are in a run, so it is damaged too
+    with pytest.raises(InputError, match=f"cannot be read.*copy {before} over it and resume"):
+        run_train(shards, damaged, resume=True)
+    shutil.copyfile(before, damaged / "checkpoint.pt")
+    assert run_train(shards, damaged, resume=True).step == STEPS
+    assert_same_run(run, damaged)
 
 
 def test_initial_weights_are_checked(shards, whole_run, tmp_path):
