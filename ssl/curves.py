@@ -32,6 +32,7 @@ def plot(metrics: list[dict]):
     pairs = [
         ("Optimisation", ("lr", "learning rate"), ("grad_norm", "gradient norm")),
         ("Health", ("rankme", "RankMe"), ("feature_std", "mean std of a feature")),
+        ("Dead features", ("dead_features", "share of the features"), None),
         ("Views", ("alignment", "alignment"), ("uniformity", "uniformity")),
         ("Speed", ("samples_per_second", "samples/s"), ("data_wait", "share waiting for data")),
         ("GPU", ("gpu_memory_gib", "memory, GiB"), None),
@@ -67,6 +68,7 @@ def plot(metrics: list[dict]):
                 line(own, side[0], color=colour)
                 own.set_ylabel(side[1], color=colour)
                 if side[0] != "uniformity":  # which is below 0
+                    own.update_datalim([(0, 0)], updatex=False)  # else no margin above a flat line
                     own.set_ylim(bottom=0)
     if online:
         axes = others[-1]

@@ -568,11 +568,13 @@ def test_the_curves_show_everything_that_is_logged():
     metrics = [{"step": i, **{k: 0.5 + i for k in keys if k != "step"}} for i in (1, 2)]
     panels = {axes.get_title(): axes for axes in curves.plot(metrics).axes if axes.get_title()}
     assert list(panels)[1:] == [
-        "Optimisation", "Health", "Views", "Speed", "GPU", "Labelled frames, by patient"
+        "Optimisation", "Health", "Dead features", "Views", "Speed", "GPU",
+        "Labelled frames, by patient",
     ]  # fmt: skip
     labels = [t.get_text() for t in panels["Labelled frames, by patient"].get_legend().texts]
     assert labels == [k.replace("_", " ") for k in curves.ONLINE]
     sides = {axes.get_ylabel() for axes in curves.plot(metrics).axes}
+    assert panels["Speed"].get_ylim() == pytest.approx((0, 2.5 * 1.05))
     assert {"RankMe", "alignment", "uniformity", "memory, GiB", "gradient norm"} <= sides
     assert len(curves.plot([{"step": 1, "loss": 2.0, "lr": 0.1}]).axes) == 2
 
