@@ -63,7 +63,8 @@ RECIPES = {
         "rectangles": 5, "min_side": 0.1, "max_side": 0.3, "background": -1,
     },
     # One rectangle with the area of torchvision's RandomErasing, 0.02 to 0.33 of the image, and the
-    # loss over the whole image, as in the study's code.
+    # loss over the whole image, as in the study's code. There, erasing is the only augmentation;
+    # here, the views are crops and flips too.
     "study": {
         "backbone": "resnet50", "init": "imagenet", "image_size": 256, "batch_size": 2048,
         "epochs": 1000, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6,
