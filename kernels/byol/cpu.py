@@ -1,6 +1,6 @@
 """BYOL's loss on the CPU: dL/dp = (u cos - v) 2 / (N |p|), with u, v the unit vectors.
 
-Extra floats: 6 N D. Across ranks, each keeps its own rows.
+Extra floats: 5 N D. Across ranks, each keeps its own rows.
 """
 
 import torch

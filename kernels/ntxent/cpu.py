@@ -8,7 +8,7 @@ As s is symmetric, P_ki needs the lse of row k but not its logits: across ranks,
 logits of its own rows against all, and the lse are gathered.
 
 This takes two products of 4 N^2 D multiplications, where autograd of the definition takes three; if
-the logits do not fit into one band, they are computed twice. Extra floats: 2 bands, 6 N D.
+the logits do not fit into one band, they are computed twice. Extra floats: 2 bands, 10 N D.
 """
 
 import torch
@@ -46,6 +46,8 @@ def ntxent(
         lse[start : start + band] = s.logsumexp(1)
         # One of these very logits: from another sum, its rounding would be most of a small loss.
         positives[start : start + band] = s.gather(1, others[start : start + band, None])[:, 0]
+        if len(starts) > 1:
+            del s
     loss = ranks.sum_((lse - positives).sum(dtype=torch.float64)) / num
     every = torch.cat([ranks.join(half) for half in lse.split(n)])
 
@@ -60,6 +62,7 @@ def ntxent(
         other = others[start : start + band, None]
         p.scatter_add_(1, other, p.new_full(other.shape, -2))
         torch.mm(p, u, out=grad[start : start + band])
+        del s, p  # freed before the next band is allocated
     grad.div_(num * temperature)
     ga, gb = grad.split(n)
     return (
