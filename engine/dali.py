@@ -20,7 +20,15 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, is_untimed, open_video
+from sslus.engine.video import (
+    Keep,
+    Prepared,
+    VideoError,
+    VideoInfo,
+    breaks_off,
+    is_untimed,
+    open_video,
+)
 
 # Frames decoded at a time, which bounds the memory use: 100 MB for 1920 x 1080, and twice that
 # because the next chunk is decoded meanwhile. After the last frame DALI starts the file again, so
@@ -313,7 +321,7 @@ def _check_packets(path: Path) -> None:
     """
     import av
 
-    stamps, order, edited, whole = [], [], False, True
+    stamps, order, last, edited, whole = [], [], [], False, True
     try:
         container, stream = open_video(path)
         with container:
@@ -329,6 +337,8 @@ def _check_packets(path: Path) -> None:
                 order.append(packet.dts)
                 edited |= packet.pts is not None and (packet.pts < 0) != packet.is_discard
                 whole &= not packet.is_corrupt
+                last = [*last[-1:], packet]
+            whole &= not (last and breaks_off(path, container, last))
             guessed = is_untimed(container)
             first = stream.index == container.streams.video[0].index
             reordered = stream.codec_context.has_b_frames

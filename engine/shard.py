@@ -42,7 +42,7 @@ from sslus.engine.spool import (
 from sslus.engine.workers import Workers, worker_pool
 
 LEDGER = "ledger.jsonl"
-DECODING = 6  # increased when some file would give other frames or times than before
+DECODING = 7  # increased when some file would give other frames or times than before
 # Worker processes on a GPU, by default: an H100 or H200 has seven video engines, other GPUs fewer,
 # and each process takes half a GB of GPU memory before it decodes.
 MOST_ON_GPU = 7

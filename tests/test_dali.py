@@ -252,9 +252,12 @@ def test_damage_that_the_file_tells_of_is_refused(cpu, tmp_path):
     del blocks[next(i for i in middle if blocks[i][1:3] == b"\x01\x00")]
     hit = tmp_path / "b.ts"
     hit.write_bytes(b"".join(blocks))
+    cut = tmp_path / "c.ts"
+    cut.write_bytes(data[: len(data) // 2 // 188 * 188 + 100])
     dali._check_packets(whole)
-    with pytest.raises(VideoError, match="damaged packets"):
-        list(cpu.prepared(hit, probe(whole), lambda i, t: True, 32, 95))
+    for damaged in (hit, cut):
+        with pytest.raises(VideoError, match="damaged packets"):
+            list(cpu.prepared(damaged, probe(whole), lambda i, t: True, 32, 95))
 
 
 def test_fields_are_seen(tmp_path):

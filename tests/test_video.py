@@ -448,19 +448,82 @@ def test_a_truncated_file_shows_though_it_holds_no_count(
     assert 5 < decoded < 198 and abs(probe(path).num_frames - 200) <= 1
 
 
-def test_a_truncated_video_shows_in_the_count(clip, pattern, tmp_path):
-    path = clip(
-        tmp_path / "x.mp4", pattern(60, 64, 64), codec="mpeg4",
-    )  # fmt: skip
+def remux(path, out, **options):
     import av
 
-    fast = tmp_path / "fast.mp4"  # the index at the front, so that the header survives
-    with av.open(str(path)) as a, av.open(str(fast), "w", options={"movflags": "faststart"}) as b:
-        stream = b.add_stream_from_template(a.streams.video[0])
-        for packet in a.demux(video=0):
+    with av.open(str(path)) as a, av.open(str(out), "w", options=options) as b:
+        streams = {s.index: b.add_stream_from_template(s) for s in a.streams}
+        for packet in a.demux():
             if packet.size:
-                packet.stream = stream
+                packet.stream = streams[packet.stream.index]
                 b.mux(packet)
+    return out
+
+
+TRUNCATED = [
+    ("libx264", "mp4", {"movflags": "frag_keyframe+empty_moov"}, True),
+    ("libx264", "mp4", {"movflags": "faststart"}, False),
+    ("libx264", "mkv", {}, True),
+    ("libx264", "mkv", {"live": "1"}, True),  # without a duration, as browsers record
+    ("libvpx", "webm", {"live": "1"}, False),
+    ("libx264", "flv", {}, True),
+    ("libx264", "ts", {}, True),
+    ("mpeg2video", "ts", {}, False),
+    ("libx264", "m2ts", {}, False),
+    ("mpeg2video", "mxf", {}, False),
+    ("libx264", "mxf", {}, False),
+    ("wmv2", "wmv", {}, False),
+    ("libx264", "asf", {}, False),
+    ("mjpeg", "avi", {}, False),
+    ("mjpeg", "mjpeg", {}, False),
+    ("libvpx", "ivf", {}, False),
+    ("libvpx", "ogv", {}, False),
+    ("gif", "gif", {}, False),
+    ("dvvideo", "dv", {}, False),
+    ("wrapped_avframe", "y4m", {}, False),
+]
+
+
+@pytest.mark.parametrize("codec, container, options, audio", TRUNCATED)
+def test_a_truncated_file_is_noticed_and_its_last_frame_left_out(
+    codec, container, options, audio, clip, pattern, tmp_path
+):
+    size = (576, 720) if codec == "dvvideo" else (96, 128)
+    path = clip(
+        tmp_path / f"x.{container}", pattern(50, *size), codec=codec, audio=audio,
+        pixel_format={"gif": "gray", "mjpeg": "yuvj420p"}.get(codec, "yuv420p"),
+        options={"g": "10"},
+    )  # fmt: skip
+    if options:
+        path = remux(path, tmp_path / f"remuxed.{container}", **options)
+    data, whole = path.read_bytes(), np.stack([f.luma for f in decode(path)]).astype(np.int16)
+    assert probe(path).num_frames == len(whole) == 50
+    padded = tmp_path / f"padded.{container}"
+    for padding in (b"\0", bytes(3000), b"\r\n", b"TAG".ljust(128, b"x")):
+        padded.write_bytes(data + padding)
+        if container not in ("dv", "ivf"):  # FFmpeg takes anything for a frame of theirs
+            assert probe(padded).num_frames == sum(not f.corrupt for f in decode(padded)) == 50
+    cut = tmp_path / f"cut.{container}"
+    block = {"ts": 188, "m2ts": 192, "dv": 144_000}.get(container, 2)  # a cut between two is none
+    places = [round(share * len(data)) for share in np.linspace(0.431, 0.857, 7)]
+    if b"moof" in data:  # in a fragment's sound, which is behind its frames; in a frame
+        places = [data.index(b"moof", data.index(b"mdat")) - 24, data.rindex(b"mdat") + 100]
+    for place in places:
+        cut.write_bytes(data[: place // block * block + block // 2])
+        try:
+            expected = probe(cut).num_frames
+        except VideoError:
+            continue
+        kept = [f.luma for f in decode(cut) if not f.corrupt]
+        assert 0 < len(kept) < expected <= 51
+        for luma in kept[-3:]:
+            assert np.abs(whole - luma).mean((1, 2)).min() < 2
+
+
+def test_a_truncated_video_shows_in_the_count(clip, pattern, tmp_path):
+    path = clip(tmp_path / "x.mp4", pattern(60, 64, 64), codec="mpeg4")
+    # The index at the front, so that the header survives.
+    fast = remux(path, tmp_path / "fast.mp4", movflags="faststart")
     data = fast.read_bytes()
     fast.write_bytes(data[: len(data) * 2 // 3])
     assert probe(fast).num_frames == 60
