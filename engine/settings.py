@@ -8,9 +8,9 @@ from sslus.engine.region import WHOLE
 from sslus.engine.region import parse as parse_region
 
 FRAMES_PER_SHARD = 1000  # some 20 MB at 256 px: enough shards to spread over ranks
-# Matroska, FLV and ASF round timestamps to milliseconds, so the difference of two (a frame's and
-# the first one's) is off by up to 1 ms. Half a millisecond more absorbs our own rounding.
-GRACE_SECONDS = 1.5e-3
+# Most formats round timestamps, so the difference of two (a frame's and the first one's) is off by
+# up to a tick. Half a millisecond more absorbs our own rounding.
+GRACE_SECONDS = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class Settings:
         if self.frames_per_shard < 1:
             raise InputError(f"--frames-per-shard: want at least 1, got {self.frames_per_shard}")
 
-    def selector(self) -> Callable[[int, float], bool]:
-        """A new keep(index, time_seconds) for one video, to be called in frame order."""
+    def selector(self, tick_seconds: float = 1e-3) -> Callable[[int, float], bool]:
+        """A new keep(index, time_seconds) for one video, to be called in frame order.
+
+        tick_seconds: what the video's times are rounded to.
+        """
         if self.stride is not None:
             return lambda index, time_seconds: index % self.stride == 0
         last = -1
-        grace = min(GRACE_SECONDS * self.rate_hz, 0.5)  # in periods
+        grace = min((tick_seconds + GRACE_SECONDS) * self.rate_hz, 0.5)  # in periods
 
         def keep(index: int, time_seconds: float) -> bool:
             # The first frame in each period of the clock, whatever the video's own rate. Without

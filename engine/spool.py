@@ -170,7 +170,7 @@ def _decode_video(
 ) -> dict:
     import simplejpeg
 
-    keep = settings.selector()
+    keep = settings.selector(info.tick_seconds)
     decoded = corrupt = elsewhere = total = squares = offset = crc32 = 0
     frames, why = [], ""
     with atomic_file(jpegs_path(work, video_id), durable=False) as f:

@@ -60,6 +60,7 @@ class VideoInfo:
     width: int
     rate_hz: float
     num_frames: int
+    tick_seconds: float = 1e-3  # what its times are rounded to, if not more finely
     pixel_aspect: float = 1.0  # width of a pixel over its height
     full_range: bool = False  # luma in 0..255, else 16..235
     rotation_degrees: int = 0  # how far players rotate the image, counterclockwise
@@ -218,6 +219,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             height=frame.height,
             width=frame.width,
             rate_hz=float(rate or 0),
+            tick_seconds=_tick_seconds(stream),
             num_frames=max(shown, num_frames)
             + (0 if stream.frames else _missing(container, stream, end, duration)),
             pixel_aspect=float(aspect) if aspect else 1.0,
@@ -227,6 +229,14 @@ def probe(path: Path, file=None) -> VideoInfo:
             other_streams=len(others) + _joined(path, container),
             interlaced=bool(frame.interlaced_frame),
         )
+
+
+def _tick_seconds(stream) -> float:
+    """Matroska, FLV and ASF round times to 1 ms, QuickTime perhaps to 1/600 s, GIF to 10 ms. A
+    coarser tick, or one as long as a frame, counts frames and rounds nothing."""
+    tick, rate = float(stream.time_base), float(stream.average_rate or 0)
+    rounded = tick * rate < 0.99 or stream.codec_context.name == "gif"  # whose rate is a guess
+    return tick if 1e-3 < tick <= 1e-2 and rounded else 1e-3
 
 
 def _empty_chunks(path: Path, stream: int) -> int:

@@ -219,23 +219,32 @@ def test_selection(settings, want, clip, pattern, tmp_path):
     assert kept == want and report.ledger[0]["decoded_frames"] == 20
 
 
-@pytest.mark.parametrize("rate_hz", [24, 25, 30000 / 1001, 30, 50, 60, 100, 120, 200])
+@pytest.mark.parametrize(
+    "rate_hz, tick",
+    [(r, 1 / 1000) for r in (24, 25, 30000 / 1001, 30, 50, 60, 100, 120, 200)]  # Matroska, FLV, ASF
+    + [(r, 1 / 600) for r in (15, 24, 25, 30000 / 1001, 60)]  # QuickTime
+    + [(r, 1 / 100) for r in (10, 12, 15, 24, 25, 30)],  # GIF
+)
 @pytest.mark.parametrize("first_seconds", [0, 0.0004, 33.3667])
-def test_time_stamps_rounded_to_a_millisecond_select_evenly(rate_hz, first_seconds):
-    """As Matroska, FLV and ASF round them."""
-    stamps = np.round(1000 * (first_seconds + np.arange(300) / rate_hz)) / 1000
+def test_rounded_time_stamps_select_evenly(rate_hz, tick, first_seconds):
+    stamps = np.round((first_seconds + np.arange(300) / rate_hz) / tick) * tick
     for every in (1, 2, 3):
-        keep = Settings(stride=None, rate_hz=rate_hz / every).selector()
+        keep = Settings(stride=None, rate_hz=rate_hz / every).selector(tick)
         kept = [i for i, at in enumerate(stamps) if keep(i, at - stamps[0])]
         assert kept == list(range(0, 300, every))
 
 
-@pytest.mark.parametrize("codec, container", [("ffv1", "mkv"), ("libx264", "avi")])
-def test_the_videos_own_rate_keeps_every_frame(codec, container, clip, pattern, tmp_path):
+@pytest.mark.parametrize(
+    "codec, container, own_hz",
+    [("ffv1", "mkv", 30), ("libx264", "avi", 30), ("libx264", "avi", 120), ("gif", "gif", 15)]
+    + [("gif", "gif", 30), ("gif", "gif", 60), ("libvpx", "ivf", 120)],
+)
+def test_the_videos_own_rate_keeps_every_frame(codec, container, own_hz, clip, pattern, tmp_path):
     """With rounded time stamps, and with none but the order of the packets."""
-    path = tmp_path / f"x.{container}"
-    clip(path, pattern(60, 48, 64), codec=codec, rate=30, options={"bf": "3"})
-    for rate_hz, every in ((30, 1), (15, 2)):
+    path, pixel_format = tmp_path / f"x.{container}", "gray" if codec == "gif" else "yuv420p"
+    clip(path, pattern(60, 48, 64), codec=codec, rate=own_hz, pixel_format=pixel_format,
+         options={"bf": "3"})  # fmt: skip
+    for rate_hz, every in ((own_hz, 1), (own_hz / 2, 2)):
         out = tmp_path / str(rate_hz)
         shard([path], out, Settings(32, None, rate_hz), device="cpu", jobs=1)
         kept = sorted(int(k.split("-")[1]) for k in samples(out))
