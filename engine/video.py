@@ -455,13 +455,17 @@ def luma(frame, turn: Turn = (0, False)) -> np.ndarray:
 def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
     """The luma (H, W) uint8, upright, perhaps in the frame's own memory; if its range is limited.
 
-    What has to be computed comes in full range.
+    What has to be computed comes in full range. Behind transparent RGB is black.
     """
     kind, limited = frame.format, False
     if kind.is_rgb or kind.has_palette or kind.name.startswith("mono"):
         if kind.name.endswith(("555be", "565be")):  # FFmpeg 8's swscale takes them for "le"
             frame = _converted(frame, kind.name.replace("be", "le"))
-        out = rgb_luma(_converted(frame, "rgb24").to_ndarray())
+        has_alpha = any(c.is_alpha for c in kind.components)
+        pixels = _converted(frame, "rgba" if has_alpha else "rgb24").to_ndarray()
+        out = rgb_luma(pixels[..., :3])
+        if has_alpha and pixels[..., 3].any():  # AVIs of 32 bits may leave it 0, and are opaque
+            out = ((out.astype(np.uint16) * pixels[..., 3] + 127) // 255).astype(np.uint8)
     else:
         first = kind.components[0]
         alone = all(c.plane != first.plane for c in kind.components[1:])

@@ -129,6 +129,30 @@ def test_grey_gif_is_exact(tmp_path):
     np.testing.assert_array_equal(np.stack([f.luma for f in got]), frames)
 
 
+def test_what_is_transparent_is_black(tmp_path):
+    from PIL import Image
+
+    grey = np.full((30, 40), 120, np.uint8)
+    grey[:10] = 0
+    image = Image.fromarray(grey, "P")
+    image.putpalette([v for k in range(256) for v in (k, k, k)])
+    image.save(tmp_path / "x.gif", transparency=0)
+    (frame,) = decode(tmp_path / "x.gif")
+    np.testing.assert_array_equal(frame.luma, grey)
+
+
+@pytest.mark.parametrize("name", ["rgba", "bgra", "argb", "gbrap"])
+def test_transparency_mixes_with_black_unless_it_is_nowhere_set(name):
+    import av
+
+    rgba = np.full((4, 256, 4), 200, np.uint8)
+    rgba[..., 3] = np.arange(256)
+    for alpha, want in ((rgba[..., 3], rgba[..., 3] * (200 / 255)), (0, 200), (255, 200)):
+        rgba[..., 3] = alpha
+        frame = av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format=name)
+        np.testing.assert_allclose(video.luma(frame), np.broadcast_to(want, (4, 256)), atol=0.51)
+
+
 @pytest.mark.parametrize(
     "codec, container, options",
     [
