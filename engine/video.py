@@ -433,13 +433,15 @@ CUT_SHORT = {
 
 
 def _is_full_range(frame) -> bool:
-    """FFmpeg's convention: unmarked grey and RGB are full range, unmarked YUV is limited."""
-    name = frame.format.name
-    if name.startswith("yuvj") or frame.format.is_rgb or frame.format.has_palette:
+    """FFmpeg's convention: grey and RGB are full range, and unmarked YUV is limited.
+
+    Grey is even if it is marked as limited: FFmpeg expands what it converts to grey, and may keep
+    the mark of what it came from.
+    """
+    if frame.format.is_rgb or frame.format.has_palette:
         return True
-    if int(frame.color_range) == 0:
-        return name.startswith(("gray", "ya", "mono"))
-    return int(frame.color_range) == FULL_RANGE
+    full = frame.format.name.startswith(("yuvj", "gray", "ya", "mono"))
+    return full or int(frame.color_range) == FULL_RANGE
 
 
 def luma(frame, turn: Turn = (0, False)) -> np.ndarray:

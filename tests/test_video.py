@@ -67,6 +67,23 @@ def test_full_range_stays_as_it_is(clip, pattern, tmp_path):
     np.testing.assert_array_equal(np.stack([f.luma for f in decode(path)]), luma)
 
 
+@pytest.mark.parametrize("name", ["gray", "ya8", "gray10le"])
+def test_grey_that_came_from_limited_range_is_not_expanded_twice(name):
+    import av
+
+    frame = av.VideoFrame(256, 4, "yuv420p")
+    for plane in frame.planes:
+        np.frombuffer(plane, np.uint8)[:] = 128
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(4, -1)
+    rows[:, :256] = every = np.arange(256, dtype=np.uint8)
+    frame.color_range = 1  # limited
+    grey = frame.reformat(format=name)
+    grey.color_range = 1
+    want = np.broadcast_to(expanded(every), (4, 256))
+    np.testing.assert_allclose(video.luma(frame), want)
+    np.testing.assert_allclose(video.luma(grey), want, atol=1)
+
+
 def test_ten_bits_are_rounded(tmp_path):
     import av
 
