@@ -53,7 +53,7 @@ class ShardReport:
     out: Path
     manifest: Manifest
     ledger: list[dict]
-    ignored: Counter  # skipped files by extension, and links to folders
+    ignored: Counter  # skipped files by extension, and links
     unlabelled: int = 0  # videos without a row in the labels
     held_out: int = 0  # videos whose labels stay out of the shards: split is test
     resumed: int = 0  # videos already decoded by an earlier, interrupted run

@@ -20,6 +20,7 @@ EXTENSIONS = frozenset(
 )
 # Names under which find_videos counts what it leaves out.
 FOLDER_LINKS = "links to folders"
+FILE_LINKS = "further links to a file"
 HIDDEN_FOLDERS = "hidden folders"
 UNKNOWN = "unknown"
 OTHER_DICOM = "DICOM without ultrasound"  # other modalities, reports, a DICOMDIR
@@ -37,13 +38,15 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
     DICOM files count as videos if they hold ultrasound. Returns the sources and a count, by
     extension or kind, of the files that were skipped. Links to folders are counted under
     FOLDER_LINKS but not followed, since they may lead in a circle or to a folder that is searched
-    anyway; links in `paths` itself are followed. Folders whose names begin with a dot (a trash,
-    snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that is not searched. Raises
-    InputError if a path does not exist, if no video is found, or if two paths lead to different
-    files of the same name, which would get the same id.
+    anyway; links in `paths` itself are followed. A file that links give several names is taken
+    under the first; the others are counted under FILE_LINKS. Folders whose names begin with a dot
+    (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that is not searched.
+    Raises InputError if a path does not exist, if no video is found, or if two paths lead to
+    different files of the same name, which would get the same id.
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
+    places: set[str] = set()
     seen: set[str] = set()
 
     def refuse(e: OSError) -> None:  # os.walk would silently skip the folder
@@ -52,8 +55,12 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
         )
 
     def add(path: Path, name: str) -> None:
+        if (place := os.path.normpath(path.absolute())) in places:  # a folder that was named twice
+            return
+        places.add(place)
         real = os.path.realpath(path)  # Path.resolve raises where a link leads to itself
         if real in seen:
+            ignored[FILE_LINKS] += 1
             return
         seen.add(real)
         if name in sources:

@@ -433,6 +433,7 @@ def test_what_is_left_out_is_said(clips, tmp_path):
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     (videos / "folder").symlink_to(clips)
+    (videos / "one.mkv").symlink_to("two.mkv")
     with av.open(str(clips / "u.mp4")) as one, av.open(str(videos / "two.mkv"), "w") as two:
         streams = [two.add_stream_from_template(one.streams.video[0]) for _ in range(2)]
         for packet in one.demux(video=0):
@@ -442,6 +443,7 @@ def test_what_is_left_out_is_said(clips, tmp_path):
     result = command("shard", videos, "-o", out, "--size", 64, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     assert "1 file with several videos; the best of each was used" in result.stdout
+    assert "1 further links to a file, each of which was taken once" in result.stdout
     assert "1 to folders, not followed" in result.stdout and "not videos" not in result.stdout
     assert json.loads((out / "local" / "ledger.jsonl").read_text())["other_streams"] == 1
 

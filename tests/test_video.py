@@ -12,7 +12,7 @@ import pytest
 from sslus.engine import video
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
-from sslus.engine.sources import FOLDER_LINKS, HIDDEN_FOLDERS, find_videos
+from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, find_videos
 from sslus.engine.video import VideoError, _empty_chunks, decode, probe
 
 
@@ -660,8 +660,18 @@ def test_find_videos_is_recursive_sorted_and_counts_the_rest(clips):
         ["a/x.mp4", "a/y.mp4", "b/x.mp4", "b/z.mp4", "u.mp4", "v.mp4"]
     )
     assert ignored == {".csv": 1}
-    again, _ = find_videos([clips, clips / "a"])  # the same files by another way
-    assert len(again) == 6
+    again, ignored = find_videos([clips, clips / "a"])  # the same files by another way
+    assert len(again) == 6 and ignored == {".csv": 1}
+
+
+@pytest.mark.parametrize("link, kept", [("a.mp4", "a.mp4"), ("z.mp4", "file.mp4")])
+def test_a_file_under_several_names_is_taken_once_and_the_others_counted(
+    link, kept, clips, tmp_path
+):
+    (tmp_path / "file.mp4").write_bytes((clips / "u.mp4").read_bytes())
+    (tmp_path / link).symlink_to("file.mp4")
+    sources, ignored = find_videos([tmp_path, tmp_path])
+    assert [s.name for s in sources] == [kept] and ignored == {FILE_LINKS: 1}
 
 
 def test_links_to_folders_and_hidden_ones_are_counted_and_not_searched(clips, tmp_path):

@@ -135,7 +135,7 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.sources import FOLDER_LINKS, HIDDEN_FOLDERS
+    from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS
 
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)
@@ -154,11 +154,14 @@ def show(result) -> None:
     }
     files = result.ignored.copy()
     links, hidden = files.pop(FOLDER_LINKS, 0), files.pop(HIDDEN_FOLDERS, 0)
+    again = files.pop(FILE_LINKS, 0)
     if files:
         kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
         rows["not videos"] = f"{count(files.total(), 'file')} skipped ({kinds})"
     if links:
         rows["links"] = f"{links} to folders, not followed; to include those folders, name them too"
+    if again:
+        rows["linked"] = f"{again} further links to a file, each of which was taken once"
     if hidden:
         rows["hidden"] = f"{count(hidden, 'folder')} not searched; to include them, name them too"
     several = sum(r.get("other_streams", 0) > 0 for r in ledger)
