@@ -103,11 +103,24 @@ def probe(path: Path) -> VideoInfo:
     return (dicom if is_dicom(path) else video).probe(path)
 
 
+def _is_text(path: Path) -> bool:
+    """As TypeScript is, which shares its extension with MPEG-TS. No text holds a zero byte, and the
+    start of an MPEG-TS holds many, even if it is cut off in front."""
+    try:
+        if not path.is_file():  # a pipe could block forever
+            return False
+        with path.open("rb") as f:
+            head = f.read(1 << 16)
+    except OSError:
+        return False
+    return head != b"" and b"\0" not in head
+
+
 def _other_kind(path: Path) -> str | None:
     """The kind of a file that is neither a video nor ultrasound; else None."""
     suffix = path.suffix.lower()
     if not path.name.startswith("."):
-        if suffix in EXTENSIONS:
+        if suffix in EXTENSIONS and not (suffix == ".ts" and _is_text(path)):
             return None
         if is_dicom(path):  # its name tells nothing: archives use UIDs, or no extension
             return OTHER_DICOM if is_ultrasound(path) is False else None

@@ -674,6 +674,18 @@ def test_a_file_under_several_names_is_taken_once_and_the_others_counted(
     assert [s.name for s in sources] == [kept] and ignored == {FILE_LINKS: 1}
 
 
+def test_typescript_is_no_video(clip, pattern, tmp_path):
+    data = clip(tmp_path / "x.ts", pattern(6, 32, 32), codec="mpeg2video").read_bytes()
+    (tmp_path / "late.ts").write_bytes(data[100:])  # begins in the midst of a packet
+    (tmp_path / "empty.ts").write_bytes(b"")  # for probe to refuse
+    (tmp_path / "gone.ts").symlink_to("nowhere")
+    (tmp_path / "app.ts").write_text("Game.start();  // größer\n" * 40)
+    sources, ignored = find_videos([tmp_path])
+    assert [s.name for s in sources] == ["empty.ts", "gone.ts", "late.ts", "x.ts"]
+    assert ignored == {".ts": 1} and probe(tmp_path / "late.ts").num_frames
+    assert len(find_videos([tmp_path / "app.ts"])[0]) == 1  # a file that is named is always tried
+
+
 def test_links_to_folders_and_hidden_ones_are_counted_and_not_searched(clips, tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
