@@ -75,7 +75,8 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
         if root.is_file():
             add(root, root.name)
         elif not root.is_dir():
-            raise InputError(f"{root}: no such file or folder")
+            why = "not a regular file" if root.exists() else "no such file or folder"
+            raise InputError(f"{root}: {why}")
         for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
             here = Path(folder)
             ignored[HIDDEN_FOLDERS] += sum(f.startswith(".") for f in folders)

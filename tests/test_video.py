@@ -710,6 +710,11 @@ def test_find_videos_refuses(clips, tmp_path):
         find_videos([clips / "a", clips / "b"])
     with pytest.raises(InputError, match="no such file"):
         find_videos([tmp_path / "nowhere"])
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path(os.devnull)):
+        with pytest.raises(InputError, match="not a regular file"):
+            find_videos([path])
+    (tmp_path / "pipe.mp4").unlink()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="no video found"):
         find_videos([tmp_path])
