@@ -20,15 +20,8 @@ import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
-from sslus.engine.video import (
-    Keep,
-    Prepared,
-    VideoError,
-    VideoInfo,
-    breaks_off,
-    is_untimed,
-    open_video,
-)
+from sslus.engine.truncated import breaks_off
+from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, is_untimed, open_video
 
 # Frames decoded at a time, which bounds the memory use: 100 MB for 1920 x 1080, and twice that
 # because the next chunk is decoded meanwhile. After the last frame DALI starts the file again, so

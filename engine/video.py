@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, prepare, rgb_luma
 from sslus.engine.region import Luma, Region
+from sslus.engine.truncated import breaks_off
 
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
@@ -28,7 +29,6 @@ UNTIMED_FORMATS = frozenset({"avi", "asf", "mxf", "mxf_opatom"})
 # Formats whose header states the duration, counted from time 0. For others FFmpeg measures it, so
 # that the duration of a truncated file does not reveal what is missing.
 ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
-ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object that tells its size
 
 REORDERED = 16  # most frames that a decoder may hold back, and so the largest error of a guess
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
@@ -304,132 +304,6 @@ def _missing(container, stream, end: int, duration: int) -> int:
     short = (announced - float(end * stream.time_base)) / period - (not duration)
     # With reordered frames ASF announces one frame too many. And half a frame for rounding.
     return round(short) if short > 1.5 else 0
-
-
-def breaks_off(path: Path | None, container, last: list) -> bool:
-    """Whether a file ends too early, so that its last packet may be damaged.
-
-    last: the last two packets of the video; most demuxers flag those of which bytes are missing.
-    In other formats the end of the file shows it, in some nothing does: raw H.264 and HEVC, or an
-    MPEG-TS that is cut between two of its packets. path: None if the video is only a part of the
-    file, whose end tells nothing.
-    """
-    if any(packet.is_corrupt for packet in last):
-        return True
-    rules = [CUT_SHORT[name] for name in _formats(container) & CUT_SHORT.keys()]
-    if path is None or not rules:
-        return False
-    with path.open("rb") as f:
-        return rules[0](f, f.seek(0, os.SEEK_END), last[-1])
-
-
-def _cut_asf(f: BinaryIO, size: int, packet) -> bool:
-    f.seek(0)
-    head = f.read(1 << 16)
-    at = head.find(ASF_PROPERTIES)
-    if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # live: its size was not yet known
-        return False
-    return size < int.from_bytes(head[at + 40 : at + 48], "little")
-
-
-def _cut_dv(f: BinaryIO, size: int, packet) -> bool:
-    return packet.pos + packet.size > size  # FFmpeg fills up the last frame
-
-
-def _cut_gif(f: BinaryIO, size: int, packet) -> bool:
-    """It ends in ";" behind an image; behind that there may be zeros and an ID3 tag."""
-    tail = _tail(f, size).rstrip(b"\0")
-    return bool(tail) and b"\0;" not in tail[-130:]
-
-
-def _cut_jpeg(f: BinaryIO, size: int, packet) -> bool:
-    return b"\xff\xd9" not in bytes(packet)  # the mark of its end, which image data cannot hold
-
-
-def _cut_mp4(f: BinaryIO, size: int, packet) -> bool:
-    return not packet.stream.frames and _ends_inside(f, size, packet, 0, _mp4_box)
-
-
-def _cut_ts(f: BinaryIO, size: int, packet) -> bool:
-    """Its packets are 188 bytes long, begin with 0x47, and in some files have 4 or 16 more."""
-    tail = _tail(f, size)
-    for length in (188, 192, 204):
-        for phase in range(length):
-            starts = tail[phase::length]
-            if starts[-6:] == 6 * b"\x47":
-                return (len(tail) - phase - 1) % length < 187
-    return False
-
-
-def _cut_y4m(f: BinaryIO, size: int, packet) -> bool:
-    f.seek(packet.pos + packet.size)
-    rest = f.read(5)  # of a further frame, or anything
-    return rest != b"" and b"FRAME".startswith(rest)
-
-
-def _tail(f: BinaryIO, size: int) -> bytes:
-    f.seek(max(0, size - (1 << 16)))
-    return f.read()
-
-
-def _ends_inside(f: BinaryIO, size: int, packet, at: int, length: Callable[[bytes], int]) -> bool:
-    """Whether a file that is a row of items from `at` on ends inside one. length(head): that of
-    the item which begins so, 0 if it is none: what follows the last one."""
-    while at < size:
-        f.seek(at)
-        step = length(f.read(ITEM_HEAD_BYTES).ljust(ITEM_HEAD_BYTES, b"\0"))
-        if not step:
-            return False
-        at += step
-    return at > size
-
-
-def _flv_tag(head: bytes) -> int:
-    """With the length of the tag before, which comes first."""
-    return 15 + int.from_bytes(head[5:8]) if head[4] in (8, 9, 18) else 0
-
-
-def _mp4_box(head: bytes) -> int:
-    if head[4:8] not in MP4_BOXES:
-        return 0
-    length = int.from_bytes(head[:4])
-    return length if length != 1 else int.from_bytes(head[8:16])
-
-
-def _ogg_page(head: bytes) -> int:
-    return 27 + head[26] + sum(head[27 : 27 + head[26]]) if head[:4] == b"OggS" else 0
-
-
-def _matroska_element(head: bytes) -> int:
-    """RFC 8794, sections 4 to 6. Of a segment, and a cluster of unknown length, only the head."""
-    at = 9 - head[0].bit_length()  # bytes of its name
-    end = at + 9 - head[at].bit_length()
-    name, mark = head[:at].hex(), 1 << 7 * (end - at)
-    if name not in MATROSKA_ELEMENTS or not head[at]:
-        return 0
-    length = int.from_bytes(head[at:end]) - mark
-    return end if name == "18538067" or length == mark - 1 else end + length
-
-
-ITEM_HEAD_BYTES = 27 + 255  # of an Ogg page
-MP4_BOXES = frozenset(b"ftyp styp moov moof mdat sidx mfra free skip wide uuid prft emsg".split())
-MATROSKA_ELEMENTS = frozenset(
-    "1a45dfa3 18538067 114d9b74 1549a966 1654ae6b 1f43b675 1c53bb6b 1254c367 1043a770 1941a469"
-    " ec bf e7 a7 ab a3 a0".split()
-)
-# By format, rule(f, size, packet): whether the file is cut short; packet is the last one.
-CUT_SHORT = {
-    "asf": _cut_asf,
-    "dv": _cut_dv,
-    "flv": partial(_ends_inside, at=9, length=_flv_tag),
-    "gif": _cut_gif,
-    "matroska": partial(_ends_inside, at=0, length=_matroska_element),
-    "mjpeg": _cut_jpeg,
-    "mp4": _cut_mp4,
-    "mpegts": _cut_ts,
-    "ogg": partial(_ends_inside, at=0, length=_ogg_page),
-    "yuv4mpegpipe": _cut_y4m,
-}
 
 
 def _is_full_range(frame) -> bool:
