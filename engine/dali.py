@@ -317,7 +317,7 @@ def _check_packets(path: Path) -> None:
     stamps, order, last, edited, whole = [], [], [], False, True
     try:
         container, stream = open_video(path)
-        with container:
+        with container, path.open("rb") as f:
             codec = stream.codec_context.name
             for packet in container.demux(stream):
                 if not packet.size:
@@ -331,7 +331,7 @@ def _check_packets(path: Path) -> None:
                 edited |= packet.pts is not None and (packet.pts < 0) != packet.is_discard
                 whole &= not packet.is_corrupt
                 last = [*last[-1:], packet]
-            whole &= not (last and breaks_off(path, container, last))
+            whole &= not (last and breaks_off(f, container, last))
             guessed = is_untimed(container)
             first = stream.index == container.streams.video[0].index
             reordered = stream.codec_context.has_b_frames

@@ -3,27 +3,26 @@
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO
 
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object that tells its size
 
 
-def breaks_off(path: Path | None, container, last: list) -> bool:
+def breaks_off(f: BinaryIO | None, container, last: list) -> bool:
     """Whether a file ends too early, so that its last packet may be damaged.
 
     last: the last two packets of the video; most demuxers flag those of which bytes are missing.
     In other formats the end of the file shows it, in some nothing does: raw H.264 and HEVC, or an
-    MPEG-TS that is cut between two of its packets. path: None if the video is only a part of the
-    file, whose end tells nothing.
+    MPEG-TS that is cut between two of its packets. f: the file, opened when the container was, for
+    its path may lead nowhere by now; None if the video is only a part of it, and its end tells
+    nothing.
     """
     if any(packet.is_corrupt for packet in last):
         return True
     rules = [CUT_SHORT[name] for name in container.format.name.split(",") if name in CUT_SHORT]
-    if path is None or not rules:
+    if f is None or not rules:
         return False
-    with path.open("rb") as f:
-        return rules[0](f, f.seek(0, os.SEEK_END), last[-1])
+    return rules[0](f, f.seek(0, os.SEEK_END), last[-1])
 
 
 def _cut_asf(f: BinaryIO, size: int, packet) -> bool:

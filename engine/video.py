@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -418,11 +418,11 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn]]:
     """Index, time in seconds, PyAV frame and turn of every frame; see `decode`. file: see
     open_video."""
     container, stream = open_video(path, file)
-    with container:
+    with container, contextlib.nullcontext() if file else path.open("rb") as whole:
         # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
-        batches = _batches(container, stream, None if file else path)
+        batches = _batches(container, stream, whole)
         frames, turn = chain.from_iterable(batches), None
         for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
             turn = _turn(frame) if turn is None else turn
@@ -478,11 +478,11 @@ def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
     return None if stamp is None or next_stamp is None else next_stamp < stamp
 
 
-def _batches(container, stream, path: Path | None) -> Iterator[list]:
-    """The frames of each packet in turn; a damaged packet gives none."""
+def _batches(container, stream, whole: BinaryIO | None) -> Iterator[list]:
+    """The frames of each packet in turn; a damaged packet gives none. whole: see breaks_off."""
     import av
 
-    for packet in chain(_packets(container, stream, path), (None,)):
+    for packet in chain(_packets(container, stream, whole), (None,)):
         try:  # None: the frames that are still in the decoder, which are good
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError:
@@ -490,8 +490,8 @@ def _batches(container, stream, path: Path | None) -> Iterator[list]:
         yield frames
 
 
-def _packets(container, stream, path: Path | None) -> Iterator:
-    """The packets, without the last one of a file that breaks off. path: see breaks_off."""
+def _packets(container, stream, whole: BinaryIO | None) -> Iterator:
+    """The packets, without the last one of a file that breaks off."""
     import av
 
     held, last = [], []  # a packet and empty ones behind it; it and the one before
@@ -501,7 +501,7 @@ def _packets(container, stream, path: Path | None) -> Iterator:
                 yield from held
                 held, last = [], [*last[-1:], packet]
             held.append(packet)
-    if last and breaks_off(path, container, last):
+    if last and breaks_off(whole, container, last):
         del held[0]
     yield from held
 
