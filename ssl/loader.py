@@ -83,8 +83,8 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
     """The frames of a folder or URL of shards: decoded once or, if that cannot be, streamed.
 
     tier: one of TIERS; "auto" streams URLs, and shards whose frames do not fit on the disk.
-    options: those of FrameStore.open. Raises InputError if the tier or `pairs` "nearby" is
-    impossible, and the errors of FrameStore.open.
+    options: rebuild, threads and report of FrameStore.open. Raises InputError if the tier or
+    `pairs` "nearby" is impossible, and the errors of FrameStore.open.
     """
     if tier not in TIERS:
         raise InputError(f"--tier {tier!r}: want one of {', '.join(TIERS)}")
@@ -93,7 +93,7 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         why = "the shards are at a URL"
     elif tier == "stream":
         why = "as asked"
-    elif options.get("rebuild") or not _store_folder(shards, options).exists():
+    elif options.get("rebuild") or not (Path(shards) / "store").exists():
         manifest = read_manifest(Path(shards))
         size = manifest.num_frames * manifest.settings["size"] ** 2
         free = shutil.disk_usage(shards).free
@@ -110,10 +110,6 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
             " shards; use --pairs same, or copy the shards to a disk with room for the frames"
         )
     return StreamStore.open(shards, why)
-
-
-def _store_folder(shards: str | Path, options: dict) -> Path:
-    return Path(options.get("folder") or Path(shards) / "store")
 
 
 def _gb(size: float) -> str:

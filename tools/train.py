@@ -108,7 +108,10 @@ def _option(f, default) -> click.Option:
     " itself, use --time-limit.)",
 )
 @click.option(
-    "--pair-weights", is_flag=True, help="With --pairs nearby: weight pairs less the further apart."
+    "--pair-weights",
+    is_flag=True,
+    help="With --pairs nearby: weight pairs less the further apart. The losses of simclr, moco and"
+    " barlowtwins are then plain PyTorch.",
 )
 @click.option(
     "--dual-task",
