@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -295,17 +296,19 @@ def test_the_tier_follows_size_and_wish(shards, store, monkeypatch, tmp_path):
 def test_what_does_not_fit_on_the_disk_is_streamed(shards, tmp_path, monkeypatch):
     free = {"free": 10**9}
     monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: type("Usage", (), free))
-    new = {"folder": tmp_path / "store"}
-    assert isinstance(open_store(shards, **new), FrameStore)
+    here, there = (
+        shutil.copytree(shards, tmp_path / name, ignore=shutil.ignore_patterns("store*", ".store*"))
+        for name in ("here", "there")
+    )
+    assert isinstance(open_store(here), FrameStore)
     free["free"] = 5000
-    assert isinstance(open_store(shards, **new), FrameStore)  # it is there already
-    elsewhere = {"folder": tmp_path / "another"}
-    store = open_store(shards, **elsewhere)
+    assert isinstance(open_store(here), FrameStore)  # it is there already
+    store = open_store(there)
     assert tier(store, CPU) == (
         "stream", "0.0 GB of frames do not fit on the disk, 0.0 GB are free"
     )  # fmt: skip
     with pytest.raises(InputError, match="--tier disk: .* do not fit on the disk.*--tier stream"):
-        open_store(shards, "disk", **elsewhere)
+        open_store(there, "disk")
     with pytest.raises(InputError, match="--pairs nearby: frames are streamed .*--pairs same"):
-        open_store(shards, pairs="nearby", **elsewhere)
-    assert not (tmp_path / "another").exists()
+        open_store(there, pairs="nearby")
+    assert not (there / "store").exists()
