@@ -138,25 +138,25 @@ def stored(luma, size: int = 64) -> np.ndarray:
     return np.stack([prepare(np.ascontiguousarray(y), size) for y in luma])
 
 
-def same(path: Path, luma: np.ndarray) -> None:
+def assert_luma(path: Path, luma: np.ndarray) -> None:
     np.testing.assert_array_equal(images(path), stored(luma))
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT, LITTLE, BIG, RLE])
 def test_luma_is_exact_where_pixels_are_not_compressed(syntax, grey, colour, tmp_path):
-    same(write(tmp_path / "a.dcm", grey, syntax), grey)
-    same(write(tmp_path / "b.dcm", grey, syntax, "MONOCHROME1"), 255 - grey)
-    same(write(tmp_path / "c.dcm", colour, syntax), bt601(colour))
-    same(write(tmp_path / "d.dcm", colour, syntax, "YBR_FULL"), colour[..., 0])
+    assert_luma(write(tmp_path / "a.dcm", grey, syntax), grey)
+    assert_luma(write(tmp_path / "b.dcm", grey, syntax, "MONOCHROME1"), 255 - grey)
+    assert_luma(write(tmp_path / "c.dcm", colour, syntax), bt601(colour))
+    assert_luma(write(tmp_path / "d.dcm", colour, syntax, "YBR_FULL"), colour[..., 0])
     if syntax != RLE:  # which keeps the values of each colour together anyway
         planes = np.ascontiguousarray(np.moveaxis(colour, -1, 1))
         more = shape_of(colour) | {"PlanarConfiguration": 1}
-        same(write(tmp_path / "e.dcm", planes, syntax, "RGB", **more), bt601(colour))
+        assert_luma(write(tmp_path / "e.dcm", planes, syntax, "RGB", **more), bt601(colour))
         # Y1 Y2 Cb Cr: PS3.3, C.7.6.3.1.2
         pairs = grey.reshape(5, 48, 32, 2)
         halved = np.concatenate([pairs, np.full_like(pairs, 77)], -1)
         more = shape_of(grey) | {"SamplesPerPixel": 3}
-        same(write(tmp_path / "f.dcm", halved, syntax, "YBR_FULL_422", **more), grey)
+        assert_luma(write(tmp_path / "f.dcm", halved, syntax, "YBR_FULL_422", **more), grey)
 
 
 REVERSIBLE = {"pred": "dwt53"}
@@ -174,14 +174,14 @@ def test_luma_is_exact_in_lossless_syntaxes(syntax, codec, options, grey, colour
         data = encoded(planes, codec, "yuvj444p")
     else:
         data = encoded(grey, codec, "gray", **options)
-        same(write(tmp_path / "a.dcm", data, syntax, **shape_of(grey)), grey)
+        assert_luma(write(tmp_path / "a.dcm", data, syntax, **shape_of(grey)), grey)
         path = write(tmp_path / "b.dcm", data, syntax, "MONOCHROME1", **shape_of(grey))
-        same(path, 255 - grey)
+        assert_luma(path, 255 - grey)
         data = encoded(colour, codec, "rgb24", **options)
     # Three values a pixel; the header says what they mean.
-    same(write(tmp_path / "c.dcm", data, syntax, "RGB", **shape_of(colour)), bt601(colour))
+    assert_luma(write(tmp_path / "c.dcm", data, syntax, "RGB", **shape_of(colour)), bt601(colour))
     path = write(tmp_path / "d.dcm", data, syntax, "YBR_FULL", **shape_of(colour))
-    same(path, colour[..., 0])
+    assert_luma(path, colour[..., 0])
 
 
 @pytest.mark.parametrize("has_bot", [True, False])
@@ -307,7 +307,7 @@ def test_palettes(grey, tmp_path):
             path = write(tmp_path / "a.dcm", grey.astype(dtype), syntax, "PALETTE COLOR", **tags)
             at = np.clip(grey.astype(int) - first, 0, 199)
             want = np.rint(np.array([0.299, 0.587, 0.114]) @ table / 257).astype(np.uint8)[at]
-            same(path, want)
+            assert_luma(path, want)
     # 16 bits in the header, 8 in the table, in bytes or words; and lines instead of entries.
     for data, prefix in (
         (bytes(range(256)), ""),
@@ -318,7 +318,7 @@ def test_palettes(grey, tmp_path):
         for name in ("Red", "Green", "Blue"):
             tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
             tags[f"{prefix}{name}PaletteColorLookupTableData"] = data
-        same(write(tmp_path / "a.dcm", grey, LITTLE, "PALETTE COLOR", **tags), grey)
+        assert_luma(write(tmp_path / "a.dcm", grey, LITTLE, "PALETTE COLOR", **tags), grey)
     for name in ("Red", "Green", "Blue"):  # 65,535 entries, over and over
         data = np.tile(np.array([0, 1, 5, 1, 65535, 9], "<u2"), 1000).tobytes()
         tags[f"Segmented{name}PaletteColorLookupTableData"] = data
@@ -338,22 +338,22 @@ def test_only_the_regions_are_kept(grey, tmp_path):
     ignored = [box(0, 0, 63, 3, 3), box(60, 0, 63, 47, 0)]  # a spectrum, a colour bar
     tags = {"SequenceOfUltrasoundRegions": [box(*b) for b in boxes] + ignored}
     path = write(tmp_path / "a.dcm", named, **tags)
-    same(path, np.where(inside, grey, 0)[:, 4:46, 8:60])
+    assert_luma(path, np.where(inside, grey, 0)[:, 4:46, 8:60])
     # Only a spectrum: that is what there is.
     path = write(tmp_path / "b.dcm", grey, SequenceOfUltrasoundRegions=[box(0, 9, 63, 40, 3)])
-    same(path, grey[:, 9:41])
+    assert_luma(path, grey[:, 9:41])
     # Many count the last pixel as the first one outside; others have scaled the image.
     path = write(tmp_path / "c.dcm", grey, SequenceOfUltrasoundRegions=[box(1, 2, 64, 48)])
-    same(path, grey[:, 2:, 1:])
+    assert_luma(path, grey[:, 2:, 1:])
     assert not dicom.probe(path).uncropped
     # What cannot be does not undo what can.
     useless = [box(1, 2, 126, 90), box(0, 0, 0, 0), box(0, 0, 2**32 - 1, 9), box(0, 0, 63, 5, 5)]
     path = write(tmp_path / "d.dcm", grey, SequenceOfUltrasoundRegions=useless)
     assert dicom.probe(path).uncropped
-    same(path, grey)
+    assert_luma(path, grey)
     useless.append(box(40, 40, 9, 5))
     path = write(tmp_path / "e.dcm", grey, SequenceOfUltrasoundRegions=useless)
-    same(path, grey[:, 5:41, 9:41])
+    assert_luma(path, grey[:, 5:41, 9:41])
 
 
 def numbers(text: str) -> list[int]:
@@ -586,15 +586,15 @@ def test_headers_that_contradict_the_pixels(grey, colour, tmp_path):
         )
         assert data.count(old) == 1
         path.write_bytes(data.replace(old, new))
-        same(path, grey)
+        assert_luma(path, grey)
     # Another element follows the third of five frames.
     write(path, grey[:3], NumberOfFrames=5)
     with path.open("ab") as f:
         f.write(b"\xe1\x7f\x10\0UN\0\0" + (9000).to_bytes(4, "little") + b"Doe^Jane " * 1000)
     assert len(frames(path)) == 3 and dicom.probe(path).num_frames == 5
-    same(write(path, colour, photometric="YBR_FULL_422"), colour[..., 0])
-    same(write(path, colour, photometric="YBR_RCT"), bt601(colour))
-    same(write(path, colour, photometric=" rgb"), bt601(colour))
+    assert_luma(write(path, colour, photometric="YBR_FULL_422"), colour[..., 0])
+    assert_luma(write(path, colour, photometric="YBR_RCT"), bt601(colour))
+    assert_luma(write(path, colour, photometric=" rgb"), bt601(colour))
     for pixel_format in ("yuv422p", "yuv444p"):  # full range, although FFmpeg thinks otherwise
         rows = {"yuv422p": 96, "yuv444p": 144}[pixel_format]
         shape = (5, 3, 48, 64) if pixel_format == "yuv444p" else (5, rows, 64)
@@ -604,7 +604,7 @@ def test_headers_that_contradict_the_pixels(grey, colour, tmp_path):
         data = encoded(planes, "jpeg2000", pixel_format, **REVERSIBLE, format="jp2")
         photometric = "YBR_FULL_422" if pixel_format == "yuv422p" else "YBR_FULL"
         more = shape_of(grey) | {"SamplesPerPixel": 3}
-        same(write(path, data, JPEG_2000, photometric, **more), grey)
+        assert_luma(write(path, data, JPEG_2000, photometric, **more), grey)
 
 
 def test_run_lengths_in_several_fragments_and_without_a_table(colour, tmp_path):
@@ -615,12 +615,12 @@ def test_run_lengths_in_several_fragments_and_without_a_table(colour, tmp_path):
             f.seek(start)
             items.append(f.read(length))
     fragment(path, items, 2, has_bot=False)
-    same(path, bt601(colour))
+    assert_luma(path, bt601(colour))
     fragment(path, items, 1, has_bot=False)
     data = path.read_bytes()
     at = read_header(path).at
     path.write_bytes(data[:at] + data[at + 8 :])
-    same(path, bt601(colour))
+    assert_luma(path, bt601(colour))
 
 
 def test_what_is_not_needed_does_not_matter(grey, tmp_path):
