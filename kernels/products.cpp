@@ -17,6 +17,10 @@
 #include <string>
 #include <vector>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include "bits.h"
 #include "clones.h"
 #include "pool.h"
@@ -367,7 +371,21 @@ void cross_gradients(Matrix xa, Matrix xb, Matrix product_a, Matrix product_b, C
   });
 }
 
+void prefer_huge_pages(nb::ndarray<nb::c_contig, nb::device::cpu> x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = (reinterpret_cast<uintptr_t>(x.data()) + kPage - 1) & ~(kPage - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(x.data()) + x.nbytes()) & ~(kPage - 1);
+  // It is only a hint: a kernel that has no huge pages, or has larger pages, refuses it.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)x;
+#endif
+}
+
 const sslus::Binding binding([](nb::module_& m) {
+  m.def("prefer_huge_pages", &prefer_huge_pages, nb::arg("x").noconvert(),
+        "Asks the kernel to back x, which is not yet written, with huge pages.");
   m.def("centre_columns", &centre_columns, nb::arg("z").noconvert(), nb::arg("out").noconvert(),
         nb::arg("squares").noconvert(), nb::arg("eps"), nb::arg("threads"),
         "out = z minus its column means; squares: the sums of squares of its columns. With"

@@ -34,6 +34,17 @@ def work(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
+def fresh(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of z's shape, in huge pages if the system offers them.
+
+    The allocator returns large tensors to the system, which clears them anew at each call: with
+    one page fault for every 4 KiB, that takes a seventh of a loss at (256, 8192).
+    """
+    empty = torch.empty_like(z, dtype=dtype, memory_format=torch.contiguous_format)
+    _cpu.prefer_huge_pages(empty)
+    return empty
+
+
 def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
     """Slices of the D columns, with N x width about BLOCK.
 

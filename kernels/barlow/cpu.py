@@ -34,6 +34,7 @@ from sslus.kernels.products import (
     add_gram,
     blocks,
     dot,
+    fresh,
     mirror,
     standardised,
 )
@@ -67,7 +68,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     k = views[0].new_zeros(2, n, n, dtype=dtype)
     excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K minus D
     less = k.new_tensor(-1)
-    grads = [torch.empty_like(z, dtype=torch.float32) for z in views]  # each holds x at first
+    grads = [fresh(z, torch.float32) for z in views]  # each holds x at first
     threads = torch.get_num_threads()
     for cols in blocks(n, width, dtype):
         pair = []
@@ -129,8 +130,7 @@ def tiled(za, zb, n, off_diagonal, ranks, dtype):
     """
     d = za.shape[1]
     width = min(WIDEST, -(-d // 2))
-    ga, gb = (torch.empty_like(z, dtype=dtype) for z in (za, zb))
-    a = torch.empty_like(ga)
+    a, ga, gb = (fresh(z, dtype) for z in (za, za, zb))
     va = centre(za, a, gb, n, ranks)
     ra = va.rsqrt()
     ma = torch.zeros_like(va)  # sums of C * M over each row of C; mb: over each column

@@ -30,6 +30,7 @@ from sslus.kernels.products import (
     centred,
     centred_rows,
     dot,
+    fresh,
     mirror,
     standardised,
     work,
@@ -77,7 +78,7 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
     of the invariance term: the other view, the weights of the pairs, and a factor."""
     width = z.shape[1]
     v, k = z.new_empty(width, dtype=dtype), z.new_zeros(n, n, dtype=dtype)
-    grad = torch.empty_like(z, dtype=torch.float32)  # holds x at first
+    grad = fresh(z, torch.float32)  # holds x at first
     for cols in blocks(n, width, dtype):
         x, v[cols] = standardised(z[:, cols], dtype, out=grad[:, cols])
         add_gram(k, x)
@@ -99,11 +100,15 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
     slope -= (s < 1) * (variance / (2 * d * (n - 1))) / s
     other, pair, factor = pull
     alpha = 4 * covariance / (d * (n - 1) ** 2)
+    room = None  # of the products
     for cols in blocks(n, width, dtype):
         a, b, g = z[:, cols], other[:, cols], grad[:, cols]
         if dtype == torch.float32:
+            if room is None:
+                room = g.new_empty(g.shape)
+            product = torch.mm(k, g, out=room[:, : g.shape[1]])
             _cpu.spread_gradient(
-                a, b, pair, factor, k @ g, alpha, slope[cols], g, torch.get_num_threads()
+                a, b, pair, factor, product, alpha, slope[cols], g, torch.get_num_threads()
             )
             continue
         x = centred(a, dtype)
