@@ -306,12 +306,12 @@ def on_cpu(bench: Bench, threads: int) -> None:
             for who in ("sslus", *peers):
                 loss = loss_of(case, who)
                 run = partial(step, case, loss)
-                if who == "sslus":
-                    run = Often(run, seconds=often(bench, 0.3))
+                if who == "sslus" or n >= d:  # several steps: the first finds its caches cold
+                    run = Often(run, seconds=often(bench, 1.5))
                 else:
                     run = warmed(run, partial(step, smaller(case), loss))
                 works[who] = Work(run, threads, fresh=False)
-            floor = Often(partial(products, case), seconds=often(bench, 0.3))
+            floor = Often(partial(products, case), seconds=often(bench, 1.5))
             works[FLOOR] = Work(floor, threads, fresh=False)
             # At N = 1024 a step of a peer takes up to 13 s.
             repeats = 2 if n == 1024 else 3
