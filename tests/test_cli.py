@@ -73,7 +73,9 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
 
 
 @pytest.mark.parametrize("argument", ["", "--out="])
-def test_an_empty_argument_is_not_the_current_folder(argument, capsys):
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_an_empty_argument_is_not_the_current_folder(argument, debug, capsys, monkeypatch):
+    monkeypatch.setenv("SSLUS_DEBUG", debug)  # there is no traceback to show
     assert cli.main(["shard", "videos", argument]) == 2
     assert capsys.readouterr().err.startswith("Error: an argument is empty")
 

@@ -98,10 +98,12 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(stream, io.TextIOWrapper):  # an odd file name must not end a command
             stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
-    for arg in argv:  # -o "" would be the current folder
-        if not arg or (arg.startswith("--") and arg.endswith("=")):
-            return fail(f"an argument is empty ({arg or repr('')}): a variable that is not set?", 2)
     try:
+        for arg in argv:  # -o "" would be the current folder
+            if not arg or (arg.startswith("--") and arg.endswith("=")):
+                raise click.UsageError(
+                    f"an argument is empty ({arg or repr('')}): a variable that is not set?"
+                )
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
     except click.exceptions.Abort as e:
         if isinstance(e.__cause__, EOFError):  # to click that is Ctrl-D, at a prompt; we have none
