@@ -1,6 +1,7 @@
 """The command line: the names that scripts rely on, and what a long command shows."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,26 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("error", [click.UsageError("no"), Interrupted("stopped", 15)])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_exit_code_needs_no_reader(error, several, tmp_path, monkeypatch):
+    def fail(**kwargs):
+        raise error
+
+    read, write = os.pipe()
+    os.close(read)
+    file = tmp_path / "code"
+    monkeypatch.setattr(cli.sslus, "main", fail)
+    if several:
+        monkeypatch.setenv(cli.EXIT_CODE_FILE, str(file))
+    with open(write, "w") as stderr:  # noqa: PTH123, a file descriptor
+        monkeypatch.setattr("sys.stderr", stderr)
+        code = cli.main([])
+    assert (int(file.read_text()) if file.exists() else code) == (
+        143 if isinstance(error, Interrupted) else 2
+    )
 
 
 @pytest.mark.parametrize("argument", ["", "--out="])

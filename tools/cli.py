@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     Exit codes: see the help of `sslus`. `SSLUS_DEBUG=1` shows the traceback of an error.
     """
     from sslus.engine.errors import InputError, Interrupted
-    from sslus.tools.screen import one_line
+    from sslus.tools.screen import one_line, tell
 
     def fail(message: str, code: int) -> int:
         message = one_line(message)
@@ -78,12 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         # started them: torchrun would restart a process that fails, whatever its exit code.
         file = os.environ.get(EXIT_CODE_FILE)
         if file and (code != 70 or Path(file).exists()):  # 70 then: the other processes have left
-            with contextlib.suppress(FileExistsError), Path(file).open("x") as f:
-                click.echo(f"Error: {message}", err=True)
-                f.write(str(code))
+            with contextlib.suppress(FileExistsError):
+                with Path(file).open("x") as f:
+                    f.write(str(code))
+                tell(f"Error: {message}")
             return 0
         if _speaks(code):
-            click.echo(f"Error: {message}", err=True)
+            tell(f"Error: {message}")
         return code
 
     def fail_as_bug(e: BaseException) -> int:
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         return fail("interrupted", 130)
     except click.ClickException as e:
         if _speaks(e.exit_code):
-            e.show()
+            e.show(shown := io.StringIO())
+            tell(shown.getvalue().rstrip("\n"))
         return e.exit_code
     except KeyboardInterrupt:
         return fail("interrupted", 130)
