@@ -118,7 +118,8 @@ def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):
 
 
 def test_an_error_of_all_is_one_line(shards, tmp_path):
-    _, err = finish(start(shards, tmp_path / "run", "--gpus", "2", "--batch-size", "15"), 1)
+    last_counts = ("--gpus", "3", "--gpus", "2")
+    _, err = finish(start(shards, tmp_path / "run", *last_counts, "--batch-size", "15"), 1)
     assert err.count("Error: --batch-size 15 is not a multiple of the 2 processes") == 1
     assert "Traceback" not in err and not (tmp_path / "run").exists()
 

@@ -14,14 +14,10 @@ from sslus.tools.cli import EXIT_CODE_FILE
 
 def torchrun(num: int) -> int:
     """Run this command line in `num` processes on this machine; return the exit code."""
-    args = [a for a in sys.argv[1:] if not a.startswith("--gpus=")]
-    if "--gpus" in args:
-        at = args.index("--gpus")
-        args[at : at + 2] = []
     line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-        "--max-restarts", "3", "-m", "--", "sslus.tools", *args,
+        "--max-restarts", "3", "-m", "--", "sslus.tools", *sys.argv[1:],
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"

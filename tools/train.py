@@ -245,13 +245,15 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
                                                         torchrun (without the `--`, torchrun
                                                         takes --run as its own option)
     """
+    import os
     from pathlib import Path
 
     from click.core import ParameterSource
 
     from sslus.engine.errors import InputError
+    from sslus.tools.cli import EXIT_CODE_FILE
 
-    if gpus is not None:
+    if gpus is not None and EXIT_CODE_FILE not in os.environ:  # else this is one of them
         from sslus.tools.launch import torchrun
 
         ctx.exit(torchrun(gpus))
