@@ -266,7 +266,10 @@ def _joined(path: Path, container) -> int:
         return 0
     num_movies = at = 0
     with path.open("rb") as f:
-        while len(head := f.read(16)) >= 8:
+        size = f.seek(0, os.SEEK_END)
+        while at < size:
+            f.seek(at)
+            head = f.read(16)
             length = int.from_bytes(head[:4])
             if length == 1:  # 64 bits follow
                 length = int.from_bytes(head[8:])
@@ -274,7 +277,6 @@ def _joined(path: Path, container) -> int:
             if length < 8:  # 0: up to the end of the file
                 break
             at += length
-            f.seek(at)
     return max(0, num_movies - 1)
 
 

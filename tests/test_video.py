@@ -378,6 +378,9 @@ def test_files_that_were_joined_byte_by_byte_are_counted(clip, pattern, tmp_path
     assert probe(one).other_streams == 0
     (tmp_path / "three.mp4").write_bytes(3 * one.read_bytes())
     assert probe(tmp_path / "three.mp4").other_streams == 2
+    raw = b"\0\0\0\1\x67d\0\x1f" + 8 * b"\xff"  # of raw H.264, as a box: of 2^64 bytes
+    one.write_bytes(one.read_bytes() + raw)
+    assert (probe(one).other_streams, probe(one).num_frames) == (0, 4)
 
 
 @pytest.mark.parametrize("counts, best", [((10, 10), 0), ((0, 10), 1)])
