@@ -3,8 +3,10 @@
 import getpass
 import json
 import os
+import re
 import signal
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,12 @@ def test_a_report_holds_no_names_and_no_folders(capsys):
         doctor.private("cannot open /home/anna/clinic b/x.so: no")
         == "cannot open .../clinic b/x.so: no"
     )
+
+
+def test_every_package_that_sslus_needs_is_looked_for():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    needed = {re.match(r"[\w-]+", x)[0] for x in project["project"]["dependencies"]}
+    assert set(doctor.PACKAGES.values()) == needed - {"click"}
 
 
 def test_a_missing_package_is_named_with_its_remedy(capsys, monkeypatch):

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import click
 
-# Import name -> name in the package registry. All are needed, except those below.
+# Import name -> name in the package registry. All are needed, except those below. Not click, since
+# without it this would not run.
 PACKAGES = {
     "torch": "torch", "torchvision": "torchvision", "triton": "triton",
     "nvidia.dali": "nvidia-dali-cuda130", "av": "av", "simplejpeg": "simplejpeg",
     "webdataset": "webdataset", "timm": "timm", "numpy": "numpy", "numba": "numba",
     "sklearn": "scikit-learn", "matplotlib": "matplotlib", "pydicom": "pydicom",
     "safetensors": "safetensors", "rich": "rich", "threadpoolctl": "threadpoolctl",
+    "fsspec": "fsspec", "PIL": "pillow", "scipy": "scipy",
 }  # fmt: skip
 OPTIONAL = ("triton", "nvidia.dali")  # Linux only; without them the CPU does the work
 SHOWN = ("torch", "torchvision", "triton", "nvidia.dali", "av", "simplejpeg", "webdataset", "timm")
