@@ -315,11 +315,7 @@ def shard() -> str:
     from sslus.engine.dali import why_not
     from sslus.engine.spool import choose_backends
 
-    names = {
-        ("pyav", "cpu"): "PyAV on the CPU",
-        ("dali", "cuda"): "NVDEC on the GPU",
-        ("dali", "cpu"): "DALI on the CPU",
-    }
+    names = {("pyav", "cpu"): "PyAV on the CPU", ("dali", "cuda"): "NVDEC on the GPU"}
     chosen = [names[b] for b in choose_backends("auto", "auto")]
     why = "" if len(chosen) > 1 else f", because {because(why_not('cuda'))}"
     return f"{', the rest '.join(chosen)}, {cores()} processes{why}"
