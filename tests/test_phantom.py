@@ -351,6 +351,13 @@ def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
     assert digests(out) == digests(made)
 
 
+def test_as_many_processes_as_cores_that_may_be_used(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr("sslus.engine.phantom.synth", lambda *args: jobs.append(args[2]) or 0)
+    assert main(["synth", str(tmp_path)]) == 0 and jobs == [1]
+
+
 def test_command_says_what_next_and_refuses_in_one_line(tmp_path, capsys):
     out = tmp_path / "v"
     small = ["--videos", "1", "--patients", "1", "--size", "64", "--seconds", "0.1", "0.1"]

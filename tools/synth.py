@@ -47,7 +47,7 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     from sslus.tools.screen import argument, count, progress, summary
 
     settings = Settings(videos, patients, seed, size, seconds)
-    jobs = jobs or os.cpu_count() or 1
+    jobs = jobs or len(os.sched_getaffinity(0))
     with progress("synth", "clips") as report:
         made = synth(out, settings, jobs, report)
     kept = f", {videos - made} already there" if made < videos else ""
