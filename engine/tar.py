@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from sslus.engine.atomic import atomic_file, sync_folder
+from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 
 BLOCK = 512
@@ -63,7 +63,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         put(b"\0" * (-offset % RECORD))
     with atomic_file(index_path(path), "w") as f:
         f.write(f"{INDEX_VERSION} {len(lines)}\n" + "".join(line + "\n" for line in lines))
-    sync_folder(path.parent)
     return offset, digest.hexdigest()
 
 
