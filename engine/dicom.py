@@ -69,7 +69,7 @@ class DicomBackend:
     name = "dicom"
 
     def refuses(self, info: VideoInfo) -> str | None:
-        return None if info.codec.startswith("dicom ") else "not a DICOM file"
+        return None
 
     def declared(self, path: Path) -> Region:
         return read_header(path).region
