@@ -29,27 +29,21 @@ def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
     supports on a GPU, or MJPEG, VP8 and VP9 on the CPU; "auto" is dali on a GPU, and pyav for the
     rest.
     """
-    if decoder == "pyav":
-        if device == "cuda":
-            raise InputError("--decoder pyav runs on the CPU; with cuda use --decoder dali")
-        return [("pyav", "cpu")]
-    if decoder == "auto" and device == "cpu":
-        return [("pyav", "cpu")]
-    on = "cuda" if device == "cuda" or (device == "auto" and _gpu_decodes()) else "cpu"
-    if decoder == "auto" and on == "cpu":
-        return [("pyav", "cpu")]
-    if device != "auto" or decoder == "dali":
-        from sslus.engine.dali import DaliBackend
-
-        DaliBackend(on)  # raises InputError here, once, rather than for every file
-    return [("dali", on)] + ([("pyav", "cpu")] if decoder == "auto" and device == "auto" else [])
-
-
-def _gpu_decodes() -> bool:
-    """Whether DALI is installed and there is a GPU that decodes."""
+    pyav = [("pyav", "cpu")]
+    if decoder == "pyav" and device == "cuda":
+        raise InputError("--decoder pyav runs on the CPU; with cuda use --decoder dali")
+    if decoder == "pyav" or (decoder == "auto" and device == "cpu"):
+        return pyav
     from sslus.engine.dali import why_not
 
-    return why_not("cuda") is None
+    on = device
+    if device == "auto":
+        on = "cpu" if why_not("cuda") else "cuda"
+        if decoder == "auto":
+            return pyav if on == "cpu" else [("dali", on), *pyav]
+    if why := why_not(on):  # here, once, rather than for every file
+        raise InputError(f"dali: {why}")
+    return [("dali", on)]
 
 
 def _make_backend(name: str, device: str) -> Backend:
