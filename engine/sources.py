@@ -74,10 +74,11 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
     for root in paths:
         if root.is_file():
             add(root, root.name)
-        elif not root.is_dir():
+            continue
+        if not root.is_dir():
             why = "not a regular file" if root.exists() else "no such file or folder"
             raise InputError(f"{root}: {why}")
-        for folder, folders, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
+        for folder, folders, files in os.walk(root, onerror=refuse):
             here = Path(folder)
             ignored[HIDDEN_FOLDERS] += sum(f.startswith(".") for f in folders)
             folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != skip)
