@@ -164,17 +164,17 @@ def show(result) -> None:
         rows["linked"] = f"{again} further links to a file, each of which was taken once"
     if hidden:
         rows["hidden"] = f"{count(hidden, 'folder')} not searched; to include them, name them too"
-    several = sum(r.get("other_streams", 0) > 0 for r in ledger)
+    several = sum(r["other_streams"] > 0 for r in ledger)
     if several:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
-    if uncropped := sum(r.get("uncropped", False) and r["kept_frames"] > 0 for r in ledger):
+    if uncropped := sum(r["uncropped"] and r["kept_frames"] > 0 for r in ledger):
         rows["uncropped"] = (
             f"{count(uncropped, 'file')} kept whole, with any text in the image; --region auto"
             " removes what stands beside the ultrasound"
         )
     region, warnings = manifest.settings["region"], []
     if region != "all":
-        cut = [r for r in ledger if r.get("region") is not None and r["kept_frames"]]
+        cut = [r for r in ledger if r["region"] is not None and r["kept_frames"]]
         rows["region"] = f"{region}: {count(len(cut), 'file')} cropped to it"
         if region == "auto" and (everywhere := sum(map(_moves_everywhere, cut))):
             rows["region"] += (
