@@ -4,7 +4,6 @@ set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-export SSLUS_REAL_DATA=${SSLUS_REAL_DATA:-$root/../shared/data}
 export TRITON_INTERPRET=1  # Triton kernels run without a GPU
 "$python" -m ruff check .
 "$python" -m ruff format --check .
