@@ -132,8 +132,8 @@ def test_a_file_name_cannot_break_a_line_or_colour_the_terminal(tmp_path, capsys
     assert cli.main(["shard", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert r"/a\n\x1b[31mé.mp4: the file is empty" in line and line.startswith("Error: none of")
-    screen.summary({}, warnings=["a\rb"])
-    assert capsys.readouterr().err == "Warning: a\\rb\n"
+    screen.summary({"labels": "a\x1b[31mb"}, warnings=["a\rb"])
+    assert capsys.readouterr() == ("labels  a\\x1b[31mb\n", "Warning: a\\rb\n")
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, capsys):

@@ -100,7 +100,7 @@ def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str
     """Print the end of a command: aligned `name value` lines, warnings and the next command."""
     width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
-        tell(f"{name:<{width}}  {value}", sys.stdout)
+        tell(f"{name:<{width}}  {one_line(value)}", sys.stdout)
     for line in warnings:
         tell(f"Warning: {one_line(line)}", sys.stderr)
     if next_command:
