@@ -102,7 +102,7 @@ def shard(
     out = Path(out)
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs: want at least 1, got {jobs}")
-    sources, ignored = find_videos(paths, skip=out.resolve())
+    sources, ignored = find_videos(paths, skip=real(out))
     marks = _marks(sources, labels)
     on_cpu = settings.region != WHOLE
     if on_cpu and (device == "cuda" or decoder == "dali"):

@@ -143,6 +143,9 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"Error: {place}: a file is in the way of a folder; name another one\n"
     )
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.main(["shard", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "loop")]) == 1
+    assert "symbolic links: " in capsys.readouterr().err
 
 
 def test_paths_in_the_next_command(tmp_path, monkeypatch):
