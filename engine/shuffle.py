@@ -68,7 +68,10 @@ def write_all(videos: list[Video], settings: Settings, work: Path, workers: Work
     entries = [None] * num_shards
     for number, result in workers.map(_write_shard, tasks()):
         if isinstance(result, BrokenProcessPool):
-            raise InputError("a worker was killed while writing; run it again") from result
+            raise InputError(
+                f"{new}: a worker process was killed while it wrote there, perhaps for lack of"
+                " memory; the same command goes on from here, with a smaller --jobs if need be"
+            ) from result
         entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
     return _manifest(videos, settings, entries)
 
