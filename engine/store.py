@@ -152,14 +152,7 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
 
 def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> None:
     num, size = manifest.num_frames, manifest.settings["size"]
-    _allow_open_files(len(manifest.shards))
-    views = []
-    for entry in manifest.shards:
-        path = shards / entry["name"]
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise InputError(f"{path}: missing or incomplete; {REMEDY}")
-        with path.open("rb") as f:
-            views.append(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)))
+    views = _mapped(shards, manifest)
 
     def check(number: int) -> None:
         if hashlib.sha256(views[number]).hexdigest() != manifest.shards[number]["sha256"]:
@@ -191,12 +184,6 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 written += os.pwrite(f.fileno(), flat[written:], start * size * size + written)
             return len(samples)
 
-        def save(name: str, content: bytes) -> None:
-            with (new / name).open("wb") as side:
-                side.write(content)
-                side.flush()
-                os.fsync(side.fileno())
-
         try:
             # Allocate all space at once: this is cheaper, and a full disk shows up now.
             os.posix_fallocate(f.fileno(), 0, num * size * size)
@@ -218,8 +205,8 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
                 "videos": videos,
             }
             syncs = [
-                syncer.submit(save, "index.npz", index.getbuffer()),
-                syncer.submit(save, "store.json", json.dumps(facts).encode()),
+                syncer.submit(_save, new / "index.npz", index.getbuffer()),
+                syncer.submit(_save, new / "store.json", json.dumps(facts).encode()),
             ]
             done = synced = 0
             for job in jobs:
@@ -235,6 +222,25 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _mapped(shards: Path, manifest: Manifest) -> list[memoryview]:
+    _allow_open_files(len(manifest.shards))
+    views = []
+    for entry in manifest.shards:
+        path = shards / entry["name"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise InputError(f"{path}: missing or incomplete; {REMEDY}")
+        with path.open("rb") as f:
+            views.append(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)))
+    return views
+
+
+def _save(path: Path, content: bytes) -> None:
+    with path.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _allow_open_files(num: int) -> None:
