@@ -90,7 +90,7 @@ class StreamStore:
 
     where: str
     manifest: Manifest
-    why: str = "as asked"  # why it is streamed
+    why: str  # it is streamed
 
     @staticmethod
     def open(where: str | Path, why: str = "as asked") -> "StreamStore":
@@ -177,13 +177,11 @@ class Reader:
                 self.shards[number] = self.fetching.submit(self._open, number)
 
     def read(self, indices: np.ndarray):
-        """Frames (B, S, S) uint8 and labels (B,) int64, -1 without one.
+        """Frames (B, S, S) uint8 and labels (B,) int64, -1 without one; `read_ahead` comes first.
 
         The frames' memory, or the GPU's, is used again by the next call.
         """
         numbers = self._shard_of(indices).tolist()
-        if any(number not in self.shards for number in numbers):
-            self.read_ahead(indices)
         shards = [self.shards[number].result() for number in numbers]
         places = indices - self.ends[numbers]  # from the end, below 0
         samples = [shard.samples[place] for shard, place in zip(shards, places, strict=True)]

@@ -49,8 +49,10 @@ def by_hand(shards) -> tuple[np.ndarray, list[str]]:
 def read(where, indices=None, **options) -> np.ndarray:
     store = StreamStore.open(where)
     reader = Reader(store, **options)
+    indices = np.arange(len(store)) if indices is None else indices
     try:
-        return reader.read(np.arange(len(store)) if indices is None else indices)[0].copy()
+        reader.read_ahead(indices)
+        return reader.read(indices)[0].copy()
     finally:
         reader.close()
 
@@ -127,6 +129,7 @@ def test_only_what_is_needed_is_fetched_checked_and_decoded(shards, monkeypatch)
     reader = Reader(store)
     last = len(store) - 1
     for i in (last, last - 1):
+        reader.read_ahead(np.array([i]))
         reader.read(np.array([i]))
     reader.close()
     assert fetched == [store.manifest.shards[-1]["name"]] * 2
@@ -136,6 +139,7 @@ def test_only_what_is_needed_is_fetched_checked_and_decoded(shards, monkeypatch)
 def test_labels_may_be_missing(clips, tmp_path):
     shard([clips / "a"], tmp_path, Settings(size=32), device="cpu", jobs=1)
     reader = Reader(StreamStore.open(tmp_path))
+    reader.read_ahead(np.arange(4))
     assert (reader.read(np.arange(4))[1] == -1).all()
     reader.close()
 
