@@ -39,11 +39,11 @@ Turn = tuple[int, bool]
 
 
 class VideoError(InputError):
-    """A file that cannot be decoded: `path`, and `why` in one line."""
+    """A file that cannot be decoded, and `why`, in one line."""
 
-    def __init__(self, path: Path | str, why: str):
+    def __init__(self, path: Path, why: str):
         super().__init__(f"{path}: {why}")
-        self.path, self.why = Path(path), why
+        self.why = why
 
 
 @dataclass(frozen=True)
