@@ -59,9 +59,10 @@ def read_labels(path: Path) -> list[Label]:
             if any(c in cells[column] for c in "\n\r"):
                 raise InputError(f"{where}: the {column} has a line break; are the quotes closed?")
         video = real(path.parent / cells["path"])
-        if video in seen:
-            raise InputError(f"{where}: {cells['path']} is already in line {seen[video]}")
-        seen[video] = line
+        # As `as_known` finds it: two spellings would be one video with the last row's patient.
+        if (name := unicodedata.normalize("NFC", str(video))) in seen:
+            raise InputError(f"{where}: {cells['path']} is already in line {seen[name]}")
+        seen[name] = line
         split = cells["split"] or None
         if split not in (None, "train", "test"):
             raise InputError(f"{where}: split must be train or test, got {split!r}")

@@ -62,6 +62,7 @@ def test_a_patient_is_the_same_in_either_form(read):
         (HEADER + 'a.mp4,"left,p1\nb.mp4,left",p2\n', "line 3: the label has a line break"),
         ("path,label,patient,patient\na.mp4,left,p1,p2\n", r"each once, got path,.*,patient$"),
         (HEADER + "a.mp4,left,p1\n./a.mp4,left,p2\n", "line 3: ./a.mp4 is already in line 2"),
+        (HEADER + "\u00e9.mp4,left,p1\ne\u0301.mp4,left,p2\n", "line 3: .* is already in line 2"),
         # A line is that of an editor, whatever stands above it.
         (HEADER + "\n\r\n,,\na.mp4,,p1\n", "line 5: the label is empty"),
         (HEADER + 'a.mp4,left,p1\n\nb.mp4,"left,p1\n', "line 4: unexpected end of data; are the"),
