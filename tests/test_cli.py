@@ -73,6 +73,11 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_views_says_that_it_wants_a_folder(capsys):
+    assert cli.main(["views", "s3://bucket/shards"]) == 1
+    assert capsys.readouterr().err.startswith("Error: s3://bucket/shards: want a folder of shards")
+
+
 @pytest.mark.parametrize("error", [click.UsageError("no"), Interrupted("stopped", 15)])
 @pytest.mark.parametrize("several", [False, True])
 def test_the_exit_code_needs_no_reader(error, several, tmp_path, monkeypatch):

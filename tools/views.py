@@ -6,7 +6,7 @@ import click
 
 
 @click.command("views", short_help="Draw pairs of views of some frames.")
-@click.argument("shards", type=click.Path(path_type=Path), default=Path("shards"))
+@click.argument("shards", type=click.Path(), default="shards")
 @click.option(
     "--preset", default="ultrasound", show_default=True, metavar="PRESET[,FIELD=VALUE...]",
     help="ultrasound, simclr, barlowtwins, autoencoder or inpainting, with fields to change.",
@@ -43,14 +43,17 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
 
     from sslus.engine.errors import InputError
     from sslus.engine.store import FrameStore
+    from sslus.engine.stream import is_url
     from sslus.ssl import methods
     from sslus.ssl.views import PRESETS, picture
     from sslus.tools.screen import argument, progress, summary
 
     if frames < 1 or image_size < 1:
         raise InputError("--frames and --image-size: want at least 1")
+    if is_url(shards):
+        raise InputError(f"{shards}: want a folder of shards, not a URL; copy them to a disk first")
     with progress("frame store", "frames") as report:
-        store = FrameStore.open(shards, report=report)
+        store = FrameStore.open(Path(shards), report=report)
     within = max_seconds if pairs == "nearby" else None
     picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]
