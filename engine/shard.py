@@ -369,7 +369,7 @@ def _decode_all(job: _Job, workers: Workers, report: Callable | None, several: b
         for number, result in workers.map(spool_video, tasks):
             source = todo[number]
             if isinstance(result, BrokenProcessPool):
-                result = crash_record(source.path, job.ids[source.name], job.work)
+                result = crash_record(source.path)
                 if several and not by_last:
                     crashed.append(source)
                     continue

@@ -215,9 +215,8 @@ def _judge(record: dict) -> None:
     record["why"] = "; ".join(reasons)
 
 
-def crash_record(path: Path, video_id: str, work: Path) -> dict:
-    """The record of a file on which the worker process died; removes what it left half-written."""
-    Path(f"{jpegs_path(work, video_id)}.tmp").unlink(missing_ok=True)
+def crash_record(path: Path) -> dict:
+    """The record of a file on which the worker process died."""
     return _refusal(path, "the decoder crashed on it (or was killed, perhaps for lack of memory)")
 
 
