@@ -120,7 +120,8 @@ def shard(
             "settings": asdict(settings), "decoder": [b[0] for b in backends], "decoding": DECODING,
         }  # fmt: skip
         wanted = {s.name: [ids[s.name], *stamp(s.path)] for s in sources}
-        done = _finished(out, request, wanted, marks)
+        whole = {**request, "sources": wanted, "labels": _marks_digest(marks)}
+        done = _finished(out, whole)
         if done or not (out / manifests.NAME).exists():
             keep_key(local, secret)  # else the same command would make other ids
         if done and not force:
@@ -150,7 +151,7 @@ def shard(
         finally:
             _remove_halves(work)
         with atomic_file(local / "request.json", "w") as f:
-            json.dump({**request, "sources": wanted, "labels": _marks_digest(marks)}, f)
+            json.dump(whole, f)
         manifest.write(out)
         shutil.rmtree(work)
     return ShardReport(
@@ -268,10 +269,9 @@ def _marks_digest(marks: dict[str, _Mark] | None) -> str | None:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, list[dict]] | None:
+def _finished(out: Path, request: dict) -> tuple[Manifest, list[dict]] | None:
     """Manifest and ledger, if `out` is complete and holds exactly what is asked for."""
-    now = {**request, "sources": wanted, "labels": _marks_digest(marks)}
-    if _read_json(out / "local" / "request.json") != json.loads(json.dumps(now)):
+    if _read_json(out / "local" / "request.json") != json.loads(json.dumps(request)):
         return None
     try:
         manifest = read_manifest(out)
@@ -281,7 +281,7 @@ def _finished(out: Path, request: dict, wanted: dict, marks) -> tuple[Manifest, 
         raise
     except (OSError, ValueError):  # ValueError: InputError, or neither UTF-8 nor JSON
         return None
-    if len(ledger) != len(wanted):
+    if len(ledger) != len(request["sources"]):
         return None
     for entry in manifest.shards:
         path = out / entry["name"]
