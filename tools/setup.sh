@@ -22,7 +22,8 @@ if [ "$(cat "$venv/sslus-stamp" 2>/dev/null)" != "$stamp" ]; then
     exit 1
   fi
   echo "setup: installing into $venv (the first time this downloads about 5 GB)" >&2
-  [ -x "$python" ] || python3 -m venv "$venv"
+  # Asked for pip: without Debian's python3-venv, an environment is left that has none.
+  "$python" -m pip --version >/dev/null 2>&1 || python3 -m venv "$venv"
   package=${SSLUS_WHEEL:-$root}
   "$python" -m pip install --quiet --disable-pip-version-check "$package[test]"
   # pip keeps a package whose version number did not change: replace the code itself.
