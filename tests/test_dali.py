@@ -18,7 +18,6 @@ from sslus.engine.errors import InputError
 from sslus.engine.video import PyavBackend, VideoError, VideoInfo, probe
 
 LIMITED, FULL = 1, 2
-REAL = Path(os.environ.get("SSLUS_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def make_clip(path, codec, num_frames, *, size=(66, 48), pixels="yuv420p", range_=LIMITED,
@@ -387,14 +386,13 @@ def test_gpu_damage_is_never_silent(cuda, tmp_path):
 
 
 @pytest.mark.gpu
-def test_gpu_decodes_the_real_videos(cuda):
+def test_gpu_decodes_the_real_videos(cuda, real_data):
     """Every real video that NVDEC takes, four at a time, each thread with a backend of its own."""
-    files = sorted(p for p in REAL.rglob("*") if p.suffix in (".mp4", ".mov", ".mpeg", ".mpg"))
-    if not files:
-        pytest.skip(f"no real videos in {REAL}; set SSLUS_REAL_DATA")
+    suffixes = (".mp4", ".mov", ".mpeg", ".mpg")
+    files = sorted(p for p in real_data.rglob("*") if p.suffix in suffixes)
     taken = [p for p in files if cuda.refuses(probe(p)) is None]
     print(f"{len(taken)} of {len(files)} videos go to NVDEC")
-    assert taken, f"NVDEC takes none of {len(files)} videos: {cuda.refuses(probe(files[0]))}"
+    assert taken, [cuda.refuses(probe(p)) for p in files]
 
     def check(path):
         try:
