@@ -285,7 +285,7 @@ def train(
             _refuse_changes(run, recorded, config)
             # A resumed run keeps its recorded configuration, except where the shards are now.
             config = recorded | {"shards": config["shards"]}
-            if asked.max_steps > settings.max_steps:
+            if (asked.max_steps or 0) > settings.max_steps:
                 say(f"--max-steps: the run keeps its length, {settings.max_steps} steps")
         if settings.warmup_steps > settings.max_steps:  # a resumed run hears first what it changed
             raise InputError(

@@ -421,6 +421,9 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys)
         run_train(shards, run)
     again = run_train(shards, run, resume=True)
     assert again.was_finished and again.step == STEPS
+    epochs = dataclasses.replace(SMALL, max_steps=None, epochs=1)  # resolved only by the run
+    first = run_train(shards, tmp_path / "epochs", epochs)
+    assert run_train(shards, tmp_path / "epochs", epochs, resume=True).step == first.step
     with pytest.raises(InputError, match="lr was 0.00025, now 0.1; projector was '32-32', now '8'"):
         train(
             shards, dataclasses.replace(SMALL, lr=0.1), vicreg.Config(projector="8"), run,
