@@ -162,11 +162,12 @@ class Loop:
 
     def look_is_due(self) -> bool:
         """Whether the last step was the first of an epoch with an online evaluation, or the end."""
-        step = self.state.step
+        step, s = self.state.step, self.settings
         if not self.options.online_every or step == 0:
             return False
-        every = self.options.online_every * self.per_epoch
-        return step == self.settings.max_steps or int(step / every) > int((step - 1) / every)
+        every = self.options.online_every * self.plan.steps_per_epoch  # batches
+        before, now = (n * s.accumulate // every for n in (step - 1, step))
+        return step == s.max_steps or now > before
 
     def view_threads(self) -> int:
         """1 on the CPU: the step needs the cores, and one thread keeps up with it easily."""

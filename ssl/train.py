@@ -95,8 +95,9 @@ class Settings:
             )
         per_epoch = batches / self.accumulate
         epochs = self.epochs or (None if self.max_steps else 100)
-        counts = [n for n in (epochs and max(1, int(epochs * per_epoch)), self.max_steps) if n]
-        num_steps = min(counts)
+        # In whole numbers: as a product of floats, 15 x (49 / 3) is a little less than 245.
+        counts = [epochs and max(1, epochs * batches // self.accumulate), self.max_steps]
+        num_steps = min(n for n in counts if n)
         warmup = self.warmup_steps
         if warmup is None and self.warmup_epochs is not None:
             warmup = min(num_steps, round(self.warmup_epochs * per_epoch))

@@ -151,6 +151,11 @@ def test_cores_that_other_programs_use_are_counted(tmp_path, monkeypatch):
 # The schedule and LARS
 
 
+def test_an_epoch_of_micro_batches_is_counted_exactly():
+    settings = Settings(batch_size=2, accumulate=3, epochs=15)
+    assert settings.resolved(torch.device("cpu"), 2 * 49).max_steps == 15 * 49 / 3
+
+
 def test_schedule_reaches_its_ends_step_by_step():
     rates = [learning_rate(s, 100, 10, 0.4, 0.001) for s in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[9] == 0.4
