@@ -34,9 +34,14 @@ def keep(path: Path, step: int, num: int, score: tuple[str, float] | None) -> No
     folder.mkdir(exist_ok=True)
     for half in folder.glob("*.tmp"):  # of a process that was killed
         half.unlink()
+    this = folder / f"step-{step:08d}.pt"
     if num:
-        _link(path, folder / f"step-{step:08d}.pt")
-    for old in sorted(folder.glob("step-*.pt"))[: -num or None]:
+        _link(path, this)
+    # Later ones are of a course that the run has left, for an older checkpoint.
+    later, kept = [], []
+    for p in sorted(folder.glob("step-*.pt")):
+        (later if p > this else kept).append(p)
+    for old in later + kept[: -num or None]:
         old.unlink()
     best = folder / "best.json"
     before = json.loads(best.read_text()) if best.exists() else {}

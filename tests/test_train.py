@@ -469,6 +469,15 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys)
     assert_same_run(run, damaged)
 
 
+def test_a_run_that_goes_back_keeps_the_checkpoints_of_its_new_course(tmp_path):
+    for step in (200, 400, 600, 400, 500):
+        checkpoints.save(tmp_path / "checkpoint.pt", {"step": step})
+        checkpoints.keep(tmp_path / "checkpoint.pt", step, 2, None)
+    kept = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [checkpoints.load(p)["step"] for p in kept] == [400, 500]
+    assert [p.name for p in kept] == ["step-00000400.pt", "step-00000500.pt"]
+
+
 def test_initial_weights_are_checked(shards, whole_run, tmp_path):
     trained = load_file(whole_run.run / "backbone.safetensors")
     said = []
