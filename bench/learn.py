@@ -6,7 +6,7 @@ For each seed, every method trains the same backbone for the same number of step
 frames; a linear probe, with no patient in both training and test data, evaluates the features, in
 as many draws of labels and folds as --draws says. Writes learn/table.md (see `NOTE`) and
 learn/results.json, with every draw. If stopped, the same command resumes with the run that was in
-progress; with other --draws, it evaluates the finished runs again.
+progress; with other --draws or --fractions, it evaluates the finished runs again.
 """
 
 import argparse
@@ -59,11 +59,6 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
     """Train and evaluate. Returns a line for each share of the labels and each backbone: the
     trained one and a random one."""
     run = args.out / f"{method}-{seed}"
-    done = run / "evaluation" / "lines.json"
-    if done.exists():
-        lines = json.loads(done.read_text())
-        if all(x.get("draws") == args.draws for x in lines):
-            return lines
     values, config = methods.recipe(method, "default")
     settings = Settings(
         method=method, seed=seed, max_steps=args.steps, backbone=args.backbone,
@@ -71,10 +66,15 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
     )  # fmt: skip
     start = time.monotonic()
     resume = (run / "config.json").exists()
-    result = train(
+    result = train(  # refuses other settings than those of a run that is there
         shards, settings, config, run, resume=resume, device=args.device, threads=args.threads
     )
-    percents = [float(p) for p in args.fractions.split(",")]
+    percents = sorted({float(p) for p in args.fractions.split(",")})
+    done = run / "evaluation" / "lines.json"
+    if done.exists():
+        lines = json.loads(done.read_text())
+        if {(x.get("draws"), x["percent"]) for x in lines} == {(args.draws, p) for p in percents}:
+            return lines
     judged = evaluate(run, args.labels, percents=percents, num_seeds=args.draws, device=args.device)
     lines = [
         {

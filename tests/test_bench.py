@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -400,3 +401,30 @@ def test_a_gain_is_held_against_the_draws_and_the_seeds(monkeypatch):
     assert "| vicreg | 0.650 | +0.400 ± 0.224 |\n| random init | 0.250 |  |\n" in rows
     one = learn.table(lines(0, [0.5, 0.7], [0.4, 0.2]))  # one seed, of which nothing is known
     assert "| +0.300 ± 0.200 |" in one
+
+
+def test_a_finished_run_is_judged_again_if_other_lines_are_wanted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import learn
+
+    judged = []
+
+    def evaluate(run, labels, *, percents, num_seeds, device):
+        (run / "evaluation").mkdir(parents=True, exist_ok=True)
+        judged.append((percents, num_seeds))
+        scores = {"macro_f1": 0.5, "balanced_accuracy": 0.5, "macro_f1_of_seeds": [0.5]}
+        rows = [SimpleNamespace(backbone="vicreg", percent=p, **scores) for p in percents]
+        return SimpleNamespace(rows=rows)
+
+    monkeypatch.setattr(learn, "evaluate", evaluate)
+    monkeypatch.setattr(
+        learn, "train", lambda *_, **__: SimpleNamespace(metrics=[{"step": 1, "loss": 1.0}])
+    )
+    for fractions, draws in [("10,100", "2"), ("100,10", "2"), ("1,10", "2"), ("1,10", "3")]:
+        options = ["videos", "--labels", "x", "-o", str(tmp_path)]
+        monkeypatch.setattr(
+            sys, "argv", ["learn.py", *options, "--fractions", fractions, "--draws", draws]
+        )
+        lines = learn.one(learn.arguments(), tmp_path, "vicreg", 0)
+        assert [x["percent"] for x in lines] == sorted(map(float, fractions.split(",")))
+    assert judged == [([10.0, 100.0], 2), ([1.0, 10.0], 2), ([1.0, 10.0], 3)]
