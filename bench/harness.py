@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -263,29 +264,37 @@ def peak_mib(work: Work) -> float:
 
     The kernel reports only the largest child; it is counted `threads` times.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(theirs, work.run))
-    process.start()
-    theirs.close()
-    try:
-        own, child = ours.recv()
-    except EOFError:
-        raise RuntimeError(f"the process that measures memory died: {work}") from None
-    finally:
-        process.join()
+    own, child = in_a_process(_peak, work.run)
     return (own + child * work.threads) / 1024
 
 
-def _peak(pipe, run) -> None:
+def _peak(run) -> tuple[int, int]:
     run()
-    # ru_maxrss survives exec, so a small process would report its parent's peak; VmHWM does not.
-    status = Path("/proc/self/status")
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if status.exists():
-        own = next(int(x.split()[1]) for x in status.open() if x.startswith("VmHWM"))
-    pipe.send((own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
-    pipe.close()
+    # A process of its own would be reported with its parent's ru_maxrss, which survives exec.
+    return status_kib("VmHWM"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def status_kib(key: str) -> int:
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def in_a_process(function: Callable, *arguments):
+    """What the function returns in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RuntimeError(f"the process that measures memory died: {arguments}") from None
+    finally:
+        process.join()
+
+
+def _send(pipe, function, arguments) -> None:
+    pipe.send(function(*arguments))
 
 
 def _digits(value: float) -> float:

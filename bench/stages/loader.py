@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from harness import SIZE, Bench
+from stages.store import jpegs
 
 VIEW = 224
 VIEWS = "simclr,min_area=0.2"
@@ -107,7 +108,7 @@ class OpAlone:
         # The frames come from where the loader finds them too: the system's page cache.
         mapped = np.memmap(store.frames.filename, np.uint8, "c", shape=store.frames.shape)
         self.frames = torch.from_numpy(mapped)
-        self.jpegs = jpegs_of(shards) if decode else None
+        self.jpegs = jpegs(shards) if decode else None
         self.decoded = torch.zeros(size, SIZE, SIZE, dtype=torch.uint8)
 
     def __call__(self) -> None:
@@ -139,16 +140,6 @@ def endless(store, size: int) -> Iterator:
         for indices in order.reshape(-1, size):
             yield Batch(epoch, indices, indices)
         epoch += 1
-
-
-def jpegs_of(shards: Path) -> list[bytes]:
-    from sslus.engine import tar
-
-    found = []
-    for path in sorted(shards.glob("*.tar")):
-        data = path.read_bytes()
-        found += [data[o : o + n] for o, n in (m["jpg"] for _, m in tar.read_index(path))]
-    return found
 
 
 @functools.cache

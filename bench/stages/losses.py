@@ -13,14 +13,12 @@ has a row of its own. What does not fit into the device's memory is left out, wi
 
 import functools
 import importlib.util
-import multiprocessing
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import Bench, Often, Work
+from harness import Bench, Often, Work, in_a_process, status_kib
 
 SCALARS = {
     "vicreg": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},
@@ -215,35 +213,18 @@ def warmed(run: Callable[[], float], small: Callable[[], object]) -> Callable[[]
 
 
 def extra_mib(case: Case, who: str) -> float:
-    """Peak memory of a step beyond its inputs, in a fresh process, after a small step."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_extra, args=(theirs, case, who))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-
-
-def _extra(pipe, case, who) -> None:
+    """Peak memory of a step beyond its inputs; to be called in a fresh process."""
     loss = loss_of(case, who)
     step(smaller(case), loss)
     inputs(case)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     step(case, loss)
-    pipe.send((_status("VmHWM") - before) / 1024)
-    pipe.close()
+    return (status_kib("VmHWM") - before) / 1024
 
 
 def smaller(case: Case) -> Case:
     return Case(case.name, tuple((8, 16) for _ in case.shapes), case.threads)
-
-
-def _status(key: str) -> int:
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def extra_mib_on_gpu(run: Callable[[], object]) -> float:
@@ -328,7 +309,7 @@ def on_cpu(bench: Bench, threads: int) -> None:
 def memory(bench: Bench, case: Case) -> None:
     n, d = case.shapes[0]
     whos = ["sslus", *(["definition"] if n == 256 else [])]  # its D x D does not depend on N
-    values = {who: extra_mib(case, who) for who in whos}
+    values = {who: in_a_process(extra_mib, case, who) for who in whos}
     values["4 (N^2 + N D) floats"] = 16 * (n * n + n * d) / 2**20
     rows = {
         who: bench.add(
