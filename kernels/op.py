@@ -69,7 +69,7 @@ class Op:
         OPS[self.name] = self
 
     def __call__(
-        self, *tensors: Tensor, group: dist.ProcessGroup | None = None, **scalars: float
+        self, *tensors: Tensor | None, group: dist.ProcessGroup | None = None, **scalars: float
     ) -> Tensor:
         which = os.environ.get("SSLUS_KERNELS", "auto")
         return self.run(which, *tensors, group=group, **scalars)
@@ -105,7 +105,7 @@ class Op:
     def run(
         self,
         which: str,
-        *tensors: Tensor,
+        *tensors: Tensor | None,
         group: dist.ProcessGroup | None = None,
         **scalars: float,
     ) -> Tensor:
@@ -134,7 +134,7 @@ class Op:
             _refuse_empty(self, x)
             if name:
                 batched = tensors[: self.num_batched]
-                joined = (ranks.join_with_gradient(t) for t in batched)
+                joined = (t if t is None else ranks.join_with_gradient(t) for t in batched)
                 tensors = *joined, *tensors[len(batched) :]
             return self.reference(*tensors, **scalars)
 

@@ -33,6 +33,7 @@ CASES = [
     *[(name, [(ROWS, d)] * 2, 1) for name in ("vicreg", "barlow") for d in (3, 7, 40)],
     *[(name, [(ROWS, 40)] * 2, 1000) for name in ("vicreg", "barlow")],  # computed in float64
     *[("vicreg", [(ROWS, d), (ROWS, d), (ROWS,)], 1) for d in (3, 40)],
+    ("vicreg", [(ROWS, 3), (ROWS, 3), None], 1),
     ("ntxent", [(ROWS, 5)] * 2, 1),
     ("infonce_queue", [(ROWS, 5), (ROWS, 5), (11, 5)], 1),
     ("byol", [(ROWS, 5)] * 4, 1),
@@ -44,7 +45,11 @@ def joined(name, shapes, dominant, world):
     """The whole batch; a queue is not part of it."""
     g = torch.Generator().manual_seed(0)
     out = []
-    for i, (rows, *rest) in enumerate(shapes):
+    for i, shape in enumerate(shapes):
+        if shape is None:  # left out
+            out.append((None, False))
+            continue
+        rows, *rest = shape
         batched = OPS[name].num_batched is None or i < OPS[name].num_batched
         x = torch.randn(rows * world if batched else rows, *rest, generator=g) + 0.3
         if rest:
@@ -55,7 +60,10 @@ def joined(name, shapes, dominant, world):
 
 def gradients(name, which, tensors, group=None):
     op = OPS[name]
-    leaves = [t.clone().requires_grad_(i < op.num_gradients) for i, t in enumerate(tensors)]
+    leaves = [
+        t if t is None else t.clone().requires_grad_(i < op.num_gradients)
+        for i, t in enumerate(tensors)
+    ]
     loss = op.run(which, *leaves, group=group, **SCALARS[name])
     (3 * loss).backward()
     return loss.detach(), [t.grad for t in leaves[: op.num_gradients]]

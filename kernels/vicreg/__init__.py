@@ -40,7 +40,6 @@ vicreg_loss = Op(
     cpu=cpu.vicreg,
     gpu=_gpu,
     wide=True,
-    num_gradients=2,
     cases=(
         *(
             {"tensors": [(n, d), (n, d)], "scalars": WEIGHTS}

@@ -68,12 +68,11 @@ class Method(nn.Module):
         # One view after the other, so that each has its own BatchNorm statistics, as in the paper.
         ha, hb = self.backbone(views.va), self.backbone(views.vb)
         za, zb = self.projector(ha), self.projector(hb)
-        pairs = () if views.weights is None else (views.weights,)
         # These are sums of squares over B x D entries: bfloat16 would keep only two digits.
         with torch.autocast(za.device.type, enabled=False):
             za, zb = za.float(), zb.float()
-            loss = vicreg_loss(za, zb, *pairs, **self.weights)
-            terms = vicreg_terms(za, zb, loss, *pairs, **self.weights)
+            loss = vicreg_loss(za, zb, views.weights, **self.weights)
+            terms = vicreg_terms(za, zb, loss, views.weights, **self.weights)
         return Output(loss, terms, ha, hb)
 
     def after_step(self, step: int, num_steps: int) -> None:
