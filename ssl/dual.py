@@ -11,6 +11,7 @@ from torch import nn
 
 from sslus.engine.errors import InputError
 from sslus.kernels.ranks import Ranks, group_name
+from sslus.ssl.heads import joint_sum
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 
@@ -36,12 +37,8 @@ class DualTask(nn.Module):
         loss, terms, features, others = self.method(views)
         logits = self.classifier(features).float()
         total = F.cross_entropy(logits, views.labels, ignore_index=-1, reduction="sum")
-        ranks = Ranks.named(group_name(None))
-        labelled = ranks.sum_((views.labels >= 0).sum())
-        mean = total / labelled.clamp(min=1)
-        # The joint mean on every rank, with the gradient of this rank's terms.
-        own = mean.detach()
-        joint = mean + (ranks.sum_(own.clone()) - own)
+        labelled = Ranks.named(group_name(None)).sum_((views.labels >= 0).sum())
+        joint = joint_sum(total / labelled.clamp(min=1))
         terms = terms | {"cross_entropy": joint.detach()}
         return Output(loss + self.weight * joint, terms, features, others)
 

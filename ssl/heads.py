@@ -56,7 +56,10 @@ def follow(teacher: nn.Module, student: Iterable[nn.Module], rate: float) -> Non
 
 def joint_mean(rows: Tensor) -> Tensor:
     """The mean of (B,) over the rows of all ranks, with the gradient at this rank's rows."""
-    ranks = Ranks.named(group_name(None))
-    own = rows.mean() / ranks.world
-    rest = ranks.sum_(own.detach().clone()) - own.detach()
+    return joint_sum(rows.mean() / Ranks.named(group_name(None)).world)
+
+
+def joint_sum(own: Tensor) -> Tensor:
+    """The sum of () over all ranks, with the gradient at this rank's term."""
+    rest = Ranks.named(group_name(None)).sum_(own.detach().clone()) - own.detach()
     return own + rest
