@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslus.engine.errors import InputError
 from sslus.ssl.loader import Views
 from sslus.ssl.optimizers import set_lr
 from sslus.ssl.state import State
@@ -211,17 +210,14 @@ def choose(state: State, settings, views: Callable[[], Views], say: Callable[[st
     """
     world = state.world
     if settings.step != "auto":
-        if why := possible(settings.step, settings, world):
-            raise InputError(f"--step {settings.step}: {why}")
         return Step(state, settings, settings.step)
-    ways = [w for w in WAYS if possible(w, settings, world) is None]
     if world.device.type != "cuda" or world.size > 1:
         why = "several processes" if world.size > 1 else "compiling on a CPU takes minutes"
         say(f"step: eager ({why}; choose another with --step)")
         return Step(state, settings, "eager")
     before, batch = Snapshot(state), views()
     seconds: dict[str, float] = {}
-    for way in ways:
+    for way in (w for w in WAYS if possible(w, settings, world) is None):
         try:
             seconds[way] = _timed(Step(state, settings, way), batch)
         except Exception as e:  # compilers raise errors of any kind; eager needs no compiler
