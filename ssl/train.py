@@ -40,9 +40,13 @@ from sslus.ssl.world import World, enter, pays_bf16
 FORMAT = 3  # of config.json; incremented when a run can no longer be continued exactly
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max
-PRECISIONS = ("auto", "fp32", "bf16")
-PAIRS = ("same", "nearby")
-BATCH_NORMS = ("sync", "per-rank")
+CHOICES = {
+    "optimizer": (None, *optimizers.OPTIMIZERS),
+    "pairs": ("same", "nearby"),
+    "precision": ("auto", "fp32", "bf16"),
+    "batch_norm": ("sync", "per-rank"),
+    "step": ("auto", *WAYS),
+}
 ABOVE_0 = (
     "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
 )  # fmt: skip
@@ -80,13 +84,9 @@ class Settings:
 
     def resolved(self, device: torch.device, num_frames: int) -> "Settings":
         """These settings with every None and `auto` resolved; raises InputError for bad values."""
-        self._check_numbers()
+        self._check_values()
         cuda = device.type == "cuda"
         optimizer = self.optimizer or "adamw"
-        if optimizer not in optimizers.OPTIMIZERS:
-            raise InputError(
-                f"optimizer {optimizer!r}: want one of {', '.join(optimizers.OPTIMIZERS)}"
-            )
         batch_size = (256 if cuda else 64) if self.batch_size is None else self.batch_size
         batches = Plan(num_frames, batch_size, self.seed).steps_per_epoch
         if self.accumulate > batches:
@@ -104,13 +104,13 @@ class Settings:
         if warmup is None:
             warmup = min(num_steps // 10, round(10 * per_epoch))
         frames = batch_size * self.accumulate
-        lr = self.lr
+        lr, weight_decay = self.lr, self.weight_decay
+        if lr is None and self.base_lr is not None:
+            lr = self.base_lr * frames / 256
         if lr is None:
-            lr = (
-                optimizers.default_lr(optimizer, frames)
-                if self.base_lr is None
-                else self.base_lr * frames / 256
-            )
+            lr = optimizers.default_lr(optimizer, frames)
+        if weight_decay is None:
+            weight_decay = optimizers.default_weight_decay(optimizer)
         backbone = self.backbone or ("resnet50" if cuda else "resnet18")
         image_size = (224 if cuda else 96) if self.image_size is None else self.image_size
         precision = self.precision
@@ -125,39 +125,15 @@ class Settings:
             max_steps=num_steps,
             optimizer=optimizer,
             lr=lr,
-            weight_decay=optimizers.default_weight_decay(optimizer)
-            if self.weight_decay is None
-            else self.weight_decay,
+            weight_decay=weight_decay,
             warmup_steps=warmup,
             precision=precision,
             views=self.views or methods.recipe(self.method, "default")[0]["views"],
         )
-        module = methods.load(settings.method)
-        views = parse_views(settings.views, settings.image_size)
-        if not getattr(module, "TWO_VIEWS", True) and (
-            settings.pairs == "nearby" or settings.pair_weights
-        ):
-            raise InputError(
-                f"{settings.method} learns from single frames: leave out --pairs nearby and"
-                " --pair-weights"
-            )
-        if settings.pair_weights and settings.pairs == "same":
-            raise InputError("--pair-weights: needs --pairs nearby")
-        if hasattr(module, "check_views"):
-            module.check_views(*views)
-        for name, choices in (
-            ("pairs", PAIRS),
-            ("precision", PRECISIONS),
-            ("batch_norm", BATCH_NORMS),
-            ("step", ("auto", *WAYS)),
-        ):
-            if getattr(settings, name) not in choices:
-                raise InputError(
-                    f"{name} {getattr(settings, name)!r}: want one of {', '.join(choices)}"
-                )
+        settings._check_views()
         return settings
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) not in (int, float):
@@ -168,6 +144,26 @@ class Settings:
                 raise InputError(f"{field.name} {value}: want a whole number from 0, below 2**63")
             if not 0 <= value <= LARGEST:
                 raise InputError(f"{field.name} {value}: want a number from 0 to {LARGEST:.0e}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(
+                    f"{name} {value!r}: want one of {', '.join(filter(None, choices))}"
+                )
+
+    def _check_views(self) -> None:
+        """Whether the method can use the views and pairs of these resolved settings."""
+        module = methods.load(self.method)
+        views = parse_views(self.views, self.image_size)
+        if not getattr(module, "TWO_VIEWS", True) and (self.pairs == "nearby" or self.pair_weights):
+            raise InputError(
+                f"{self.method} learns from single frames: leave out --pairs nearby and"
+                " --pair-weights"
+            )
+        if self.pair_weights and self.pairs == "same":
+            raise InputError("--pair-weights: needs --pairs nearby")
+        if hasattr(module, "check_views"):
+            module.check_views(*views)
 
 
 @dataclass(frozen=True)
