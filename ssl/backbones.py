@@ -72,6 +72,8 @@ def initialise(
 
 def _pretrained(name: str, image_size: int | None) -> dict[str, Tensor]:
     """timm's pretrained weights of a model, including its three-channel stem."""
+    if not timm.is_model_pretrained(name):
+        raise InputError(f"--init imagenet: timm has no weights of {name}; give --init FILE")
     try:
         model = timm.create_model(name, pretrained=True, **_options(name, image_size))
     except Exception as e:  # a download can raise errors of three libraries

@@ -126,6 +126,8 @@ def test_imagenet_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
     with pytest.raises(InputError, match="weights of test_resnet cannot be downloaded") as e:
         backbones.initialise(ours, "imagenet", "test_resnet", print, grey=GREY)
     assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="timm has no weights of resnet200"):  # nobody has
+        backbones.initialise(ours, "imagenet", "resnet200", print, grey=GREY)
 
 
 @pytest.mark.parametrize(
