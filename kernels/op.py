@@ -83,11 +83,8 @@ class Op:
         x, *others = (t for t in tensors if t is not None)
         if any(t.device != x.device for t in others):
             return f"the tensors are on {', '.join(sorted({str(t.device) for t in (x, *others)}))}"
-        if which == "cpu" and x.device.type != "cpu":
-            return f"the tensors are on {x.device}"
-        # Triton's interpreter runs GPU kernels on CPU tensors, for tests without a GPU.
-        if which == "gpu" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"the tensors are on {x.device}"
+        if elsewhere := _elsewhere(which, x):
+            return elsewhere
         for t in (x, *others):
             if t.ndim > 1 and t.dtype not in DTYPES[which]:  # not ids or weights
                 return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {t.dtype}"
@@ -113,8 +110,7 @@ class Op:
         `which` (one of CHOICES). group: the ranks that share the batch; None means all ranks.
         Raises ValueError if it cannot run."""
         x = tensors[0]
-        if which not in CHOICES:
-            raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
+        _check_choice(which)
         if which == "auto":
             which = self.choose(*tensors)
         if why := self.why_not(which, *tensors):
@@ -137,6 +133,19 @@ class Op:
                 joined = (t if t is None else ranks.join_with_gradient(t) for t in batched)
                 tensors = *joined, *tensors[len(batched) :]
             return self.reference(*tensors, **scalars)
+
+
+def _check_choice(which: str) -> None:
+    if which not in CHOICES:
+        raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
+
+
+def _elsewhere(which: str, x: Tensor) -> str | None:
+    """Why the implementation `which` cannot run where x is; None if it can."""
+    # Triton's interpreter runs GPU kernels on CPU tensors, for tests without a GPU.
+    on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    here = {"reference": True, "cpu": x.device.type == "cpu", "gpu": on_gpu}[which]
+    return None if here else f"the tensors are on {x.device}"
 
 
 def _has_tangent(t: Tensor | None) -> bool:
@@ -249,8 +258,8 @@ class Map:
 
     name: str
     reference: Callable[..., None]
-    cpu: Callable[..., None] | None = None
-    gpu: Callable[..., None] | None = None
+    cpu: Callable[..., None]
+    gpu: Callable[..., None]
 
     def __post_init__(self):
         if self.name in MAPS:
@@ -260,26 +269,14 @@ class Map:
     def __call__(self, *tensors: Tensor, **scalars: float) -> None:
         self.run(os.environ.get("SSLUS_KERNELS", "auto"), *tensors, **scalars)
 
-    def why_not(self, which: str, x: Tensor) -> str | None:
-        """Why the implementation `which` cannot run on `x`; None if it can."""
-        if getattr(self, which) is None:
-            return "it is not written"
-        if which == "cpu" and x.device.type != "cpu":
-            return f"the tensors are on {x.device}"
-        if which == "gpu" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"the tensors are on {x.device}"
-        return None
-
     @torch.no_grad()
     def run(self, which: str, *tensors: Tensor, **scalars: float) -> None:
         """Run the implementation `which`, one of CHOICES. Raises ValueError if it cannot run."""
-        if which not in CHOICES:
-            raise ValueError(f"SSLUS_KERNELS: want one of {', '.join(CHOICES)}, got {which!r}")
+        _check_choice(which)
         x = tensors[0]
         if which == "auto":
-            native = "gpu" if x.is_cuda else "cpu"
-            which = "reference" if self.why_not(native, x) else native
-        if why := self.why_not(which, x):
+            which = "gpu" if x.is_cuda else "cpu"
+        if why := _elsewhere(which, x):
             raise ValueError(f"op {self.name!r}: implementation {which!r} cannot run: {why}")
         getattr(self, which)(*tensors, **scalars)
 
