@@ -85,9 +85,10 @@ def standardised(
     return x, v
 
 
-def centred_rows(z: Tensor, dtype: torch.dtype, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Like `centred`, over the n rows of all ranks; also returns the column sums of squares."""
-    d = z.shape[1]
+def centred_rows(z: Tensor, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """z minus its column means over the n rows of all ranks, and the column sums of squares of
+    that, both float32."""
+    d, dtype = z.shape[1], torch.float32
     shift = ranks.sum_(z[:1].to(dtype, copy=True)).div_(ranks.world)
     x, mean = z.new_empty(z.shape, dtype=dtype), z.new_empty(d, dtype=dtype)
     for cols in blocks(len(z), d, dtype):

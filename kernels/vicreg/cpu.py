@@ -140,7 +140,7 @@ def tiled(za, zb, weights, n, factors, ranks):
     factor = 2 * invariance / (n * d)
     grads = pull * factor, pull.mul_(-factor)  # of the invariance term; the others are added
     for z, g in zip((za, zb), grads, strict=True):
-        x, v = centred_rows(z, torch.float32, n, ranks)
+        x, v = centred_rows(z, n, ranks)
         s = v.div_(n - 1).add_(1e-4).sqrt_()
         loss += variance / (2 * d) * (1 - s).clamp_(min=0).sum(dtype=torch.float64)
         slope = (s < 1) * (-variance / (2 * d * (n - 1))) / s
