@@ -98,7 +98,7 @@ class Loop:
             if self.look_is_due() and not self.has_looked():  # it was stopped before
                 self.look(signals, agreed)
             batches = iter(loader)
-            update = step.choose(state, s, lambda: self.first_views(loader), self.say)
+            update = step.choose(state, s, lambda: loader.at_once(next(self.batches(0))), self.say)
             loader.gpu_waits()  # discard those of the trial
             self.log.restart()
             while state.step < s.max_steps:
@@ -153,9 +153,6 @@ class Loop:
             not self.look_is_due() or self.has_looked()
         )
 
-    def first_views(self, loader: Loader) -> Views:
-        return loader.at_once(next(self.batches(0)))
-
     def time_is_up(self) -> bool:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.started > limit
@@ -171,12 +168,9 @@ class Loop:
 
     def view_threads(self) -> int:
         """1 on the CPU: the step needs the cores, and one thread keeps up with it easily."""
-        cores = len(os.sched_getaffinity(0)) // self.local_size()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share this machine's cores
+        cores = len(os.sched_getaffinity(0)) // processes
         return 1 if self.device.type == "cpu" else max(1, cores - 1)
-
-    def local_size(self) -> int:
-        """The number of processes that share this machine's cores."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def batches(self, step: int) -> Iterator[Batch]:
         """The batches of all steps from `step` to the end of the run, `accumulate` per step."""
@@ -205,7 +199,8 @@ class Loop:
 
     def checkpoint(self) -> None:
         self.log.flush()
-        self.check_finite()
+        if self.state.window_steps:
+            self.finite(self.state.window_names, self.state.window.tolist())
         # The last update may have broken the weights after a loss that was finite.
         values = [x for x in self.state.method.state_dict().values() if x.is_floating_point()]
         self.finite(
@@ -230,10 +225,6 @@ class Loop:
         losses = [m["loss"] for m in lines if "loss" in m]
         score = ("-loss", -losses[-1]) if losses and not self.options.online_every else None
         checkpoints.keep(self.run / "checkpoint.pt", self.state.step, self.options.keep, score)
-
-    def check_finite(self) -> None:
-        if self.state.window_steps:
-            self.finite(self.state.window_names, self.state.window.tolist())
 
     def finite(self, names: tuple[str, ...], values: list[float]) -> None:
         for name, value in zip(names, values, strict=True):
