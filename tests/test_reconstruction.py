@@ -183,15 +183,15 @@ def test_reconstruction_refuses_pairs_and_senseless_options(module):
     assert not module.TWO_VIEWS
     with pytest.raises(InputError, match="no pair weights"):
         build(module)(batch()._replace(weights=torch.ones(4)))
-    wrong = [{"outside": -1.0}] if module is autoencoder else [
-        {"kind": "circles"}, {"rest": -1.0}, {"hole": 0.0}, {"ratio": 1.5}, {"rectangles": 0},
-    ]  # fmt: skip
-    for options in wrong:
-        with pytest.raises(InputError, match="want|must not"):
+    if module is autoencoder:
+        return
+    for options in (
+        {"kind": "circles"}, {"hole": 0.0}, {"ratio": 1.5}, {"rectangles": 0},
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="want"):
             build(module, **options)
-    if module is inpainting:
-        with pytest.raises(InputError, match="want --patch 2 or more"):
-            build(module, size=64, patch=1)
+    with pytest.raises(InputError, match="want --patch 2 or more"):
+        build(module, size=64, patch=1)
 
 
 def test_autoencoder_refuses_views_that_do_not_match_pixel_by_pixel():

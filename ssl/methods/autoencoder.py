@@ -72,8 +72,6 @@ def check_views(clean: ViewConfig, corrupted: ViewConfig) -> None:
 class Method(nn.Module):
     def __init__(self, backbone: nn.Module, config: Config, image_size: int):
         super().__init__()
-        if not config.outside >= 0:
-            raise InputError(f"outside must not be below 0, got {config.outside}")
         self.backbone = backbone
         self.decoder = Decoder(backbone, image_size)
         self.config = config

@@ -54,6 +54,10 @@ class Config:
         },
     )
 
+    def __post_init__(self):
+        if not self.hole > 0:
+            raise InputError(f"hole {self.hole}: want more than 0")
+
 
 RECIPES = {
     "default": {"views": "inpainting"},
@@ -78,8 +82,6 @@ class Method(nn.Module):
     def __init__(self, backbone: nn.Module, config: Config, image_size: int):
         super().__init__()
         c = config
-        if not (c.hole > 0 and c.rest >= 0):
-            raise InputError(f"inpainting: want hole > 0 and rest >= 0, got {c.hole} and {c.rest}")
         if image_size > MAX_CELLS * c.patch:
             raise InputError(
                 f"inpainting: a patch of {c.patch} px is too small for images of {image_size} px;"
