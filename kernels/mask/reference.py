@@ -116,12 +116,10 @@ def sector(target: Tensor, p: Plan, background: float) -> Tensor:
     return found | ~lit.any(2).any(1).view(-1, 1, 1)
 
 
-def draw(
-    target: Tensor, ids: Tensor, p: Plan, background: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def draw(target: Tensor, ids: Tensor, p: Plan, background: float) -> tuple[Tensor, Tensor | None]:
     """The parts of a mask: for patches, the hidden cells (B, rows, columns) bool and None; for
     rectangles, the cells of the sector and the corners (B, num, 4) int64 as top, left, bottom,
-    right. The third part is always the cells of the sector."""
+    right."""
     inside = sector(target, p, background)
     cell = torch.arange(p.cells, device=target.device)
     ids = ids.long().view(-1, 1)
@@ -134,7 +132,7 @@ def draw(
     if not p.num:
         hidden = ((count * p.ratio + ONE // 2) // ONE).clamp(min=1)
         chosen = candidates & (rank <= order.gather(1, hidden - 1))
-        return chosen.view_as(inside), None, inside
+        return chosen.view_as(inside), None
     # With fewer cells than rectangles, the last rectangle is repeated.
     first = torch.arange(p.num, device=target.device).expand(len(ids), -1)
     at = at.gather(1, first.minimum(count - 1))
@@ -146,14 +144,14 @@ def draw(
     x = x + ((place & 0xFFFF) * (p.width - x).clamp(max=p.patch) >> 16)
     top = (y - height // 2).clamp(min=0).minimum(p.height - height)
     left = (x - width // 2).clamp(min=0).minimum(p.width - width)
-    return inside, torch.stack([top, left, top + height, left + width], 2), inside
+    return inside, torch.stack([top, left, top + height, left + width], 2)
 
 
 def mask(target: Tensor, ids: Tensor, *, background: float, **scalars) -> Tensor:
     """The hidden pixels: (B, H, W) bool, for target (B, 1, H, W) and ids (B,)."""
     height, width = target.shape[-2:]
     p = plan(height, width, background=background, **scalars)
-    cells, boxes, _ = draw(target.detach()[:, 0], ids, p, background)
+    cells, boxes = draw(target.detach()[:, 0], ids, p, background)
     cells = cells.repeat_interleave(p.patch, 1).repeat_interleave(p.patch, 2)
     hidden = cells[:, :height, :width]
     if boxes is None:
