@@ -290,16 +290,6 @@ def test_the_state_dict_holds_all_that_the_next_step_needs(name):
         assert torch.equal(step(method, views, i + 1), step(resumed, views, i + 1))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluation_moves_nothing(name):
-    """In evaluation mode a forward pass leaves weights, statistics and teacher as they were."""
-    method = build(name).eval()
-    before = {k: v.clone() for k, v in method.state_dict().items()}
-    with torch.no_grad():
-        method.backbone(batch(8).va)
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-
-
 # Teachers
 
 
