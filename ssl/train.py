@@ -273,8 +273,7 @@ def train(
         recorded = open_run(run, resume, world)
         _check_config(method_config)
         store = _open_store(shards, tier, settings.pairs, world)
-        if recorded is None:
-            tier_of(store, world.device, tier)  # raises before a run folder is created
+        tier_of(store, world.device, tier)  # raises before a run folder is created or changed
         asked, settings = settings, _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)

@@ -594,6 +594,15 @@ def test_a_gpu_that_triton_compiles_wrong_code_for_is_refused(
         assert pick_device("auto").type == "cuda"
 
 
+def test_an_impossible_tier_is_not_recorded(shards, tmp_path):
+    run = tmp_path / "run"
+    assert run_train(shards, run, time_limit=0.0).stopped
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(InputError, match="--tier gpu: "):
+        run_train(shards, run, resume=True, tier="gpu")
+    assert (run / "config.json").read_bytes() == before  # or the next --resume would take it again
+
+
 def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     run = tmp_path / "run"
     small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 4 --projector 16"
