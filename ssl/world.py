@@ -138,6 +138,13 @@ def enter(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(where)
+    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + ["LOCAL_RANK"] * (where.type == "cuda")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and not dist.is_initialized():
+        raise InputError(
+            f"WORLD_SIZE is {size}, but without {', '.join(missing)}: start the processes by --gpus"
+            " or torchrun, which set them, or unset it"
+        )
     if where.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:

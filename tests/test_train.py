@@ -30,7 +30,7 @@ from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
 from sslus.ssl.train import Settings, settings_from, train
-from sslus.ssl.world import pick_device
+from sslus.ssl.world import enter, pick_device
 from sslus.tools.cli import main, sslus
 
 STEPS = 10
@@ -601,6 +601,12 @@ def test_an_impossible_tier_is_not_recorded(shards, tmp_path):
     with pytest.raises(InputError, match="--tier gpu: "):
         run_train(shards, run, resume=True, tier="gpu")
     assert (run / "config.json").read_bytes() == before  # or the next --resume would take it again
+
+
+def test_a_world_that_torchrun_did_not_make_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but without RANK, MASTER_ADDR, MASTER"):
+        enter.__wrapped__("cpu")  # another test has entered
 
 
 def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
