@@ -106,15 +106,7 @@ def evaluate(
     shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
     source = read_run(run)
     settings = source.config["settings"]
-    shards = shards or source.config["shards"]["path"]
-    if is_url(shards):
-        raise InputError(
-            f"{shards}: is a URL, but only the local/ folder of shards tells which video a frame"
-            " comes from; copy the shards to a disk and name them with --shards"
-        )
-    shards = Path(shards)
-    if not shards.exists():
-        raise InputError(f"{shards}: no such folder; name the shards of the run with --shards")
+    shards = _folder_of(shards or source.config["shards"]["path"])
     store = FrameStore.open(shards)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
@@ -159,6 +151,18 @@ def evaluate(
         )
         _write(result, frames, store, source)
     return result
+
+
+def _folder_of(shards: str | Path) -> Path:
+    """Raises InputError for shards that are not in a folder here."""
+    if is_url(shards):
+        raise InputError(
+            f"{shards}: is a URL, but only the local/ folder of shards tells which video a frame"
+            " comes from; copy the shards to a disk and name them with --shards"
+        )
+    if not Path(shards).exists():
+        raise InputError(f"{shards}: no such folder; name the shards of the run with --shards")
+    return Path(shards)
 
 
 @contextlib.contextmanager
