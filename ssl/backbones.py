@@ -34,7 +34,8 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
             model = timm.create_model(name, in_chans=1, **_options(name, image_size))
             width = model.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1]
         except (AssertionError, RuntimeError, ValueError) as e:
-            raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {e}") from e
+            why = str(e) or "the size does not suit it"  # an assertion may say nothing
+            raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {why}") from e
     model.num_features = width  # timm's is that of the last map; some models widen after pooling
     return model.train()
 

@@ -152,4 +152,6 @@ def test_any_timm_model_trains(name):
 def test_backbones_that_cannot_take_the_size_are_refused_when_built():
     with pytest.raises(InputError, match="test_vit' cannot be built at 50 px: .*divisible"):
         backbones.build("test_vit", 50, seed=0)
+    with pytest.raises(InputError, match="at 96 px: the size does not suit it"):
+        backbones.build("halonet26t", 96, seed=0)
     assert backbones.build("mobilenetv3_small_050", 32, seed=0).num_features == 1024
