@@ -124,6 +124,14 @@ def test_an_error_of_all_is_one_line(shards, tmp_path):
     assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_without_a_gpu_are_refused(shards, tmp_path):
+    """Rather than that processes crowd the CPU; who wants that says so, as OPTIONS do."""
+    _, err = finish(start(shards, tmp_path / "run", "--gpus", "2", "--device", "auto"), 1)
+    assert err.count("Error: --gpus: there is no GPU here") == 1
+    assert "--device cpu" in err and not (tmp_path / "run").exists()
+
+
 def test_torchrun_itself_takes_run_and_an_error_of_all_is_one_line(shards, tmp_path):
     """As the help says it. torchrun's own report follows."""
     torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint"

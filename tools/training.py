@@ -61,6 +61,11 @@ def _train(shards: str, run: Path, given: dict, named: set[str]) -> loop.TrainRe
     options = Options(**{name: given.pop(name) for name in OPTIONS})
     # Before the frame store is built, so that processes waiting for it hear if that fails.
     world = enter(device)
+    if EXIT_CODE_FILE in os.environ and world.device.type == "cpu" and device == "auto":
+        raise InputError(
+            "--gpus: there is no GPU here that PyTorch can use (`sslus doctor` says why); add"
+            " --device cpu to start processes without GPUs"
+        )
     settled = {k: v for k, v in given.items() if k in named or k == "method"}
     config = loop.open_run(run, resume, world)
     if config is None:
