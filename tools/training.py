@@ -155,6 +155,8 @@ def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
             raise Interrupted(f"{name} is finished. Continue with: {going}", result.signum)
         warnings += [f"{name}: {line}" for line in result.warnings]
         facts = _facts(result)
+        if "loss" in facts:
+            facts["loss"] = f"loss {facts['loss']}"
         rows[name] = "; ".join([f"{result.step:,} steps", *facts.values()])
         if result.stopped:
             break
@@ -251,10 +253,7 @@ def _facts(result) -> dict[str, str]:
             sorted(m[key] for m in lines)[len(lines) // 2]
             for key in ("samples_per_second", "data_wait")
         )
-        facts["speed"] = (
-            f"{speed:,.1f} samples/s (two views each), {100 * wait:.0f} % of the time waiting for"
-            " data"
-        )
+        facts["speed"] = f"{speed:,.1f} samples/s, {100 * wait:.0f} % of the time waiting for data"
         facts["loss"] = (
             f"{first['loss']:.3f} (steps 1-{first['step']}) -> {last['loss']:.3f}"
             f" (to step {last['step']})"
