@@ -488,6 +488,17 @@ def test_the_next_command_can_be_pasted():
     assert " --shards shards/ " in _evaluate("a", "s3://x/shards")  # a URL has no local/
 
 
+def test_the_next_command_names_the_labels_beside_the_videos(tmp_path):
+    (tmp_path / "local").mkdir()
+    video = tmp_path / "my videos" / "a" / "1.mp4"
+    line = json.dumps({"source": str(video)})
+    (tmp_path / "local" / "ledger.jsonl").write_text(line + "\n")
+    assert _evaluate("a", str(tmp_path)).endswith("--labels labels.csv")  # there is none
+    video.parent.mkdir(parents=True)
+    (tmp_path / "my videos" / "labels.csv").touch()
+    assert f"--labels '{tmp_path}/my videos/labels.csv'" in _evaluate("a", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -239,7 +239,20 @@ def _is_main() -> bool:
 
 def _evaluate(run, shards: str) -> str:
     there = " --shards shards/" if is_url(shards) else ""  # evaluation needs them on a disk
-    return f"sslus evaluate {argument(run)}{there} --labels labels.csv"
+    return f"sslus evaluate {argument(run)}{there} --labels {_labels(shards)}"
+
+
+def _labels(shards: str) -> str:
+    """labels.csv as a command line needs it: beside the videos or above, where there is one."""
+    try:
+        with (Path(shards) / "local" / "ledger.jsonl").open() as f:
+            video = Path(json.loads(next(f))["source"])
+        for folder in video.parents[:3]:
+            if (folder / "labels.csv").is_file():
+                return argument(folder / "labels.csv")
+    except (OSError, ValueError, KeyError, StopIteration):
+        pass  # shards at a URL, or without local/
+    return "labels.csv"
 
 
 def _facts(result) -> dict[str, str]:
