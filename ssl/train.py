@@ -469,7 +469,8 @@ def _refuse_changes(run: Path, old: dict, new: dict) -> None:
     if changed:
         raise InputError(
             f"--resume: {run} was started with other settings: {'; '.join(changed)}."
-            " Use the same, or start another run with --run DIR"
+            " Use the same, or start another run with --run DIR; with"
+            f" --init {run / 'backbone.safetensors'} it begins with these weights"
         )
 
 
