@@ -98,7 +98,7 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         size = manifest.num_frames * manifest.settings["size"] ** 2
         free = shutil.disk_usage(shards).free
         if size > DISK_SHARE * free:
-            why = f"{_gb(size)} of frames do not fit on the disk, {_gb(free)} are free"
+            why = f"{_bytes(size)} of frames do not fit on the disk, {_bytes(free)} are free"
     if why is None:
         return FrameStore.open(Path(shards), **options)
     if tier not in ("auto", "stream"):
@@ -112,8 +112,8 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
     return StreamStore.open(shards, why)
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def plan_of(store: Store, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Plan:
@@ -144,19 +144,19 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         on_gpu = size <= GPU_SHARE * free
     if wanted == "gpu" and not on_gpu:
-        why = f"{_gb(size)} of frames do not fit" if device.type == "cuda" else "there is no GPU"
+        why = f"{_bytes(size)} of frames do not fit" if device.type == "cuda" else "there is no GPU"
         raise InputError(f"--tier gpu: {why}; use --tier auto")
     if wanted == "ram" and not in_ram:
-        raise InputError(f"--tier ram: {_gb(size)} of frames do not fit into memory; use auto")
+        raise InputError(f"--tier ram: {_bytes(size)} of frames do not fit into memory; use auto")
     if wanted == "stream":
         raise ValueError("tier: a frame store is not streamed; open_store(shards, 'stream')")
     if wanted != "auto":
-        return wanted, f"as asked, {_gb(size)} of frames"
+        return wanted, f"as asked, {_bytes(size)} of frames"
     if on_gpu:
-        return "gpu", f"{_gb(size)} of frames fit into {_gb(free)} of free GPU memory"
+        return "gpu", f"{_bytes(size)} of frames fit into {_bytes(free)} of free GPU memory"
     if in_ram:
-        return "ram", f"{_gb(size)} of frames fit into memory"
-    return "disk", f"{_gb(size)} of frames do not fit into memory"
+        return "ram", f"{_bytes(size)} of frames fit into memory"
+    return "disk", f"{_bytes(size)} of frames do not fit into memory"
 
 
 class Loader:

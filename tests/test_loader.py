@@ -272,9 +272,9 @@ def test_memory_is_used_again_but_never_while_somebody_looks(store):
 def test_the_tier_follows_size_and_wish(shards, store, monkeypatch, tmp_path):
     assert tier(store, CPU)[0] == "ram" and "fit into memory" in tier(store, CPU)[1]
     monkeypatch.setattr(FrameStore, "fits_in_memory", lambda self: False)
-    assert tier(store, CPU) == ("disk", "0.0 GB of frames do not fit into memory")
+    assert tier(store, CPU) == ("disk", "0.8 MB of frames do not fit into memory")
     assert tier(store, CPU, "disk")[0] == "disk"
-    for wanted, words in [("ram", "--tier ram: 0.0 GB .* memory"), ("gpu", "--tier gpu: there is"),
+    for wanted, words in [("ram", "--tier ram: 0.8 MB .* memory"), ("gpu", "--tier gpu: there is"),
                           ("tape", "want one of auto, gpu")]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             tier(store, CPU, wanted)
@@ -305,7 +305,7 @@ def test_what_does_not_fit_on_the_disk_is_streamed(shards, tmp_path, monkeypatch
     assert isinstance(open_store(here), FrameStore)  # it is there already
     store = open_store(there)
     assert tier(store, CPU) == (
-        "stream", "0.0 GB of frames do not fit on the disk, 0.0 GB are free"
+        "stream", "0.8 MB of frames do not fit on the disk, 0.0 MB are free"
     )  # fmt: skip
     with pytest.raises(InputError, match="--tier disk: .* do not fit on the disk.*--tier stream"):
         open_store(there, "disk")
