@@ -149,12 +149,12 @@ def draw(
 
 
 def picture(store, text: str, out, *, num: int, size: int, seed: int, max_seconds=None) -> None:
-    """Write a PNG with `num` columns: a frame, its first view, its second view.
+    """Write a PNG with `num` columns: a frame, its first view, its second view, as the rows say.
 
     store: a FrameStore. text: see `parse`. max_seconds: if given, the second view is of a nearby
     frame, at most this far away.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
     from sslus.engine.atomic import atomic_file
     from sslus.engine.plan import Plan, nearby
@@ -171,14 +171,20 @@ def picture(store, text: str, out, *, num: int, size: int, seed: int, max_second
         table = torch.from_numpy(draw(config, first, view, 0, seed, store.size, size))
         rows.append(views(frames, torch.arange(len(chosen)), table, size=size))
     gap = max(2, size // 56)
-    sheet = np.zeros((3 * (size + gap) - gap, len(first) * (size + gap) - gap), np.uint8)
-    for r, row in enumerate(rows):
+    font = ImageFont.load_default(size=max(8, size // 14))
+    names = ("frame", "view 1", "view 2" if max_seconds is None else "nearby")
+    margin = 2 * gap + int(max(map(font.getlength, names)))
+    # White: black gaps cannot be seen between pictures that are black at the edge.
+    sheet = Image.new("L", (margin + len(first) * (size + gap) - gap, 3 * (size + gap) - gap), 255)
+    pen = ImageDraw.Draw(sheet)
+    for r, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = r * (size + gap)
+        pen.text((gap, y + size // 2), name, fill=0, font=font, anchor="lm")
         for c, image in enumerate(row[:, 0].mul(255).round().byte().numpy()):
-            y, x = r * (size + gap), c * (size + gap)
-            sheet[y : y + size, x : x + size] = image
+            sheet.paste(Image.fromarray(image), (margin + c * (size + gap), y))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as f:
-        Image.fromarray(sheet).save(f, "PNG")
+        sheet.save(f, "PNG")
 
 
 @torch.inference_mode()
