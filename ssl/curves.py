@@ -8,6 +8,7 @@ KNOWN = {
     "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "dead_features",
     "uniformity", "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
 }  # fmt: skip
+SHARES = ("dead_features", "data_wait")  # from 0 to 1, so that 1 % looks like little
 ONLINE = ("knn_accuracy", "knn_macro_f1", "probe_macro_f1")
 
 
@@ -19,7 +20,7 @@ def draw(metrics: list[dict], path: Path) -> None:
     """
     figure = plot(metrics)
     with atomic_file(path) as f:
-        figure.savefig(f, format="png", dpi=110)
+        figure.savefig(f, format="png", dpi=150)
 
 
 def plot(metrics: list[dict]):
@@ -54,21 +55,30 @@ def plot(metrics: list[dict]):
 
     for name in ("loss", *terms):
         line(loss, name, label=name, **({"color": "black"} if name == "loss" else {}))
-    loss.set_title("Loss and its unweighted terms")
+    legend_rows = (len(terms) + 4) // 4
+    loss.set_title("Loss and its unweighted terms", pad=8 + 16 * legend_rows)
     loss.set_yscale("log")
-    loss.set_ylabel("mean since the previous line")
+    loss.set_ylabel("mean since the previous point")
     if metrics:
-        loss.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        # Above the lines, which may be anywhere; beside them, it would narrow this panel alone.
+        loss.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize="small"
+        )
     for axes, (title, *sides) in zip(others, pairs, strict=False):
         axes.set_title(title)
-        # Two quantities with an axis each, coloured like their lines.
-        for side, colour in zip(sides, ("C0", "C1"), strict=True):
+        # Two quantities with an axis each, coloured like their lines; dashes tell them in print.
+        for side, colour, dashes in zip(sides, ("C0", "C1"), ("-", "--"), strict=True):
             if side and side[0] in seen:
                 own = axes if colour == "C0" else axes.twinx()
-                line(own, side[0], color=colour)
+                line(own, side[0], color=colour, linestyle=dashes, clip_on=False)
                 own.set_ylabel(side[1], color=colour)
-                if side[0] != "uniformity":  # which is below 0
-                    own.update_datalim([(0, 0)], updatex=False)  # else no margin above a flat line
+                own.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+                own.update_datalim([(0, 0)], updatex=False)  # else no margin above a flat line
+                if side[0] in SHARES:
+                    own.set_ylim(0, 1)
+                elif side[0] == "uniformity":  # which is below 0
+                    own.set_ylim(top=0)
+                else:
                     own.set_ylim(bottom=0)
     if online:
         axes = others[-1]
@@ -79,6 +89,7 @@ def plot(metrics: list[dict]):
         axes.legend(frameon=False)
     for axes in panels[:num]:
         axes.set_xlabel("step")
+        axes.set_xlim(0, 1.02 * max([1, *(m["step"] for m in metrics)]))  # all panels alike
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     return figure

@@ -167,4 +167,4 @@ def draw(result: Evaluation, path: Path) -> None:
     with atomic_file(path) as f, warnings.catch_warnings():
         # A class named in a script that the font lacks has boxes here; the tables have its name.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(f, format="png", dpi=110)
+        figure.savefig(f, format="png", dpi=150)
