@@ -130,8 +130,10 @@ def shard(
             ledger = _moved(local, ledger, {ids[s.name]: str(s.path) for s in sources})
             return ShardReport(out, manifest, ledger, ignored, *_unmarked(marks), already=True)
         if (out / manifests.NAME).exists() and not force:
-            why = "the shards there are of other videos, labels or settings, damaged, or of another"
-            why += " version"
+            if what := _differences(_read_json(local / "request.json"), whole):
+                why = f"the shards there are of other videos, labels or settings ({what})"
+            else:
+                why = "the shards there are damaged, or of another version"
             if not (local / "request.json").exists():
                 why = f"has shards, but what they were made from is not in {local}; put that back"
             raise InputError(f"{out}: {why}; --force replaces them, -o writes elsewhere")
@@ -288,6 +290,30 @@ def _finished(out: Path, request: dict) -> tuple[Manifest, list[dict]] | None:
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             return None
     return manifest, ledger
+
+
+def _differences(old, new: dict) -> str:
+    """In what a request differs from the one that made the shards; "" if that cannot be said."""
+    try:
+        was, now = old["settings"], new["settings"]
+        before, after = old["sources"], new["sources"]
+        found = [f"{k} was {was[k]}, now {v}" for k, v in now.items() if was[k] != v]
+        if old["labels"] != new["labels"]:
+            state = "none before" if old["labels"] is None else "now none"
+            found.append("labels" + f": {state}" * (None in (old["labels"], new["labels"])))
+        if old["decoder"] != new["decoder"]:
+            found.append(f"decoder was {'+'.join(old['decoder'])}, now {'+'.join(new['decoder'])}")
+        both = before.keys() & after.keys()
+        changed = sum(before[name] != list(after[name]) for name in both)
+        for num, word in (
+            (len(after) - len(both), "added"), (len(before) - len(both), "gone"),
+            (changed, "changed"),
+        ):  # fmt: skip
+            if num:
+                found.append(f"{num} of the videos {word}")
+    except (KeyError, TypeError, AttributeError):
+        return ""
+    return "; ".join(found)
 
 
 def _moved(local: Path, ledger: list[dict], places: dict[str, str]) -> list[dict]:

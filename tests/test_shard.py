@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -984,9 +985,17 @@ def test_changed_sources_are_seen(clips, pattern, clip, tmp_path):
     videos.mkdir()
     clip(videos / "x.mp4", pattern(10, 64, 64))
     shard([videos], tmp_path / "out", SMALL, device="cpu", jobs=1)
+    (videos / "x.mp4").rename(tmp_path / "x.mp4")
     clip(videos / "x.mp4", pattern(12, 64, 64))
-    with pytest.raises(InputError, match="other videos, labels or settings"):
+    clip(videos / "y.mp4", pattern(12, 64, 64))
+    with pytest.raises(InputError, match="1 of the videos added; 1 of the videos changed"):
         shard([videos], tmp_path / "out", SMALL, device="cpu", jobs=1)
+    (videos / "y.mp4").unlink()
+    (tmp_path / "x.mp4").rename(videos / "x.mp4")
+    (videos / "labels.csv").write_text("path,label,patient\nx.mp4,a,p\n")
+    other = replace(SMALL, quality=50)
+    with pytest.raises(InputError, match=r"quality was \d+, now 50; labels: none before\)"):
+        shard([videos], tmp_path / "out", other, labels=videos / "labels.csv", device="cpu", jobs=1)
 
 
 def test_another_version_is_named(clips, tmp_path, key):
