@@ -489,6 +489,27 @@ def test_what_is_written_names_no_one(clip, pattern, run, tmp_path, monkeypatch)
     assert results["shards_digest"] == FrameStore.open(shards).digest  # of those that were used
 
 
+def test_several_runs_are_compared(run, videos, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation"))
+    tail = f"--labels {videos / 'labels.csv'} --fractions 100 --seeds 1 --device cpu".split()
+    both = ["evaluate", str(run), str(other), *tail, "--protocol", "knn", "-o"]
+    out = tmp_path / "reports"
+    assert main([*both, str(out)]) == 0
+    results = [
+        json.loads((out / r.name / "knn" / "results.json").read_text()) for r in (run, other)
+    ]
+    assert results[0]["rows"] == results[1]["rows"]
+    table = capsys.readouterr().out.rpartition("confusion.png")[2]
+    f1 = f"{results[0]['rows'][0]['macro_f1']:.3f}"
+    lines = [line.split() for line in table.splitlines() if "knn" in line]
+    assert [line[1:5] for line in lines] == [["knn", "100", "%", f1]] * 2
+    assert main(["evaluate", str(run), str(run), *tail, "-o", str(out)]) == 1
+    assert "folders of the same name" in capsys.readouterr().err
+    assert main(["evaluate", str(run), str(tmp_path), *tail]) == 1
+    shown = capsys.readouterr()
+    assert "has no config.json" in shown.err and not shown.out  # told before the first one runs
+
+
 def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
     command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]

@@ -486,6 +486,7 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
 def test_the_next_command_can_be_pasted():
     assert _evaluate("my runs/a", "x") == "sslus evaluate 'my runs/a' --labels labels.csv"
     assert " --shards shards/ " in _evaluate("a", "s3://x/shards")  # a URL has no local/
+    assert _evaluate(["a", "b c"], "x").startswith("sslus evaluate a 'b c' --labels")
 
 
 def test_the_next_command_names_the_labels_beside_the_videos(tmp_path):

@@ -4,7 +4,7 @@ import click
 
 
 @click.command("evaluate", short_help="Measure a backbone with labels, split by patient.")
-@click.argument("run", type=click.Path())
+@click.argument("run", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
 @click.option(
     "--labels",
     type=click.Path(),
@@ -28,7 +28,10 @@ import click
     "--steps", type=click.IntRange(min=1),
     help="Training steps of each fine-tuning.  [default: 100 on a CPU, 1000 on a GPU]",
 )  # fmt: skip
-@click.option("-o", "--out", type=click.Path(), help="Folder to write.  [default: RUN/evaluation]")
+@click.option(
+    "-o", "--out", type=click.Path(),
+    help="Folder to write; for several runs, one in it for each.  [default: RUN/evaluation]",
+)  # fmt: skip
 @click.option("--shards", type=click.Path(), help="Folder of shards.  [default: that of RUN]")
 @click.option(
     "--device", metavar="[auto|cpu|cuda]", default="auto", show_default=True,
@@ -36,6 +39,8 @@ import click
 )  # fmt: skip
 def command(run, labels, protocol, fractions, seeds, steps, out, shards, device):
     """Measure what the backbone in the folder RUN is worth, with labels, split by patient.
+
+    Several runs are compared in a table at the end.
 
     \b
     Protocols:
@@ -59,12 +64,14 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
     sslus evaluate runs/vicreg --labels videos/labels.csv --fractions 10,100 --seeds 5 -o report
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol linear,knn
     sslus evaluate runs/vicreg --labels videos/labels.csv --protocol finetune --seeds 1
+    sslus evaluate runs/all/*/ --labels videos/labels.csv
     """
     from pathlib import Path
 
     from sslus.engine.errors import InputError
     from sslus.ssl import evaluate
-    from sslus.tools.screen import argument, progress, summary
+    from sslus.ssl.features import read_run
+    from sslus.tools.screen import argument, progress, summary, tell
 
     try:
         percents = tuple(float(part) for part in fractions.split(","))
@@ -78,28 +85,73 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
         )
     if steps and "finetune" not in protocols:
         raise InputError("--steps: are those of --protocol finetune, which is not given")
-    for name in protocols:
-        result = evaluate.evaluate(
-            Path(run), Path(labels), out=out and Path(out), shards=shards and Path(shards),
-            protocol=name, percents=percents, num_seeds=seeds, steps=steps, device=device,
-            stage=progress,
-        )  # fmt: skip
-        show(result)
+    runs = [Path(one) for one in run]
+    outs = [out and Path(out) / (one.resolve().name if len(runs) > 1 else "") for one in runs]
+    if out and len(set(outs)) < len(outs):
+        raise InputError("-o: two of the runs have folders of the same name; leave it out")
+    for one in runs[1:]:  # before the first is evaluated
+        read_run(one)
+    results = {}
+    for one, to in zip(runs, outs, strict=True):
+        for name in protocols:
+            if len(runs) > 1:
+                tell(f"{one}: {name}")
+            result = results[one, name] = evaluate.evaluate(
+                one, Path(labels), out=to, shards=shards and Path(shards), protocol=name,
+                percents=percents, num_seeds=seeds, steps=steps, device=device, stage=progress,
+            )  # fmt: skip
+            show(result)
+    if len(runs) > 1:
+        _print(*compared(results))
+        return
     again = f"sslus train {argument(result.shards)} --method all"
     summary({}, next_command=f"{again}   (the same for every method)")
 
 
+def compared(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table that compares runs, from {(run, protocol): Evaluation}."""
+    from sslus.ssl import report
+
+    header = ["run", "protocol", "labels", "macro-F1", "random init", "balanced accuracy"]
+    cells = []
+    for (run, protocol), result in results.items():
+        _, rows = report.table(result)
+        num = (len(rows) - 1) // 2  # the run's, those of random weights, the majority class
+        for (_, labels, f1, accuracy, *_), (_, _, random_f1, *_) in zip(
+            rows[:num], rows[num:-1], strict=True
+        ):
+            cells.append([str(run), protocol, labels, f1, random_f1, accuracy])
+    return header, cells
+
+
 def show(result) -> None:
+    from sslus.ssl import report
+    from sslus.tools.screen import summary
+
+    _print(*report.table(result))
+    summary(
+        {
+            "protocol": report.PROTOCOLS[result.protocol],
+            "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"
+            f" {result.num_patients} patients, {len(result.names)} classes",
+            "split": f"{result.split}; {result.spread}",
+            "report": str(result.out / "report.md"),
+            "numbers": str(result.out / "results.json"),
+            "picture": str(result.out / "confusion.png"),
+        },
+        warnings=result.warnings,
+    )
+
+
+def _print(header: list[str], cells: list[list[str]]) -> None:
     import sys
 
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from sslus.ssl import report
-    from sslus.tools.screen import summary, tell
+    from sslus.tools.screen import tell
 
-    header, cells = report.table(result)
     shown = Table(*header, box=box.SIMPLE_HEAD)
     for row in cells:
         shown.add_row(*row)
@@ -110,14 +162,3 @@ def show(result) -> None:
     with console.capture() as captured:
         console.print(shown)
     tell(captured.get(), sys.stdout)
-    summary(
-        {
-            "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"
-            f" {result.num_patients} patients, {len(result.names)} classes",
-            "split": f"{result.split}; {result.spread}",
-            "report": str(result.out / "report.md"),
-            "numbers": str(result.out / "results.json"),
-            "picture": str(result.out / "confusion.png"),
-        },
-        warnings=result.warnings,
-    )

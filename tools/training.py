@@ -166,7 +166,7 @@ def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
             warnings=warnings,
             next_command=going
             if result.stopped
-            else _evaluate(folder / next(reversed(rows)), shards),
+            else _evaluate([folder / name for name in rows], shards),
         )
     if failed:
         raise InputError(f"{', '.join(failed)}: failed, as told above")
@@ -237,9 +237,10 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _evaluate(run, shards: str) -> str:
+def _evaluate(runs, shards: str) -> str:
     there = " --shards shards/" if is_url(shards) else ""  # evaluation needs them on a disk
-    return f"sslus evaluate {argument(run)}{there} --labels {_labels(shards)}"
+    named = " ".join(map(argument, runs if isinstance(runs, list) else [runs]))
+    return f"sslus evaluate {named}{there} --labels {_labels(shards)}"
 
 
 def _labels(shards: str) -> str:
