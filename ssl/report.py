@@ -94,7 +94,8 @@ def markdown(result: Evaluation, settings: dict) -> str:
             f" {settings['image_size']} px",
             "",
             f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
-            f" patients; {result.split}; {result.spread}. Numbers are per frame.",
+            f" patients; {result.split}; {result.spread}. Numbers are per frame. Labels: the share"
+            " of the training videos of each class, at least one, whose labels are used.",
             *_in_words(result),
             "",
             *lines,

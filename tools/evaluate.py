@@ -17,8 +17,8 @@ import click
 )  # fmt: skip
 @click.option(
     "--fractions", default="1,10,100", show_default=True,
-    help="Percentages of the training videos whose labels are used; the study"
-    " arXiv:2407.21738 has 1,5,10,25,50,100.",
+    help="Percentages of the training videos of each class, at least one, whose labels are used;"
+    " the study arXiv:2407.21738 has 1,5,10,25,50,100.",
 )  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True,
