@@ -56,6 +56,24 @@ def test_every_command_and_the_snippet_run(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_the_python_of_the_methods_page_runs(tmp_path):
+    for line in ("sslus synth videos/", "sslus shard videos/"):
+        subprocess.run(
+            [*line.split(), *SMALL.get(line, "").split()],
+            cwd=tmp_path, env=environment(), capture_output=True, check=True, timeout=300,
+        )  # fmt: skip
+    page = (ROOT / "ssl" / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(snippets) == 2
+    small = "max_steps=3, batch_size=4, image_size=32, "
+    for snippet in snippets:
+        code = snippet.replace("max_steps=300, ", small).replace("batch_size=16", "batch_size=4")
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+
+
 def test_every_mentioned_command_exists():
     """Also those in running text: `sslus NAME --option` is in NAME's help."""
     helps = {}
