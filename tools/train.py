@@ -24,7 +24,18 @@ class TrainCommand(click.Command):
             self.params = self.params + [_option(f, getattr(config, f.name)) for f in fields]
             text = module.__doc__.strip().split("\n\n")
             self.epilog = "\n\n".join("\b\n" + part for part in text)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as e:
+            field = e.option_name.removeprefix("--").replace("-", "_")
+            owners = [
+                other for other in methods.names()
+                if field in {f.name for f in dataclasses.fields(methods.load(other).Config)}
+            ]  # fmt: skip
+            if owners:
+                whose = f"--method {' and '.join(owners)}, not of {name}"
+                raise click.UsageError(f"{e.option_name} is an option of {whose}", ctx) from e
+            raise
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
