@@ -141,8 +141,13 @@ def open_video(path: Path, file=None):
     except OSError as e:
         raise VideoError(path, f"cannot be read ({e.strerror})") from e
     try:
-        if REFERRING_FORMATS & _formats(container):
-            raise VideoError(path, "a playlist that refers to other files; give those instead")
+        if found := REFERRING_FORMATS & _formats(container):
+            raise VideoError(
+                path,
+                "one of a series of pictures, says FFmpeg; make a video of them"
+                if "image2" in found
+                else "a playlist that refers to other files; give those instead",
+            )
         stream = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "no video stream in it")

@@ -352,6 +352,15 @@ def test_a_picture_with_exif_comes_upright(orientation, turns, pattern, tmp_path
     np.testing.assert_allclose(frame.luma, np.rot90(luma, turns), atol=2)
 
 
+def test_a_picture_of_a_series_is_not_called_a_playlist(pattern, tmp_path):
+    from PIL import Image
+
+    # FFmpeg recognises the picture by its name alone where it begins with much else.
+    Image.fromarray(pattern(1, 48, 64)[0]).save(tmp_path / "x.jpg", comment=bytes(60_000))
+    with pytest.raises(VideoError, match="one of a series of pictures"):
+        probe(tmp_path / "x.jpg")
+
+
 def write_streams(path, counts):
     """A file with several videos, of so many frames and 16, 32, ... pixels high."""
     from fractions import Fraction
