@@ -57,7 +57,9 @@ def plot(metrics: list[dict]):
         line(loss, name, label=name, **({"color": "black"} if name == "loss" else {}))
     legend_rows = (len(terms) + 4) // 4
     loss.set_title("Loss and its unweighted terms", pad=8 + 16 * legend_rows)
-    loss.set_yscale("log")
+    values = [m[name] for name in ("loss", *terms) for m in metrics if m.get(name, 0) > 0]
+    if values and max(values) > 10 * min(values):  # else a log scale has hardly a tick
+        loss.set_yscale("log")
     loss.set_ylabel("mean since the previous point")
     if metrics:
         # Above the lines, which may be anywhere; beside them, it would narrow this panel alone.
@@ -67,9 +69,10 @@ def plot(metrics: list[dict]):
     for axes, (title, *sides) in zip(others, pairs, strict=False):
         axes.set_title(title)
         # Two quantities with an axis each, coloured like their lines; dashes tell them in print.
+        own = None
         for side, colour, dashes in zip(sides, ("C0", "C1"), ("-", "--"), strict=True):
             if side and side[0] in seen:
-                own = axes if colour == "C0" else axes.twinx()
+                own = axes.twinx() if own else axes
                 line(own, side[0], color=colour, linestyle=dashes, clip_on=False)
                 own.set_ylabel(side[1], color=colour)
                 own.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
