@@ -33,7 +33,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
 
     Each column shows one frame as it is stored, its first view and its second view, generated
     as in training. Look at this picture before a long run: the network cannot learn what the
-    views destroy.
+    views destroy. The parts that --method inpainting hides from its view are not drawn.
 
     \b
     sslus views
