@@ -213,7 +213,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             num_frames = max(num_frames, stream.duration or 0)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
-        turns, mirrored = _turn(frame)
+        turns, mirrored = _turn(frame, stream)
         others = [
             s for s in container.streams.video
             if s is not stream and not s.disposition & Disposition.attached_pic
@@ -387,17 +387,20 @@ def _converted(frame, pixel_format: str):
         return frame.reformat(format=pixel_format)
 
 
-def _turn(frame) -> Turn:
+def _turn(frame, stream) -> Turn:
     """How players turn a video, by its first frame. FFmpeg's display matrix moves (x, y) to
     (a x + c y, b x + d y).
 
     Not asked of every frame: a frame and its side data refer to each other, so that a frame whose
     side data was read stays in memory for long.
     """
+    unmirrored = round(frame.rotation / 90) % 4, False
+    if stream.codec_context.name == "png":  # a colour profile has a name, which PyAV frees twice
+        return unmirrored
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # beside it is a kind that PyAV does not know: EXIF, a second eye's view
-        return round(frame.rotation / 90) % 4, False
+        return unmirrored
     if matrix is None:
         return 0, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
@@ -432,7 +435,7 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn]]:
         batches = _batches(container, stream, whole)
         frames, turn = chain.from_iterable(batches), None
         for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
-            turn = _turn(frame) if turn is None else turn
+            turn = _turn(frame, stream) if turn is None else turn
             yield index, clock(frame, following), frame, turn
 
 

@@ -4,6 +4,8 @@ import csv
 import gc
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +352,18 @@ def test_a_picture_with_exif_comes_upright(orientation, turns, pattern, tmp_path
     Image.fromarray(luma).save(tmp_path / "x.jpg", exif=exif, quality=100)
     (frame,) = decode(tmp_path / "x.jpg")
     np.testing.assert_allclose(frame.luma, np.rot90(luma, turns), atol=2)
+
+
+def test_a_colour_profile_does_no_harm(tmp_path):
+    """In a process of its own, which PyAV would crash when it frees the profile's name."""
+    from PIL import Image, ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("L", (64, 48), 7).save(tmp_path / "x.png", icc_profile=profile)
+    script = "import sys; from sslus.engine.video import probe; print(probe(sys.argv[1]).codec)"
+    line = [sys.executable, "-c", script, str(tmp_path / "x.png")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "png\n"), done.stderr
 
 
 def test_a_picture_of_a_series_is_not_called_a_playlist(pattern, tmp_path):
