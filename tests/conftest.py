@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import os
 import subprocess
 from pathlib import Path
@@ -8,6 +9,23 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def mend_index() -> None:
+    """Triton 3.6's interpreter makes an index of an array of one number: numpy 2.5 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    mend_index()
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +130,11 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+def run_rank(rank: int, work, *args) -> None:
+    """In the new process, where importing this file has called `mend_index`."""
+    work(rank, *args)
+
+
 @pytest.fixture(scope="session")
 def start_ranks():
     """start_ranks(work, args, num): work(rank, *args) in `num` processes, to their end.
@@ -125,7 +148,7 @@ def start_ranks():
     )
 
     def start(work, args, num):
-        mp.start_processes(work, args, num, start_method="forkserver")
+        mp.start_processes(run_rank, (work, *args), num, start_method="forkserver")
 
     return start
 
