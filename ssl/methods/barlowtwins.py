@@ -24,10 +24,14 @@ from sslus.ssl.methods import Output
 
 @dataclass(frozen=True)
 class Config:
-    # The paper's 8192-8192-8192 was made for ImageNet: 138 M weights, ten times a ResNet-18.
+    # The paper's 8192 are for batches of 2048. In batches of 32 and 64, 512 dimensions learned more
+    # than 2048 (bench/LOG.md).
     projector: str = field(
-        default="2048-2048-2048",
-        metadata={"help": "Layer widths of the projector; the paper has 8192-8192-8192."},
+        default="512-512-512",
+        metadata={
+            "help": "Layer widths of the projector; the paper has 8192-8192-8192 for batches of"
+            " 2048."
+        },
     )
     off_diagonal: float = field(
         default=0.0051, metadata={"help": "Weight of the term that decorrelates dimensions."}
