@@ -31,6 +31,14 @@ def rgb_luma(rgb: np.ndarray) -> np.ndarray:
     return out
 
 
+def rgba_luma(rgba: np.ndarray) -> np.ndarray:
+    """As rgb_luma, of (H, W, 4) uint8; behind what is transparent is black."""
+    out, alpha = rgb_luma(rgba[..., :3]), rgba[..., 3]
+    if not alpha.any():  # AVIs of 32 bits may leave it 0, and are opaque
+        return out
+    return ((out.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
+
+
 def fit(height: int, width: int, size: int, pixel_aspect: float = 1.0) -> tuple[int, int, int, int]:
     """Where an image lies in the size x size frame: (top, left, new height, new width).
 

@@ -26,6 +26,7 @@ from sslus.engine.ids import find_key, keep_key, keyed_hash, video_ids
 from sslus.engine.labels import as_known, read_labels, real
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.picture import EXTENSIONS as PICTURES
 from sslus.engine.region import WHOLE
 from sslus.engine.settings import Settings
 from sslus.engine.shuffle import Video, write_all
@@ -42,7 +43,7 @@ from sslus.engine.spool import (
 from sslus.engine.workers import Workers, worker_pool
 
 LEDGER = "ledger.jsonl"
-DECODING = 7  # increased when some file would give other frames or times than before
+DECODING = 8  # increased when some file would give other frames or times than before
 # Worker processes on a GPU, by default: an H100 or H200 has seven video engines, other GPUs fewer,
 # and each process takes half a GB of GPU memory before it decodes.
 MOST_ON_GPU = 7
@@ -71,6 +72,7 @@ def shard(
     out: Path,
     settings: Settings | None = None,
     *,
+    images: bool = False,
     labels: Path | None = None,
     key: Path | None = None,
     jobs: int | None = None,
@@ -82,9 +84,10 @@ def shard(
 ) -> ShardReport:
     """Decode the videos under `paths` into WebDataset shards in the folder `out`.
 
-    `labels` is a CSV file (see engine.labels); its labels go into the shards, its patients as keyed
-    hashes. Labels of the test split stay out, since what trains on the shards would learn what it
-    is tested on. `key` is a file with 64 hex digits from which ids are made, so that videos can get
+    With `images`, pictures in folders are taken too, each as a video of one frame. `labels` is a
+    CSV file (see engine.labels); its labels go into the shards, its patients as keyed hashes.
+    Labels of the test split stay out, since what trains on the shards would learn what it is
+    tested on. `key` is a file with 64 hex digits from which ids are made, so that videos can get
     the ids they have elsewhere; by default a random key is made and kept in `out`/local. `jobs` is
     the number of worker processes (default: one per core, at most MOST_ON_GPU if they decode on a
     GPU); `device` and `decoder` are those of choose_backends. With `strict`, no shards are written
@@ -102,8 +105,8 @@ def shard(
     out = Path(out)
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs: want at least 1, got {jobs}")
-    sources, ignored = find_videos(paths, skip=real(out))
-    marks = _marks(sources, labels)
+    sources, ignored = find_videos(paths, skip=real(out), pictures=images)
+    marks = _marks(sources, labels, images)
     on_cpu = settings.region != WHOLE
     if on_cpu and (device == "cuda" or decoder == "dali"):
         raise InputError("--region works on the CPU only: leave out --device and --decoder")
@@ -186,7 +189,7 @@ class _Mark:
     held_out: bool = False  # it has a label, which stays out of the shards
 
 
-def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | None:
+def _marks(sources: list[Source], labels: Path | None, images: bool) -> dict[str, _Mark] | None:
     """Label and patient of each source by its name; None without labels."""
     if labels is None:
         return None
@@ -201,9 +204,11 @@ def _marks(sources: list[Source], labels: Path | None) -> dict[str, _Mark] | Non
             held_out = row.split == "test"
             marks[name] = _Mark(None if held_out else row.label, row.patient, held_out)
     if missing:
+        left_out = missing[0].suffix.lower() in PICTURES and not images
+        hint = ", or add --images" if left_out else ""
         raise InputError(
             f"labels {labels}: {len(missing)} of its videos are not among the videos given,"
-            f" the first is {missing[0]}; correct the path or drop the row"
+            f" the first is {missing[0]}; correct the path or drop the row{hint}"
         )
     return marks
 

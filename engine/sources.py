@@ -1,4 +1,4 @@
-"""The files to shard: videos and ultrasound DICOM files."""
+"""The files to shard: videos, ultrasound DICOM files and, on demand, pictures."""
 
 import os
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslus.engine import dicom, video
+from sslus.engine import dicom, picture, video
 from sslus.engine.dicom_header import is_dicom, is_ultrasound
 from sslus.engine.errors import InputError
 from sslus.engine.video import VideoInfo
@@ -32,17 +32,19 @@ class Source:
     name: str  # relative to the searched folder; the video's id is made from it
 
 
-def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[Source], Counter]:
+def find_videos(
+    paths: Iterable[Path], skip: Path | None = None, pictures: bool = False
+) -> tuple[list[Source], Counter]:
     """The videos under `paths` (files and folders, searched recursively), sorted by name.
 
-    DICOM files count as videos if they hold ultrasound. Returns the sources and a count, by
-    extension or kind, of the files that were skipped. Links to folders are counted under
-    FOLDER_LINKS but not followed, since they may lead in a circle or to a folder that is searched
-    anyway; links in `paths` itself are followed. A file that links give several names is taken
-    under the first; the others are counted under FILE_LINKS. Folders whose names begin with a dot
-    (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that is not searched.
-    Raises InputError if a path does not exist, if no video is found, or if two paths lead to
-    different files of the same name, which would get the same id.
+    DICOM files count as videos if they hold ultrasound, and with `pictures` pictures do. Returns
+    the sources and a count, by extension or kind, of the files that were skipped. Links to folders
+    are counted under FOLDER_LINKS but not followed, since they may lead in a circle or to a folder
+    that is searched anyway; links in `paths` itself are followed. A file that links give several
+    names is taken under the first; the others are counted under FILE_LINKS. Folders whose names
+    begin with a dot (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that
+    is not searched. Raises InputError if a path does not exist, if no video is found, or if two
+    paths lead to different files of the same name, which would get the same id.
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
@@ -85,7 +87,7 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
             ignored[FOLDER_LINKS] += sum((here / f).is_symlink() for f in folders)
             for file in sorted(files):
                 path = here / file
-                if other := _other_kind(path):
+                if other := _other_kind(path, pictures):
                     ignored[other] += 1
                 else:
                     add(path, path.relative_to(root).as_posix())
@@ -96,13 +98,21 @@ def find_videos(paths: Iterable[Path], skip: Path | None = None) -> tuple[list[S
         seen_there += [f"{links} links to folders, not followed"] if links else []
         seen_there += [f"{hidden} hidden folders, not searched"] if hidden else []
         other = f" ({', '.join(seen_there)})" if seen_there else ""
-        raise InputError(f"{where}: no video found{other}; name a folder with videos")
+        num = num_pictures(ignored)
+        hint = f"add --images to take the {num} pictures" if num else "name a folder with videos"
+        raise InputError(f"{where}: no video found{other}; {hint}")
     return [sources[name] for name in sorted(sources)], +ignored
+
+
+def num_pictures(ignored: Counter) -> int:
+    """How many of the files that find_videos left out are pictures."""
+    return sum(ignored[kind] for kind in picture.EXTENSIONS)
 
 
 def probe(path: Path) -> VideoInfo:
     """Read what a file says about itself. Raises VideoError if it cannot be decoded."""
-    return (dicom if is_dicom(path) else video).probe(path)
+    kind = dicom if is_dicom(path) else picture if picture.is_picture(path) else video
+    return kind.probe(path)
 
 
 def _is_text(path: Path) -> bool:
@@ -118,13 +128,18 @@ def _is_text(path: Path) -> bool:
     return head != b"" and b"\0" not in head
 
 
-def _other_kind(path: Path) -> str | None:
-    """The kind of a file that is neither a video nor ultrasound; else None."""
+def _other_kind(path: Path, pictures: bool) -> str | None:
+    """The kind of a file that is neither a video nor ultrasound, nor one of the `pictures`; else
+    None."""
     suffix = path.suffix.lower()
     if not path.name.startswith("."):
         if suffix in EXTENSIONS and not (suffix == ".ts" and _is_text(path)):
             return None
+        if pictures and suffix in picture.EXTENSIONS:
+            return None
         if is_dicom(path):  # its name tells nothing: archives use UIDs, or no extension
             return OTHER_DICOM if is_ultrasound(path) is False else None
+    elif suffix in picture.EXTENSIONS:  # hidden, as thumbnails are: none that is taken on demand
+        return UNKNOWN
     # A name without an extension, or with a long one, may be that of a patient.
     return suffix if suffix[1:].isalnum() and len(suffix) < 6 else UNKNOWN

@@ -14,6 +14,8 @@ from pathlib import Path
 from sslus.engine.atomic import atomic_file
 from sslus.engine.dicom import DicomBackend
 from sslus.engine.errors import InputError
+from sslus.engine.picture import CODEC as PICTURE
+from sslus.engine.picture import PictureBackend
 from sslus.engine.prepare import moments
 from sslus.engine.region import WHOLE, Region, find
 from sslus.engine.settings import Settings
@@ -87,8 +89,9 @@ def spool_video(
     try:
         with _blamed(path):
             info = probe(path)
-            if info.codec.startswith("dicom "):  # what PyAV is for videos
-                backends = [DicomBackend() if isinstance(b, PyavBackend) else b for b in backends]
+            instead = {"dicom": DicomBackend, PICTURE: PictureBackend}.get(info.codec.split()[0])
+            if instead:  # what PyAV is for videos
+                backends = [instead() if isinstance(b, PyavBackend) else b for b in backends]
             record |= {
                 "codec": info.codec, "width": info.width, "height": info.height,
                 "rate_hz": round(info.rate_hz, 3), "expected_frames": info.num_frames,

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from sslus.engine.errors import InputError
-from sslus.engine.prepare import expand_limited, prepare, rgb_luma
+from sslus.engine.prepare import expand_limited, prepare, rgb_luma, rgba_luma
 from sslus.engine.region import Luma, Region
 from sslus.engine.truncated import breaks_off
 
@@ -144,7 +144,7 @@ def open_video(path: Path, file=None):
         if found := REFERRING_FORMATS & _formats(container):
             raise VideoError(
                 path,
-                "one of a series of pictures, says FFmpeg; make a video of them"
+                "not a picture of a kind that is read; convert it to PNG"
                 if "image2" in found
                 else "a playlist that refers to other files; give those instead",
             )
@@ -346,9 +346,7 @@ def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
             frame = _converted(frame, kind.name.replace("be", "le"))
         has_alpha = any(c.is_alpha for c in kind.components)
         pixels = _converted(frame, "rgba" if has_alpha else "rgb24").to_ndarray()
-        out = rgb_luma(pixels[..., :3])
-        if has_alpha and pixels[..., 3].any():  # AVIs of 32 bits may leave it 0, and are opaque
-            out = ((out.astype(np.uint16) * pixels[..., 3] + 127) // 255).astype(np.uint8)
+        out = (rgba_luma if has_alpha else rgb_luma)(pixels)
     else:
         first = kind.components[0]
         alone = all(c.plane != first.plane for c in kind.components[1:])
@@ -548,7 +546,7 @@ class PyavBackend:
         quality: int,
     ) -> Iterator[Prepared]:
         aspect = info.pixel_aspect if info.rotation_degrees % 180 == 0 else 1 / info.pixel_aspect
-        for index, (luma, time_seconds) in enumerate(images(path)):
+        for index, (luma, time_seconds) in enumerate(self.images(path)):
             image, elsewhere = None, False
             if luma is not None and keep(index, time_seconds):
                 y, limited = luma()

@@ -366,15 +366,6 @@ def test_a_colour_profile_does_no_harm(tmp_path):
     assert (done.returncode, done.stdout) == (0, "png\n"), done.stderr
 
 
-def test_a_picture_of_a_series_is_not_called_a_playlist(pattern, tmp_path):
-    from PIL import Image
-
-    # FFmpeg recognises the picture by its name alone where it begins with much else.
-    Image.fromarray(pattern(1, 48, 64)[0]).save(tmp_path / "x.jpg", comment=bytes(60_000))
-    with pytest.raises(VideoError, match="one of a series of pictures"):
-        probe(tmp_path / "x.jpg")
-
-
 def write_streams(path, counts):
     """A file with several videos, of so many frames and 16, 32, ... pixels high."""
     from fractions import Fraction

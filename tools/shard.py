@@ -18,6 +18,11 @@ TRY_AGAIN = (
     "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
 )
 @click.option(
+    "--images", is_flag=True,
+    help="Take the pictures in folders, too (PNG, JPEG, BMP, TIFF, WebP), each as a video of one"
+    " frame, which is always kept.",
+)  # fmt: skip
+@click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("shards"), show_default=True,
     help="Folder to write.",
 )  # fmt: skip
@@ -80,8 +85,8 @@ TRY_AGAIN = (
     help="Replace existing shards (made from other videos, labels or settings, or damaged), and"
     " retry refused files.",
 )
-def command(paths, out, size, stride, rate, every, quality, region, labels, jobs, device, decoder,
-            frames_per_shard, key, strict, force):  # fmt: skip
+def command(paths, images, out, size, stride, rate, every, quality, region, labels, jobs, device,
+            decoder, frames_per_shard, key, strict, force):  # fmt: skip
     """Decode the videos in PATH... (files, or folders to search) into shards for training.
 
     Reads every container and codec that FFmpeg reads; if a file holds several videos, the one
@@ -98,6 +103,7 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
     sslus shard clinic-a/ clinic-b/ -o shards-10hz --rate 10
     sslus shard videos/ --labels videos/labels.csv
     sslus shard videos/ --region auto
+    sslus shard pictures/ --images
 
     Privacy: a frame is named <id>-<number>, where the id is a keyed hash of the file name. File
     names, the key and the ledger (one line per file: frames expected, decoded and kept, or why it
@@ -107,8 +113,9 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
     Text burnt into the image, often the patient's name, stays there, except outside the regions
     that a DICOM file declares. --region auto removes it where it stands still beside what moves,
     and leaves out frames that show another screen than most of the video. It decodes each file
-    twice. Look at the frames before you share them (sslus views): text that is drawn into the
-    ultrasound or into a moving trace, or that moves itself, is not removed.
+    twice. Pictures, in which nothing moves, are refused then. Look at the frames before you share
+    them (sslus views): text that is drawn into the ultrasound or into a moving trace, or that moves
+    itself, is not removed.
 
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
@@ -126,7 +133,7 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
     settings = Settings(size, stride, rate, quality, region.replace(" ", ""), frames_per_shard)
     with progress("shard", "videos") as report:
         result = shard(
-            paths, out, settings, labels=labels, key=key, jobs=jobs, device=device,
+            paths, out, settings, images=images, labels=labels, key=key, jobs=jobs, device=device,
             decoder=decoder, strict=strict, force=force, report=report,
         )  # fmt: skip
     show(result)
@@ -135,7 +142,7 @@ def command(paths, out, size, stride, rate, every, quality, region, labels, jobs
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS
+    from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, num_pictures
 
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)
@@ -158,6 +165,8 @@ def show(result) -> None:
     if files:
         kinds = ", ".join(f"{n} {kind}" for kind, n in files.most_common(5))
         rows["not videos"] = f"{count(files.total(), 'file')} skipped ({kinds})"
+        if pictures := num_pictures(files):
+            rows["not videos"] += f"; --images takes the {count(pictures, 'picture')} among them"
     if links:
         rows["links"] = f"{links} to folders, not followed; to include those folders, name them too"
     if again:
@@ -167,10 +176,12 @@ def show(result) -> None:
     several = sum(r["other_streams"] > 0 for r in ledger)
     if several:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
-    if uncropped := sum(r["uncropped"] and r["kept_frames"] > 0 for r in ledger):
+    if uncropped := [r["codec"] for r in ledger if r["uncropped"] and r["kept_frames"]]:
+        still = all(codec.startswith("picture ") for codec in uncropped)
+        region = "LEFT,TOP,WIDTH,HEIGHT" if still else "auto"
         rows["uncropped"] = (
-            f"{count(uncropped, 'file')} kept whole, with any text in the image; --region auto"
-            " removes what stands beside the ultrasound"
+            f"{count(len(uncropped), 'file')} kept whole, with any text in the image; --region"
+            f" {region} removes what stands beside the ultrasound"
         )
     region, warnings = manifest.settings["region"], []
     if region != "all":
