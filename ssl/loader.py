@@ -100,7 +100,10 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         if size > DISK_SHARE * free:
             why = f"{_bytes(size)} of frames do not fit on the disk, {_bytes(free)} are free"
     if why is None:
-        return FrameStore.open(Path(shards), **options)
+        store = FrameStore.open(Path(shards), **options)
+        if pairs == "nearby" and len(np.unique(store.video)) == len(store):
+            raise InputError("--pairs nearby: no video has two frames; use --pairs same")
+        return store
     if tier not in ("auto", "stream"):
         raise InputError(f"--tier {tier}: {why}; use --tier stream, or copy the shards to a disk"
                          " with room")  # fmt: skip

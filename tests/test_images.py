@@ -233,7 +233,7 @@ def test_bytes_depend_on_neither_jobs_nor_an_interruption(folder, tmp_path):
 def test_one_bad_picture_costs_that_picture_only(folder, tmp_path, capsys):
     bad = pictures(folder)[:3]
     for path in bad[:2]:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        path.write_bytes(path.read_bytes()[:-9])
     bad[2].write_text("no picture")
     out = tmp_path / "out"
     code = main(["shard", str(folder), "--images", "-o", str(out), "--size", "32", "--jobs", "1"])
@@ -241,6 +241,7 @@ def test_one_bad_picture_costs_that_picture_only(folder, tmp_path, capsys):
     refused = {r["source"]: r["why"] for r in ledger if r["status"] != "ok"}
     said = capsys.readouterr()
     assert code == 3 and set(refused) == set(map(str, bad)), refused
+    assert sum(r["expected_frames"] for r in ledger) - sum(r["decoded_frames"] for r in ledger) == 2
     assert all(f"{source}: {why}" in said.err for source, why in refused.items())
     assert "11 of 14" in said.out
 
@@ -263,6 +264,16 @@ def test_in_a_picture_nothing_moves(folder, tmp_path):
         make([folder / "a"], tmp_path / "out", Settings(size=32, region="auto"))
     report = make([folder / "a"], tmp_path / "out", Settings(size=32, region="4,8,20,16"))
     assert {r["region"] for r in report.ledger} == {"4,8,20,16"} and not report.problems
+
+
+def test_no_pair_of_frames_is_nearby(folder, tmp_path):
+    from sslus.ssl.loader import open_store
+
+    make([folder / "a"], tmp_path / "out")
+    with pytest.raises(InputError, match="no video has two frames; use --pairs same"):
+        open_store(tmp_path / "out", pairs="nearby")
+    make([folder], tmp_path / "out", force=True)
+    assert len(open_store(tmp_path / "out", pairs="nearby")) > 14
 
 
 def test_every_real_picture_is_accounted_for(real_data, tmp_path):
