@@ -94,7 +94,8 @@ def _opened(path: Path) -> Iterator:
     except UnidentifiedImageError as e:  # names an address in memory
         raise VideoError(path, "not a readable picture, or cut off at its start") from e
     except Exception as e:  # of a dozen kinds, SyntaxError among them
-        raise VideoError(path, f"the picture cannot be decoded ({e})".splitlines()[0]) from e
+        said = f"{e}".partition("\n")[0] or type(e).__name__
+        raise VideoError(path, f"the picture cannot be decoded ({said})") from e
 
 
 def _ends(data: bytes, kind: str) -> bool:
@@ -110,7 +111,11 @@ def _ends(data: bytes, kind: str) -> bool:
 
 
 def _turn(picture) -> tuple[int, bool]:
-    return TURNS.get(picture.getexif().get(ORIENTATION), (0, False))
+    try:
+        orientation = picture.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF turns nothing; where it is the picture, decoding it says so
+        orientation = None
+    return TURNS.get(orientation, (0, False))
 
 
 def _luma(picture) -> np.ndarray:
