@@ -21,9 +21,10 @@ from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import is_url
-from sslus.ssl import backbones, finetune
+from sslus.ssl import backbones, finetune, predictions
 from sslus.ssl.features import RANDOM, Run, Stage, build, features_of_both, read_run
-from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, knn
+from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, votes
+from sslus.ssl.predictions import Guess, Videos, auroc, of_videos
 from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
 from sslus.ssl.splits import (
     LabelledFrames,
@@ -41,6 +42,8 @@ from sslus.ssl.world import pick_device
 # folds would bias the result, and an inner search would take ten times as many fits.
 INVERSE_REGULARISATION = 0.01
 MAX_ITERATIONS = 1000
+
+MAJORITY = "majority class"
 
 SETTINGS = {
     "linear": {
@@ -87,10 +90,14 @@ def evaluate(
     random order; smaller shares are subsets of larger ones. The seed determines both the folds
     and the order.
 
-    Writes results.json, report.md and confusion.png: for the linear probe to `out`, for another
-    protocol to the subfolder of its name. Results that the next call can reuse stay beside them:
-    features in `out`, predictions of each fine-tuning in finetune/. Reports are meant to be
-    shared: they contain the class names, but no path, file name or patient.
+    A video is predicted as the class with the highest mean probability over its frames. The
+    probabilities are those of the logistic regression, shares of the votes, or the softmax.
+
+    Writes results.json, report.md, confusion.png and predictions.csv, with a line for each tested
+    video: for the linear probe to `out`, for another protocol to the subfolder of its name.
+    Results that the next call can reuse stay beside them: features in `out`, logits of each
+    fine-tuning in finetune/. Reports are meant to be shared: they contain the class names and the
+    shards' ids of videos, but no path, file name or patient.
     `shards` defaults to those the run was trained on; their local/ folder must exist. Raises
     InputError for a run, labels or shards that cannot be used, and while another process writes
     to `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
@@ -127,7 +134,7 @@ def evaluate(
             with stage("probe" if protocol == "linear" else protocol, "fits") as report:
                 guesses, slow = _fit_all(protocol, tasks, frames, features, report)
             about = SETTINGS[protocol]
-        rows = _rows(frames, tasks, guesses, deals)
+        rows, videos = _rows(frames, tasks, guesses, deals)
 
         notes += _warnings(source, store, frames, tasks)
         if slow:
@@ -149,7 +156,7 @@ def evaluate(
             else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
             warnings=notes,
         )
-        _write(result, frames, store, source)
+        _write(result, videos, frames, store, source)
     return result
 
 
@@ -174,17 +181,22 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Predictions of a logistic regression, (T,), and whether it converged.
+def probe(
+    x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Predictions of a logistic regression, (T,) int64, their probabilities, (T, num_classes)
+    float64, and whether it converged.
 
-    x_train: (n, F) float32; y_train: (n,) int64; x_test: (T, F) float32.
+    x_train: (n, F) float32; y_train: (n,) int64; x_test: (T, F) float32. A class missing in
+    y_train has the probability 0.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
-        return np.full(len(x_test), y_train[0]), True
+        guess = np.full(len(x_test), y_train[0])
+        return guess, np.eye(num_classes)[guess], True
     # In float64: a constant feature, summed in float32, would have a wrong mean and a nonzero
     # deviation, and dividing by that rounding error would blow it up.
     mean, std = (f(x_train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
@@ -197,7 +209,11 @@ def probe(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> tuple
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit((x_train - mean) * scale, y_train)
-    return model.predict((x_test - mean) * scale), int(np.max(model.n_iter_)) < MAX_ITERATIONS
+    x_test = (x_test - mean) * scale
+    probability = np.zeros((len(x_test), num_classes))
+    # In float64: float32 rounds what is nearly certain to 1, which would be ties for the AUROC.
+    probability[:, model.classes_] = model.predict_proba(x_test.astype(np.float64))
+    return model.predict(x_test), probability, int(np.max(model.n_iter_)) < MAX_ITERATIONS
 
 
 def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -219,16 +235,17 @@ def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterato
 
 def _fit_all(
     protocol: str, tasks: list[Task], frames: LabelledFrames, features, report
-) -> tuple[list[np.ndarray], int]:
-    """Each task's predicted classes, (T,), and how many fits did not converge."""
-    guesses, slow, num_seeds = [], 0, tasks[-1].seed + 1
+) -> tuple[list[Guess], int]:
+    """Each task's predictions, and how many fits did not converge."""
+    guesses, slow, num_seeds, num_classes = [], 0, tasks[-1].seed + 1, len(frames.names)
     for done, t in enumerate(tasks, start=1):
         x, y = features[t.backbone], frames.y[t.train]
         if protocol == "knn":
-            guess, converged = knn(x[t.train], y, x[t.test], len(frames.names)), True
+            found, converged = votes(x[t.train], y, x[t.test], num_classes), True
+            guess, probability = found.argmax(1), found / found.sum(1, keepdims=True)
         else:
-            guess, converged = probe(x[t.train], y, x[t.test])
-        guesses.append(guess)
+            guess, probability, converged = probe(x[t.train], y, x[t.test], num_classes)
+        guesses.append(Guess(guess, probability))
         slow += not converged
         report(done, len(tasks), f"seed {t.seed + 1} of {num_seeds}")
     return guesses, slow
@@ -243,8 +260,8 @@ def _finetune(
     device: torch.device,
     cache: Path,
     stage: Stage,
-) -> tuple[list[np.ndarray], int]:
-    """Each task's predicted classes, (T,), and how many trainings that took."""
+) -> tuple[list[Guess], int]:
+    """Each task's predictions, and how many trainings that took."""
     starts = {name: build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
     size, shards = run.config["settings"]["image_size"], run.config["shards"]
     pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
@@ -256,68 +273,97 @@ def _finetune(
         for t in tasks
     ]
     with stage("fine-tuning", "steps") as report:
-        return finetune.finetune(jobs, starts, pictures, settings, cache, report)
+        logits, num = finetune.finetune(jobs, starts, pictures, settings, cache, report)
+    softmax = [torch.from_numpy(each).double().softmax(1).numpy() for each in logits]
+    return [Guess(x.argmax(1), p) for x, p in zip(logits, softmax, strict=True)], num
 
 
-def _rows(frames: LabelledFrames, tasks: list[Task], guesses: list[np.ndarray], deals) -> list[Row]:
-    """The table: folds of a seed pooled, grouped by backbone, the majority class last."""
+def _rows(
+    frames: LabelledFrames, tasks: list[Task], guesses: list[Guess], deals
+) -> tuple[list[Row], list[Videos]]:
+    """The table: folds of a seed pooled, grouped by backbone, the majority class last. And what
+    the backbones predicted for each video."""
     num_classes, num_seeds = len(frames.names), len(deals)
     cells: dict[tuple[str, float], list] = {}
     for t, guess in zip(tasks, guesses, strict=True):
         cells.setdefault((t.backbone, t.percent), []).append((t, guess))
-    name = "majority class"
-    cells[name, 100.0] = []
+    cells[MAJORITY, 100.0] = []
     for seed, pairs in enumerate(deals):
         for train, test in pairs:
             # One class for all folds: a fold's majority in training is rare in its test part.
             seen = train if frames.test is not None else slice(None)
-            guess = np.bincount(frames.y[seen]).argmax()
-            cells[name, 100.0].append((Task(name, 100.0, seed, train, test), guess))
+            guess = np.full(len(test), np.bincount(frames.y[seen]).argmax())
+            task = Task(MAJORITY, 100.0, seed, train, test)
+            cells[MAJORITY, 100.0].append((task, Guess(guess, np.eye(num_classes)[guess])))
     tested = np.concatenate([test for _, test in deals[0]])
-    rows = []
+    rows, all_videos = [], []
     for (name, p), found in cells.items():
-        confusion = np.zeros((num_seeds, num_classes, num_classes), np.int64)
-        for t, guess in found:
-            np.add.at(confusion[t.seed], (frames.y[t.test], guess), 1)
         used = [
             [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
         ]
-        if _is_one_fit(found):
-            confusion = confusion[:1]
-        count = len(confusion)
-        f1, accuracy, per_class = zip(*(scores(c) for c in confusion), strict=True)
-        videos, patients = np.mean(used, axis=0).tolist()
+        num_train_videos, num_train_patients = np.mean(used, axis=0).tolist()
+        confusions, per_class, of_seeds = [], [], []
+        for seed in range(1 if _is_one_fit(found) else num_seeds):
+            mine = [(t, guess) for t, guess in found if t.seed == seed]
+            test = np.concatenate([t.test for t, _ in mine])
+            guess = Guess(*map(np.concatenate, zip(*(guess for _, guess in mine), strict=True)))
+            y, videos = frames.y[test], of_videos(name, p, seed, frames, test, guess.probability)
+            if name != MAJORITY:
+                all_videos.append(videos)
+            confusions.append(_confusion(y, guess.y, num_classes))
+            f1, accuracy, f1_of_classes = scores(confusions[-1])
+            per_class.append(f1_of_classes)
+            f1_of_videos, *_ = scores(_confusion(videos.y, videos.guess, num_classes))
+            of_seeds.append(
+                {
+                    "macro_f1": f1,
+                    "macro_f1_per_video": f1_of_videos,
+                    "balanced_accuracy": accuracy,
+                    "auroc": auroc(y, guess.probability),
+                    "auroc_per_video": auroc(videos.y, videos.probability),
+                }
+            )
+        values = {key: [each[key] for each in of_seeds] for key in of_seeds[0]}
+        count = len(of_seeds)
         rows.append(
             Row(
                 backbone=name,
                 percent=p,
-                macro_f1=float(np.mean(f1)),
-                macro_f1_std=float(np.std(f1, ddof=1)) if count > 1 else None,
-                balanced_accuracy=float(np.mean(accuracy)),
-                balanced_accuracy_std=float(np.std(accuracy, ddof=1)) if count > 1 else None,
+                **{key: float(np.mean(v)) for key, v in values.items()},
+                **{
+                    f"{key}_std": float(np.std(v, ddof=1)) if count > 1 else None
+                    for key, v in values.items()
+                },
                 num_seeds=count,
-                num_train_videos=videos,
-                num_train_patients=patients,
+                num_train_videos=num_train_videos,
+                num_train_patients=num_train_patients,
                 num_test_frames=len(tested),
                 num_test_videos=len(np.unique(frames.video[tested])),
                 num_test_patients=len(np.unique(frames.patient[tested])),
                 per_class_f1=dict(
                     zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)
                 ),
-                confusion=confusion.mean(axis=0).tolist(),
-                macro_f1_of_seeds=list(f1),
+                confusion=np.mean(confusions, axis=0).tolist(),
+                macro_f1_of_seeds=values["macro_f1"],
             )
         )
-    return rows
+    return rows, all_videos
 
 
-def _is_one_fit(found: list[tuple[Task, np.ndarray]]) -> bool:
+def _confusion(y: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
+    """(classes, classes) int64 counts; rows: truth, columns: prediction."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (y, guess), 1)
+    return confusion
+
+
+def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:
     """Whether every seed's (task, guess) is the same, as with a fixed split and all labels: then
     the fits are one fit, whose repetition says nothing about its spread."""
     first, guess = found[0]
     return all(
         np.array_equal(t.train, first.train) and np.array_equal(t.test, first.test)
-        and np.array_equal(g, guess)
+        and np.array_equal(g.y, guess.y) and np.allclose(g.probability, guess.probability)
         for t, g in found
     )  # fmt: skip
 
@@ -375,7 +421,7 @@ def _warnings(
         yield f"the run is not finished: its backbone is from step {done} of {steps}"
 
 
-def _write(result: Evaluation, frames, store: FrameStore, run: Run) -> None:
+def _write(result: Evaluation, videos: list[Videos], frames, store: FrameStore, run: Run) -> None:
     settings = run.config["settings"]
     facts = {
         "format": 2,
@@ -402,4 +448,5 @@ def _write(result: Evaluation, frames, store: FrameStore, run: Run) -> None:
         f.write("\n")
     with atomic_file(result.out / "report.md", "w") as f:
         f.write(markdown(result, settings))
+    predictions.write(result.out / "predictions.csv", videos, store.video_ids, result.names)
     draw(result, result.out / "confusion.png")

@@ -114,12 +114,12 @@ def finetune(
     cache: Path,
     report: Callable[[int, int, str], None],
 ) -> tuple[list[np.ndarray], int]:
-    """The predicted classes of each job's test frames, (T,) int64, and how many trainings it took.
+    """The logits of each job's test frames, (T, classes) float32, and how many trainings it took.
 
-    starts: the backbones by name; they are not changed. The predictions of each training are kept
+    starts: the backbones by name; they are not changed. The logits of each training are kept
     in the folder `cache`, under a digest of everything they depend on; equal jobs are done only
     once (two small shares may keep the same videos). Ctrl-C and SIGTERM lose the training under
-    way and raise Interrupted. Raises InputError if a loss is no longer finite.
+    way and raise Interrupted. Raises InputError if a loss or a logit is not finite.
     """
     if pictures.device.type == "cpu":
         keep_freed_memory()
@@ -165,7 +165,8 @@ def _names(
         key.update(f" {job.seed} {job.num_classes} {len(job.train)} ".encode())
         for array in (job.train, job.y, job.test):
             key.update(array.astype(np.int64).tobytes())
-        names.append(f"predictions-{key.hexdigest()[:16]}.npy")
+        # Not "predictions-", under which earlier versions kept classes instead of logits.
+        names.append(f"logits-{key.hexdigest()[:16]}.npy")
     return names
 
 
@@ -176,12 +177,14 @@ def tune(
     settings: Settings,
     tick: Callable[[int], None],
 ) -> np.ndarray:
-    """The classes that the fine-tuned model predicts for the job's test frames, (T,) int64.
+    """The fine-tuned model's logits for the job's test frames, (T, classes) float32.
 
     tick(step) is called after every step and every batch of the test.
     """
     if len(np.unique(job.y)) == 1:  # the other classes have no patient in this fold
-        return np.full(len(job.test), job.y[0])
+        logits = np.full((len(job.test), job.num_classes), -np.inf, np.float32)
+        logits[:, job.y[0]] = 0
+        return logits
     device, s = pictures.device, settings
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
@@ -195,9 +198,15 @@ def tune(
     with torch.inference_mode():
         for first in range(0, len(job.test), TEST_BATCH):
             x = pictures.whole(job.test[first : first + TEST_BATCH])
-            parts.append(model(x).argmax(1).cpu().numpy())
+            parts.append(model(x).float().cpu().numpy())
             tick(s.steps)
-    return np.concatenate(parts)
+    logits = np.concatenate(parts)
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"fine-tuning of {job.backbone}: the model's outputs are not finite after the last"
+            f" step of seed {job.seed + 1}; train the backbone again, with a lower --lr"
+        )
+    return logits
 
 
 def _train(

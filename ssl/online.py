@@ -71,7 +71,7 @@ class Online:
         found = {"knn_accuracy": float((guess == seen).mean())}
         for name, predicted in (
             ("knn", guess),
-            ("probe", probe(x[self.train], y[self.train], x[self.test])[0]),
+            ("probe", probe(x[self.train], y[self.train], x[self.test], num)[0]),
         ):
             confusion = np.zeros((num, num), np.int64)
             np.add.at(confusion, (seen, predicted), 1)

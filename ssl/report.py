@@ -11,6 +11,15 @@ from sslus.engine.atomic import atomic_file
 PROTOCOLS = {  # -> its name in reports
     "linear": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning",
 }  # fmt: skip
+SCORES = {  # of the table, in words
+    "Macro-F1": "the mean of the classes' F1 over frames.",
+    "Macro-F1 per video": "the same over videos; a video's prediction is the class with the"
+    " highest mean probability over its frames.",
+    "Balanced accuracy": "the mean over classes of the share of frames predicted correctly.",
+    "AUROC per video": "the area under the ROC curve of each class against all others, from the"
+    " mean probabilities of the videos, averaged over the classes that have both positives and"
+    " negatives among the tested videos; AUROC over frames is in results.json.",
+}
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,14 @@ class Row:
     percent: float  # of the training videos of each class
     macro_f1: float  # mean over seeds
     macro_f1_std: float | None  # over seeds; None for one seed
+    macro_f1_per_video: float
+    macro_f1_per_video_std: float | None
     balanced_accuracy: float
     balanced_accuracy_std: float | None
+    auroc: float  # macro, one class against the rest
+    auroc_std: float | None
+    auroc_per_video: float
+    auroc_per_video_std: float | None
     num_seeds: int  # 1 where a fixed split and all labels leave nothing to draw
     num_train_videos: float  # mean over folds and seeds
     num_train_patients: float
@@ -59,23 +74,35 @@ class Evaluation:
             "; numbers without ± are those of one fit, as all seeds make the same" if alone else ""
         )
 
+    @property
+    def tested(self) -> str:
+        """What every line of the table was tested on, in words."""
+        row = self.rows[0]
+        return (
+            f"{row.num_test_frames:,} frames, {row.num_test_videos} videos,"
+            f" {row.num_test_patients} patients"
+        )
+
 
 def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table, as text."""
+    """Header and cells of the table, as text; the header has line breaks."""
 
     def with_std(mean: float, std: float | None) -> str:
         return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
 
-    header = ["backbone", "labels", "macro-F1", "balanced accuracy", "trained on", "tested on"]
+    header = [
+        "backbone", "labels", "macro-F1", "macro-F1\nper video", "balanced\naccuracy",
+        "AUROC\nper video", "trained on\nvideos\n(patients)",
+    ]  # fmt: skip
     cells = [
         [
             row.backbone,
             f"{row.percent:g} %",
             with_std(row.macro_f1, row.macro_f1_std),
+            with_std(row.macro_f1_per_video, row.macro_f1_per_video_std),
             with_std(row.balanced_accuracy, row.balanced_accuracy_std),
-            f"{row.num_train_videos:.0f} videos, {row.num_train_patients:.0f} patients",
-            f"{row.num_test_frames:,} frames, {row.num_test_videos} videos,"
-            f" {row.num_test_patients} patients",
+            with_std(row.auroc_per_video, row.auroc_per_video_std),
+            f"{row.num_train_videos:.0f} ({row.num_train_patients:.0f})",
         ]
         for row in result.rows
     ]
@@ -84,6 +111,7 @@ def table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 def markdown(result: Evaluation, settings: dict) -> str:
     header, cells = table(result)
+    header = [name.replace("\n", " ") for name in header]
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
     *judged, majority = result.rows
     per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
@@ -94,13 +122,19 @@ def markdown(result: Evaluation, settings: dict) -> str:
             f" {settings['image_size']} px",
             "",
             f"{result.num_frames:,} frames, {result.num_videos} videos, {result.num_patients}"
-            f" patients; {result.split}; {result.spread}. Numbers are per frame. Labels: the share"
-            " of the training videos of each class, at least one, whose labels are used.",
+            f" patients; {result.split}; {result.spread}. Tested in each seed: {result.tested}."
+            " Labels: the share of the training videos of each class, at least one, whose labels"
+            " are used.",
             *_in_words(result),
             "",
             *lines,
             "",
-            "F1 of each class:",
+            *(f"- {name}: {words}" for name, words in SCORES.items()),
+            "",
+            "Each video's prediction and probabilities are in predictions.csv, by its id in the"
+            " shards.",
+            "",
+            "F1 of each class, over frames:",
             "",
             f"| backbone | labels | {' | '.join(names)} |",
             f"| {' | '.join(['---'] * (2 + len(result.names)))} |",

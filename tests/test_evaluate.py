@@ -18,12 +18,23 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import save_file
+from sklearn.metrics import f1_score, roc_auc_score
 
 from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, evaluate, features, finetune, online, report, splits, views
+from sslus.ssl import (
+    backbones,
+    evaluate,
+    features,
+    finetune,
+    online,
+    predictions,
+    report,
+    splits,
+    views,
+)
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
@@ -284,14 +295,15 @@ def test_probe_standardises_on_the_training_part_and_weighs_classes():
     x = rng.normal(size=(200, 3)).astype(np.float32) * [1, 1000, 1]
     x[:, 0] += 2 * y
     x[:, 2] = 7.0  # constant where it is trained
-    guess, converged = evaluate.probe(x, y, x)
+    guess, probability, converged = evaluate.probe(x, y, x, 2)
     assert converged and (guess[y == 1] == 1).mean() > 0.6  # unweighted: hardly any
+    assert np.array_equal(probability.argmax(1), guess)
     # Nothing of the test part decides anything: a row alone is judged as among others.
-    assert all(evaluate.probe(x, y, x[i : i + 1])[0] == guess[i] for i in (0, 100, 199))
+    assert all(evaluate.probe(x, y, x[i : i + 1], 2)[0] == guess[i] for i in (0, 100, 199))
     moved = x + np.float32([0, 0, 1e4])  # what is constant in training counts for nothing
-    assert np.array_equal(evaluate.probe(x, y, moved)[0], guess)
+    assert np.array_equal(evaluate.probe(x, y, moved, 2)[0], guess)
     scaled = np.float32([1e-3, 10, 1])
-    assert (evaluate.probe(x * scaled, y, x * scaled)[0] == guess).mean() > 0.99
+    assert (evaluate.probe(x * scaled, y, x * scaled, 2)[0] == guess).mean() > 0.99
 
 
 def test_a_constant_feature_counts_for_nothing_whatever_its_value():
@@ -299,8 +311,29 @@ def test_a_constant_feature_counts_for_nothing_whatever_its_value():
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 2500)
     x = np.float32([y + 0.5 * rng.normal(size=5000), np.full(5000, 0.1)]).T.copy()
-    guess, _ = evaluate.probe(x, y, x)
-    assert np.array_equal(evaluate.probe(x, y, x + np.float32([0, 1]))[0], guess)
+    guess, *_ = evaluate.probe(x, y, x, 2)
+    assert np.array_equal(evaluate.probe(x, y, x + np.float32([0, 1]), 2)[0], guess)
+
+
+@pytest.mark.parametrize("learned", [[0, 2], [1, 3, 4], [3]])
+def test_a_class_that_was_not_learned_has_no_probability(learned):
+    """Of five classes; the columns of the others are where their classes are."""
+    rng = np.random.default_rng(0)
+    y = np.resize(learned, 90)
+    x = (np.eye(5)[y] + 0.2 * rng.normal(size=(90, 5))).astype(np.float32)
+    guess, probability, _ = evaluate.probe(x, y, x, 5)
+    assert probability.shape == (90, 5)
+    assert set(np.flatnonzero(probability.sum(0))) == set(learned)
+    np.testing.assert_allclose(probability.sum(1), 1)
+    assert np.array_equal(guess, y) and np.array_equal(probability.argmax(1), y)
+
+
+def test_what_is_nearly_certain_is_not_a_tie():
+    """As it would be in float32, where both frames have the probability 1."""
+    y = np.repeat([0, 1], 50)
+    x = y[:, None].astype(np.float32)
+    _, (one, other), _ = evaluate.probe(x, y, np.float32([[25], [26]]), 2)
+    assert 1 - 1e-7 < one[1] < other[1]
 
 
 def test_scores_by_hand():
@@ -309,6 +342,114 @@ def test_scores_by_hand():
     assert per_class == pytest.approx([16 / 19, 6 / 9, 0])
     assert f1 == pytest.approx((16 / 19 + 6 / 9) / 3)
     assert accuracy == pytest.approx((0.8 + 0.75) / 3)
+
+
+@pytest.mark.parametrize("protocol", report.PROTOCOLS)
+def test_the_scores_are_those_of_the_predictions(
+    protocol, run, videos, shards, tmp_path, monkeypatch
+):
+    """By scikit-learn, from nothing but predictions.csv; for classes that are hard to tell."""
+    odd = ('=1+1, "a"', "video", "四腔")
+
+    def hard(rows):
+        return [row | {"label": odd[int(row["patient"][1:]) // 4]} for row in rows]
+
+    of_frames, rows = {}, evaluate._rows
+
+    def spied(frames, tasks, guesses, deals):
+        for t, guess in zip(tasks, guesses, strict=True):
+            assert np.array_equal(guess.y, guess.probability.argmax(1))
+            part = of_frames.setdefault((t.backbone, t.percent, t.seed), [])
+            part.append((frames.y[t.test], guess.probability))
+        return rows(frames, tasks, guesses, deals)
+
+    monkeypatch.setattr(evaluate, "_rows", spied)
+    judged = evaluate.evaluate(
+        run, rewrite(videos, tmp_path, hard), out=tmp_path / "out", protocol=protocol,
+        percents=(10, 100), num_seeds=2, steps=2, device="cpu",
+    )  # fmt: skip
+    with (judged.out / "predictions.csv").open(newline="", encoding="utf-8") as f:
+        header, *lines = csv.reader(f)
+    columns = [f"probability_{name}" for name in judged.names]
+    assert judged.names == sorted(odd)
+    assert header == "backbone percent seed video label predicted num_frames".split() + columns
+    ledger = [json.loads(line) for line in (shards / "local" / "ledger.jsonl").open()]
+    patient_of = {line["id"]: int(Path(line["source"]).stem.split("-")[0]) for line in ledger}
+    parts, lines = {}, [dict(zip(header, line, strict=True)) for line in lines]
+    for row in lines:
+        assert row["label"] == odd[patient_of[row["video"]] // 4] and row["num_frames"] == "6"
+        parts.setdefault((row["backbone"], float(row["percent"]), row["seed"]), []).append(row)
+    assert all({row["video"] for row in part} == set(patient_of) for part in parts.values())
+    assert len(parts) == 8 and len(lines) == 8 * 18
+    found = {}
+    for (backbone, percent, seed), part in parts.items():
+        truth, guess = ([row[key] for row in part] for key in ("label", "predicted"))
+        probability = np.array([[float(row[c]) for c in columns] for row in part])
+        np.testing.assert_allclose(probability.sum(1), 1)
+        assert guess == [judged.names[c] for c in probability.argmax(1)]
+        f1 = f1_score(truth, guess, labels=judged.names, average="macro", zero_division=0)
+        auroc = roc_auc_score(truth, probability, multi_class="ovr", labels=judged.names)
+        y, frames = map(np.concatenate, zip(*of_frames[backbone, percent, int(seed)], strict=True))
+        auroc_of_frames = roc_auc_score(y, frames, multi_class="ovr")
+        found.setdefault((backbone, percent), []).append((f1, auroc, auroc_of_frames))
+    assert 0.05 < np.mean(list(found.values())) < 0.95
+    for row in judged.rows[:-1]:
+        of_seeds = np.array(found[row.backbone, row.percent])
+        got = [row.macro_f1_per_video, row.auroc_per_video, row.auroc]
+        assert got == pytest.approx(of_seeds.mean(axis=0).tolist())
+        got = [row.macro_f1_per_video_std, row.auroc_per_video_std, row.auroc_std]
+        assert got == pytest.approx(of_seeds.std(axis=0, ddof=1).tolist())
+    majority = judged.rows[-1]
+    assert majority.auroc == majority.auroc_per_video == 0.5
+    assert majority.macro_f1_per_video < 0.3
+    page = (judged.out / "report.md").read_text()
+    for name in ("macro-F1 per video", "AUROC per video"):
+        assert f"| {name} |" in page and f"\n- {name[0].upper()}{name[1:]}: " in page
+
+
+def pooled(frames, probability, seeds=(0,)):
+    """What _rows makes of the probabilities of frames that are all tested at once."""
+    every = np.arange(len(frames))
+    tasks = [evaluate.Task("one", 100.0, seed, every, every) for seed in seeds]
+    guesses = [predictions.Guess(p.argmax(1), p) for p in probability]
+    return evaluate._rows(frames, tasks, guesses, [[(every, every)]] * len(seeds))
+
+
+def test_frames_of_a_video_are_averaged():
+    """Two of three frames have another class than the mean of their probabilities."""
+    frames = small((0, 1), (2, 3))  # four videos of two frames each
+    frames = dataclasses.replace(frames, video=np.array([0, 0, 0, 1, 2, 2, 3, 3]), y=np.repeat(
+        [0, 1], 4))  # fmt: skip
+    first = np.array([0.45, 0.45, 0.9, 0.4, 0.2, 0.3, 0.55, 0.1])  # of class 0
+    (row, _), (videos,) = pooled(frames, [np.stack([first, 1 - first], 1)])
+    assert videos.video.tolist() == [0, 1, 2, 3] and videos.y.tolist() == [0, 0, 1, 1]
+    assert videos.num_frames.tolist() == [3, 1, 2, 2]
+    assert videos.probability[:, 0] == pytest.approx([0.6, 0.4, 0.25, 0.325])
+    assert videos.guess.tolist() == [0, 1, 1, 1]
+    assert row.macro_f1 == pytest.approx(f1_score(frames.y, first <= 0.5, average="macro"))
+    assert row.macro_f1_per_video == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert row.auroc == pytest.approx(13 / 16) and row.auroc_per_video == 1  # pairs in order
+
+
+def test_auroc_is_that_of_the_classes_that_are_tested():
+    rng = np.random.default_rng(0)
+    probability = rng.dirichlet(np.ones(4), 200)
+    y = rng.integers(0, 4, 200)
+    theirs = roc_auc_score(y, probability, multi_class="ovr")
+    assert predictions.auroc(y, probability) == pytest.approx(theirs)
+    y[y == 2] = 3
+    each = [roc_auc_score(y == c, probability[:, c]) for c in (0, 1, 3)]
+    assert predictions.auroc(y, probability) == pytest.approx(np.mean(each))
+
+
+def test_fits_with_other_probabilities_are_not_one_fit():
+    """Fine-tunings of two seeds, which predict the same classes."""
+    frames = small((0, 1), (2, 3))
+    sure = np.eye(2)[frames.y]
+    (same, majority), videos = pooled(frames, [sure, sure], seeds=(0, 1))
+    assert same.num_seeds == majority.num_seeds == len(videos) == 1
+    (row, _), videos = pooled(frames, [sure, 0.9 * sure + 0.05], seeds=(0, 1))
+    assert row.num_seeds == len(videos) == 2 and row.macro_f1_std == 0
 
 
 def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
@@ -434,7 +575,10 @@ def test_the_whole_report(run, shards, videos, tmp_path, capsys):
     assert rows["vicreg", 10]["num_train_videos"] == 3  # one of each class
     assert rows["vicreg", 100]["num_train_videos"] == 13.5  # three of four folds of 18
     assert rows["random init", 100]["macro_f1"] > 0.7  # classes that a look tells apart
-    assert rows["majority class", 100]["balanced_accuracy"] == pytest.approx(1 / 3)
+    majority = rows["majority class", 100]
+    assert majority["balanced_accuracy"] == pytest.approx(1 / 3)
+    assert majority["auroc"] == majority["auroc_per_video"] == 0.5
+    assert max(map(len, shown.partition("protocol")[0].splitlines())) <= 100
     for name in ("report.md", "confusion.png"):
         assert (out / name).stat().st_size > 500
     assert "± " in (out / "report.md").read_text()
@@ -480,7 +624,7 @@ def test_what_is_written_names_no_one(clip, pattern, run, tmp_path, monkeypatch)
     out = copy / "evaluation"
     files = [path for path in out.rglob("*") if path.is_file()]
     written = {str(path.relative_to(out)): path.read_bytes() for path in files}
-    names = {"results.json", "report.md", "confusion.png"}
+    names = {"results.json", "report.md", "confusion.png", "predictions.csv"}
     assert {f"{p}{n}" for p in ("", "knn/", "finetune/") for n in names} < set(written)
     for content in (*written.values(), " ".join(written).encode(), " ".join(drawn).encode()):
         assert b"schmidt" not in content.lower() and str(tmp_path).encode() not in content
@@ -566,7 +710,7 @@ def test_fine_tuning_keeps_patients_apart(run, videos, frames, tmp_path, monkeyp
         assert not set(frames.patient[train]) & set(frames.patient[test])
         assert np.array_equal(job.y, frames.y[train]) and set(job.y) == {0, 1, 2}
         met.append((job.backbone, job.seed, len(train), tuple(test)))
-        return frames.y[test]
+        return np.eye(3, dtype=np.float32)[frames.y[test]]
 
     monkeypatch.setattr(finetune, "tune", spied)
     judged = evaluate.evaluate(
@@ -602,7 +746,7 @@ def test_the_labels_of_the_test_part_reach_no_training(protocol, run, videos, tm
             run, rewrite(videos, out, split), out=out, protocol=protocol, percents=(100,),
             num_seeds=1, steps=2, device="cpu",
         )  # fmt: skip
-        kept = {path.name: path.read_bytes() for path in judged.out.glob("predictions-*")}
+        kept = {path.name: path.read_bytes() for path in judged.out.glob("logits-*")}
         found.append((kept, np.array(judged.rows[0].confusion)))
     (first, confusion), (second, other) = found
     assert first == second and len(first) == (2 if protocol == "finetune" else 0)
@@ -656,9 +800,9 @@ def test_what_the_probe_learns_from_are_the_labels_that_are_kept(
     """Standardisation and class weights too: of the share, never of the full set."""
     sizes, probe = [], evaluate.probe
 
-    def spied(x, y, test):
+    def spied(x, y, test, num_classes):
         sizes.append((len(x), len(y)))
-        return probe(x, y, test)
+        return probe(x, y, test, num_classes)
 
     monkeypatch.setattr(evaluate, "probe", spied)
     evaluate.evaluate(
@@ -839,19 +983,18 @@ def test_the_online_probe_keeps_patients_apart(monkeypatch):
         # The feature of a frame is its number: what knn and probe are given shows where it is from.
         met = []
 
-        def spied(x, y, query, num=None, look=look, met=met):
+        def spied(x, y, query, num, look=look, met=met):
             at = look.frames.index
             assert np.array_equal(x[:, 0], at[look.train]) and np.array_equal(y, label[x[:, 0]])
             assert np.array_equal(query[:, 0], at[look.test])
             met.append(num)
-            guess = label[query[:, 0]]
-            return guess if num else (guess, True)
+            return label[query[:, 0]]
 
         monkeypatch.setattr(look, "features", lambda backbone, stop, used=used: used[:, None])
         monkeypatch.setattr(online, "knn", spied)
-        monkeypatch.setattr(online, "probe", spied)
+        monkeypatch.setattr(online, "probe", lambda *a, spied=spied: (spied(*a), None, True))
         assert look(None) == {"knn_accuracy": 1.0, "knn_macro_f1": 1.0, "probe_macro_f1": 1.0}
-        assert met == [4, None]
+        assert met == [4, 4]
 
 
 def test_the_online_probe_tests_every_class_if_a_fold_has_them_all():

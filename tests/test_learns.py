@@ -155,7 +155,7 @@ def recognises(backbone, pictures, store) -> float:
     fitted = np.arange(len(store)) % 2 == 0
     fit, judged = (x[:, part].reshape(-1, x.shape[-1]) for part in (fitted, ~fitted))
     truth = np.tile(clip[~fitted], COPIES)
-    guess, _ = probe(fit, np.tile(clip[fitted], COPIES), judged)
+    guess, *_ = probe(fit, np.tile(clip[fitted], COPIES), judged, clip.max() + 1)
     confusion = np.zeros((clip.max() + 1,) * 2, int)
     np.add.at(confusion, (truth, guess), 1)
     return scores(confusion)[0]

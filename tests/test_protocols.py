@@ -91,7 +91,9 @@ def job(toy, num_train=20, **changes):
 
 def tune(toy, steps, lr=SETTINGS.lr, **changes):
     settings = dataclasses.replace(SETTINGS, steps=steps, lr=lr)
-    return finetune.tune(job(toy, **changes), toy.start, toy.pictures, settings, lambda step: None)
+    logits = finetune.tune(job(toy, **changes), toy.start, toy.pictures, settings, lambda _: None)
+    assert logits.dtype == np.float32 and np.isfinite(logits).all()
+    return logits.argmax(1)
 
 
 def test_fine_tuning_learns_what_its_start_does_not_know(toy, monkeypatch):
@@ -184,6 +186,16 @@ def test_what_was_interrupted_goes_on_with_the_same_bytes(toy, tmp_path):
     assert told[0] == (6, 9, "") and files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+def test_what_earlier_versions_kept_is_not_read(toy, tmp_path):
+    """They kept the predicted classes, under the same digest."""
+    (name,) = finetune._names([job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS)
+    np.save(tmp_path / name.replace("logits", "predictions"), np.zeros(20, np.int64))
+    (logits,), _ = finetune.finetune(
+        [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, tmp_path, lambda *a: None
+    )
+    assert logits.shape == (20, 2) and len(list(tmp_path.iterdir())) == 2
+
+
 def test_on_a_full_disk_no_training_seems_finished(toy, small_disk):
     (small_disk / "filler").write_bytes(bytes(4 << 20))
     with pytest.raises(OSError, match="No space left"):
@@ -216,7 +228,7 @@ def test_a_kept_result_is_that_of_the_same_training_only(toy):
     assert name(job(toy)) == names[0]
 
 
-def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path):
+def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path, monkeypatch):
     broken = backbones.build("test_resnet", SIZE, 0)
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
@@ -229,4 +241,9 @@ def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path):
     with pytest.raises(InputError, match="--steps 0: want at least 1"):
         finetune.Settings.of(0, CPU, "test_resnet", 32)
     alone = job(toy, train=np.array([1]), y=np.array([1]))  # of one class, which needs no training
-    assert set(finetune.tune(alone, broken, toy.pictures, SETTINGS, None)) == {1}
+    assert finetune.tune(alone, broken, toy.pictures, SETTINGS, None).tolist() == 20 * [
+        [-np.inf, 0]
+    ]
+    monkeypatch.setattr(finetune, "_train", lambda *a: None)
+    with pytest.raises(InputError, match="of toy: the model's outputs are not finite after the la"):
+        finetune.tune(job(toy), broken, toy.pictures, SETTINGS, lambda step: None)

@@ -55,9 +55,10 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
     frames, folds and labels for comparison. The folds are stratified and split by patient: 5, or
     fewer if a class has fewer patients. A `split` column (train or test) replaces them.
 
-    Prints a table of macro-F1 and balanced accuracy, and writes report.md, results.json and
-    confusion.png: for the linear probe to the output folder itself, for the other protocols to a
-    subfolder of their own. The local/ folder of the shards is needed.
+    Prints a table of macro-F1 per frame and per video, balanced accuracy and AUROC, and writes
+    report.md, results.json, confusion.png and predictions.csv, with the class probabilities of
+    each tested video: for the linear probe to the output folder itself, for the other protocols to
+    a subfolder of their own. The local/ folder of the shards is needed.
 
     \b
     sslus evaluate runs/vicreg --labels videos/labels.csv
@@ -112,15 +113,16 @@ def compared(results: dict) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table that compares runs, from {(run, protocol): Evaluation}."""
     from sslus.ssl import report
 
-    header = ["run", "protocol", "labels", "macro-F1", "random init", "balanced accuracy"]
+    header = ["run", "protocol", "labels", "macro-F1", "random init"]
+    header += ["macro-F1\nper video", "AUROC\nper video"]
     cells = []
     for (run, protocol), result in results.items():
         _, rows = report.table(result)
         num = (len(rows) - 1) // 2  # the run's, those of random weights, the majority class
-        for (_, labels, f1, accuracy, *_), (_, _, random_f1, *_) in zip(
+        for (_, labels, f1, video_f1, _, auroc, _), (_, _, random_f1, *_) in zip(
             rows[:num], rows[num:-1], strict=True
         ):
-            cells.append([str(run), protocol, labels, f1, random_f1, accuracy])
+            cells.append([str(run), protocol, labels, f1, random_f1, video_f1, auroc])
     return header, cells
 
 
@@ -135,8 +137,10 @@ def show(result) -> None:
             "data": f"{result.num_frames:,} frames, {result.num_videos} videos,"
             f" {result.num_patients} patients, {len(result.names)} classes",
             "split": f"{result.split}; {result.spread}",
+            "tested on": result.tested,
             "report": str(result.out / "report.md"),
             "numbers": str(result.out / "results.json"),
+            "predictions": str(result.out / "predictions.csv"),
             "picture": str(result.out / "confusion.png"),
         },
         warnings=result.warnings,
@@ -152,7 +156,7 @@ def _print(header: list[str], cells: list[list[str]]) -> None:
 
     from sslus.tools.screen import tell
 
-    shown = Table(*header, box=box.SIMPLE_HEAD)
+    shown = Table(*header, box=box.SIMPLE_HEAD, collapse_padding=True)
     for row in cells:
         shown.add_row(*row)
     # A log or a pipe has no width of its own; 80 columns would break every row.
