@@ -116,9 +116,14 @@ def spool_video(
     else:
         _judge(record)
     record["seconds"] = round(time.monotonic() - start, 3)
+    keep_record(work, video_id, record)
+    return without_frames(record)
+
+
+def keep_record(work: Path, video_id: str, record: dict) -> None:
+    """Write the second file of a spool, which makes it complete."""
     with atomic_file(spool_path(work, video_id), "w", durable=False) as f:
         f.write(json.dumps(record))  # json.dump encodes in Python, ten times slower
-    return without_frames(record)
 
 
 def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:

@@ -26,7 +26,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.plan import Plan
-from sslus.engine.tar import BLOCK, NAME_BYTES
+from sslus.engine.tar import Archive, Sample
 
 BUFFER = 8192  # frames shuffled together: 160 MB as JPEG at 256 px
 LANES = 8  # sequences of shards read in parallel, so that up to 8 ranks read only their own
@@ -155,7 +155,7 @@ class Reader:
         counts = [entry["num_frames"] for entry in self.entries]
         self.ends = np.cumsum(counts)
         self.label = {name: i for i, name in enumerate(store.label_names)} | {None: -1}
-        self.shards: dict[int, Future[_Shard]] = {}
+        self.shards: dict[int, Future[Archive]] = {}
         self.wanted: Counter[int] = Counter()
         self.checked: set[int] = set()
         self.frames = np.empty((0, store.size, store.size), np.uint8)
@@ -198,7 +198,7 @@ class Reader:
     def _shard_of(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.ends, indices, "right")
 
-    def _open(self, number: int) -> "_Shard":
+    def _open(self, number: int) -> Archive:
         entry, where = self.entries[number], self.store.where
         name = f"{where.rstrip('/')}/{entry['name']}"
         data = _fetch(where, entry["name"])
@@ -214,9 +214,9 @@ class Reader:
                     " sslus shard --force"
                 )
             self.checked.add(number)
-        return _Shard(name, data, entry["num_frames"])
+        return Archive(name, data, entry["num_frames"])
 
-    def _label(self, shard: "_Shard", sample: "_Sample") -> int:
+    def _label(self, shard: Archive, sample: Sample) -> int:
         try:
             return self.label[json.loads(bytes(shard.part(sample.json)))["label"]]
         except (ValueError, KeyError, TypeError) as e:
@@ -298,48 +298,7 @@ def _fetch(where: str, name: str):
             time.sleep(wait)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    key: str
-    jpg: tuple[int, int]  # offset, length
-    json: tuple[int, int]
-
-
-class _Shard:
-    """A tar file, in memory or memory-mapped, and the positions of its samples."""
-
-    def __init__(self, name: str, data, num_frames: int):
-        self.name, self.data, self.samples = name, memoryview(data), []
-        found: dict[str, dict[str, tuple[int, int]]] = {}
-        offset = 0
-        while offset + BLOCK <= len(data) and data[offset]:
-            raw, _, _ = bytes(data[offset : offset + NAME_BYTES]).partition(b"\0")
-            member = raw.decode("ascii", "replace")
-            try:
-                length = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
-            except ValueError as e:
-                raise InputError(f"{name}: no valid tar header at {member!r}") from e
-            offset += BLOCK
-            if not 0 <= length <= len(data) - offset:
-                raise InputError(f"{name}: ends inside {member}")
-            key, _, extension = member.partition(".")
-            if extension in ("jpg", "json"):  # nothing else is read, let alone unpickled
-                found.setdefault(key, {})[extension] = (offset, length)
-            offset += -(-length // BLOCK) * BLOCK
-        for key, parts in found.items():
-            if len(parts) < 2:
-                raise InputError(f"{name}: {key} has no {'json' if 'jpg' in parts else 'jpg'}")
-            self.samples.append(_Sample(key, parts["jpg"], parts["json"]))
-        if len(self.samples) != num_frames:
-            raise InputError(
-                f"{name}: holds {len(self.samples)} frames, but the manifest says {num_frames}"
-            )
-
-    def part(self, place: tuple[int, int]) -> memoryview:
-        return self.data[place[0] : sum(place)]
-
-
-def _decode_one(shard: _Shard, sample: _Sample, out: np.ndarray) -> None:
+def _decode_one(shard: Archive, sample: Sample, out: np.ndarray) -> None:
     try:
         decode_jpeg(shard.part(sample.jpg), out)
     except ValueError as e:

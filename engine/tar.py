@@ -6,6 +6,7 @@ because a header costs 4 us here but 40 us in the standard library, twice per fr
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
@@ -106,3 +107,47 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
             f"{path}: not a {INDEX_VERSION} index; make the shards again: sslus shard --force"
         ) from e
     return samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    jpg: tuple[int, int]  # offset, length
+    json: tuple[int, int]
+
+
+class Archive:
+    """A shard, in memory or memory-mapped, and where its samples are by its own headers.
+
+    Raises InputError if it is damaged, or does not hold `num_frames` samples.
+    """
+
+    def __init__(self, name: str, data, num_frames: int):
+        self.name, self.data, self.samples = name, memoryview(data), []
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        offset = 0
+        while offset + BLOCK <= len(data) and data[offset]:
+            raw, _, _ = bytes(data[offset : offset + NAME_BYTES]).partition(b"\0")
+            member = raw.decode("ascii", "replace")
+            try:
+                length = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
+            except ValueError as e:
+                raise InputError(f"{name}: no valid tar header at {member!r}") from e
+            offset += BLOCK
+            if not 0 <= length <= len(data) - offset:
+                raise InputError(f"{name}: ends inside {member}")
+            key, _, extension = member.partition(".")
+            if extension in ("jpg", "json"):  # nothing else is read, let alone unpickled
+                found.setdefault(key, {})[extension] = (offset, length)
+            offset += -(-length // BLOCK) * BLOCK
+        for key, parts in found.items():
+            if len(parts) < 2:
+                raise InputError(f"{name}: {key} has no {'json' if 'jpg' in parts else 'jpg'}")
+            self.samples.append(Sample(key, parts["jpg"], parts["json"]))
+        if len(self.samples) != num_frames:
+            raise InputError(
+                f"{name}: holds {len(self.samples)} frames, but the manifest says {num_frames}"
+            )
+
+    def part(self, place: tuple[int, int]) -> memoryview:
+        return self.data[place[0] : sum(place)]

@@ -83,7 +83,7 @@ TRY_AGAIN = (
     "--force",
     is_flag=True,
     help="Replace existing shards (made from other videos, labels or settings, or damaged), and"
-    " retry refused files.",
+    " retry refused files. Videos whose frames stay the same are not decoded again.",
 )
 def command(paths, images, out, size, stride, rate, every, quality, region, labels, jobs, device,
             decoder, frames_per_shard, key, strict, force):  # fmt: skip
@@ -120,6 +120,9 @@ def command(paths, images, out, size, stride, rate, every, quality, region, labe
     You can stop at any time; the same command resumes. The exit code is 3 if the shards are
     complete but some file was refused or gave fewer frames than it announces. The same command
     does not retry such files; with --force it does, and rebuilds all shards.
+
+    To add videos or labels to finished shards, add --force: the frames of the other videos are
+    taken from the old shards.
     """
     from sslus.engine.errors import InputError
     from sslus.engine.shard import Settings, shard
@@ -152,6 +155,8 @@ def show(result) -> None:
     note = "already complete, nothing done" if result.already else f"{result.seconds:.1f} s"
     if result.resumed:
         note += f", {count(result.resumed, 'video')} decoded before"
+    if result.reused:
+        note += f", {count(result.reused, 'video')} taken from the old shards"
     rows = {
         "videos": f"{manifest.num_videos} of {len(ledger)} ({by})",
         "frames": f"{decoded:,} decoded of {expected:,} expected, {manifest.num_frames:,} kept"

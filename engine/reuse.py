@@ -1,0 +1,110 @@
+"""New shards from old ones: frames of videos that did not change are not decoded again.
+
+So adding videos or labels to finished shards costs little more than copying them.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
+from sslus.engine.shard_folder import ShardFolder, frames_by
+from sslus.engine.spool import jpegs_path, keep_record, without_frames
+from sslus.engine.tar import Archive
+
+OF_RECORD = {"sum", "squares", "kept_frames"}  # what a ledger line must have to become a record
+
+
+def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
+    """The ledger lines, by id, of the videos whose frames in the shards there are those that the
+    request wants. {} if what is there cannot be used."""
+    was = folder.request()
+    try:
+        if frames_by(was) != frames_by(request):
+            return {}
+        stamps = {video_id: stamp for video_id, *stamp in was["sources"].values()}
+        wanted = {video_id: stamp for video_id, *stamp in request["sources"].values()}
+        return {
+            line["id"]: line for line in folder.ledger()
+            if line["status"] == "ok" and line.keys() >= OF_RECORD
+            and line["id"] in wanted and wanted[line["id"]] == stamps[line["id"]]
+        }  # fmt: skip
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def respool(
+    folder: ShardFolder, lines: dict[str, dict], stamps: dict[str, tuple[int, int]],
+    report: Callable[[str], None],
+) -> dict[str, dict]:  # fmt: skip
+    """Write the spools of these videos, which `unchanged` found, from the shards there.
+
+    Returns their records by id. A video of which a frame is missing is left out: it lay in a shard
+    that is damaged. `report(note)` is called before each shard is read.
+    """
+    try:
+        shards = read_manifest(folder.out).shards if lines else []
+    except InputError:
+        return {}
+    spools = {video_id: _Spool(_half(folder.work, video_id)) for video_id in lines}
+    for number, entry in enumerate(shards):
+        report(f"shard {number + 1} of {len(shards)} is used again")
+        try:
+            data = (folder.out / entry["name"]).read_bytes()
+        except FileNotFoundError:
+            continue
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            continue
+        archive, used = Archive(entry["name"], data, entry["num_frames"]), set()
+        for sample in archive.samples:
+            fact = json.loads(bytes(archive.part(sample.json)))
+            if spool := spools.get(fact["video"]):
+                spool.add(fact, archive.part(sample.jpg))
+                used.add(spool)
+        for spool in used:
+            spool.flush()
+    records = {}
+    for video_id, spool in spools.items():
+        line = lines[video_id]
+        if len(spool.frames) == line["kept_frames"]:
+            spool.path.replace(jpegs_path(folder.work, video_id))
+            record = {k: v for k, v in line.items() if k not in ("source", "id")} | {
+                "stamp": stamps[video_id], "crc32": spool.crc32, "frames": spool.frames,
+            }  # fmt: skip
+            keep_record(folder.work, video_id, record)
+            records[video_id] = without_frames(record)
+    return records
+
+
+def _half(work: Path, video_id: str) -> Path:
+    path = jpegs_path(work, video_id)
+    return path.with_name(path.name + ".tmp")
+
+
+class _Spool:
+    """The JPEGs of one video, collected from the shards and appended to its file."""
+
+    def __init__(self, path: Path):
+        self.path, self.frames = path, []
+        self.waiting: list[memoryview] = []
+        self.length = self.crc32 = 0
+
+    def add(self, fact: dict, jpeg: memoryview) -> None:
+        self.frames.append((fact["frame"], fact["time_seconds"], self.length, len(jpeg)))
+        self.waiting.append(jpeg)
+        self.length += len(jpeg)
+        self.crc32 = zlib.crc32(jpeg, self.crc32)
+
+    def flush(self) -> None:
+        try:
+            with self.path.open("ab") as f:  # too many videos to keep all of them open
+                f.write(b"".join(self.waiting))
+        except OSError as e:
+            e.filename = e.filename or str(self.path)  # a write does not say of which file
+            raise
+        self.waiting.clear()

@@ -1,0 +1,148 @@
+"""Adding to finished shards: what is there is not decoded again, and the bytes are the same."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sslus.engine.errors import InputError
+from sslus.engine.shard import Settings, ShardReport, shard
+
+SMALL = Settings(size=64, stride=3, frames_per_shard=20)
+
+
+@pytest.fixture
+def videos(clips, tmp_path) -> Path:
+    """The six clips, two of them not yet in the folder, and the key."""
+    (tmp_path / "key").write_text("0f" * 32)
+    folder = shutil.copytree(clips, tmp_path / "videos")
+    (tmp_path / "later").mkdir()
+    for name in ("u", "v"):
+        (folder / f"{name}.mp4").rename(tmp_path / "later" / f"{name}.mp4")
+    (folder / "labels.csv").unlink()
+    return folder
+
+
+def make(videos: Path, out: str, settings=SMALL, **more) -> ShardReport:
+    key = videos.parent / "key"
+    return shard(
+        [videos], videos.parent / out, settings, key=key, jobs=1, device="cpu", **more
+    )  # fmt: skip
+
+
+def add_videos_and_labels(videos: Path, clips: Path) -> Path:
+    for path in (videos.parent / "later").iterdir():
+        shutil.copy2(path, videos / path.name)
+    return shutil.copy2(clips / "labels.csv", videos)
+
+
+def spoil(path: Path) -> None:
+    """Nothing can be decoded any more, but the file looks as before."""
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def shared(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+
+def timeless(report: ShardReport) -> list[dict]:
+    return [line | {"seconds": 0} for line in report.ledger]
+
+
+def test_only_what_is_new_is_decoded(videos, clips, tmp_path):
+    make(videos, "out")
+    first = sorted(videos.rglob("*.mp4"))
+    labels = add_videos_and_labels(videos, clips)
+    whole = make(videos, "whole", labels=labels)
+    for path in first:
+        spoil(path)
+    with pytest.raises(
+        InputError, match=r"2 of the videos added\); --force .* \(4 of 6 videos are"
+    ):
+        make(videos, "out", labels=labels)
+    added = make(videos, "out", labels=labels, force=True)
+    assert (added.reused, added.resumed) == (4, 0)
+    assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+    assert timeless(added) == timeless(whole)
+    assert make(videos, "out", labels=labels).already
+    # Again from shards that were made so: fewer videos, in shards of another size.
+    first[0].unlink()
+    fewer = make(videos, "out", replace(SMALL, frames_per_shard=7), force=True)
+    assert fewer.reused == 5 and fewer.manifest.num_videos == 5 and not fewer.problems
+
+
+def test_what_may_differ_is_decoded_again(videos, clip, pattern, tmp_path):
+    cut = clip(videos / "cut.mkv", pattern(30, 64, 64))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+    assert [line["status"] for line in make(videos, "out").problems] == ["incomplete"]
+
+    def again(num: int, **more) -> None:
+        assert make(videos, "out", force=True, **more).reused == num
+
+    again(0)  # nothing has changed: whoever asks does not trust what is there
+    again(0, settings=replace(SMALL, quality=90))
+    again(0)
+    first, second, *_ = sorted(videos.rglob("*.mp4"))
+    os.utime(first, ns=(0, 0))
+    again(3)  # of five: nor the incomplete one, which --force retries
+    shutil.copy2(first, second)
+    again(3)
+    request = json.loads((tmp_path / "out" / "local" / "request.json").read_text())
+    for damaged in (request | {"decoding": 0}, request | {"sources": 3}, []):
+        (tmp_path / "out" / "local" / "request.json").write_text(json.dumps(damaged))
+        again(0)
+    (tmp_path / "key").write_text("ff" * 32)
+    again(0)
+
+
+def test_damaged_shards_are_not_used_again(videos, clips, tmp_path):
+    make(videos, "out")
+    labels = add_videos_and_labels(videos, clips)
+    whole = make(videos, "whole", labels=labels)
+    path = tmp_path / "out" / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    added = make(videos, "out", labels=labels, force=True)
+    assert added.reused < 4 and timeless(added) == timeless(whole)
+    assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["Archive", "keep_record"])
+def test_killed_on_the_way_it_goes_on(place, videos, clips, tmp_path):
+    """Between two shards, and between two videos."""
+    make(videos, "out")
+    before = shared(tmp_path / "out")
+    labels = add_videos_and_labels(videos, clips)
+    whole = make(videos, "whole", labels=labels)
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from sslus.engine import reuse\n"
+        "from sslus.engine.shard import Settings, shard\n"
+        f"true, left = reuse.{place}, [2]\n"
+        "def die(*arguments):\n"
+        "    left[0] -= 1\n"
+        "    return true(*arguments) if left[0] else os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n"
+        f"    reuse.{place} = die\n"
+        f"    shard([Path({str(videos)!r})], Path({str(tmp_path / 'out')!r}), {SMALL!r}, jobs=1,\n"
+        f"          labels=Path({str(labels)!r}), device='cpu', force=True)\n"
+    )
+    (tmp_path / "killed.py").write_text(code)
+    killed = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert shared(tmp_path / "out") == before
+    added = make(videos, "out", labels=labels, force=True)
+    assert added.resumed + added.reused == 4
+    assert added.resumed == (1 if place == "keep_record" else 0)
+    assert timeless(added) == timeless(whole)
+    assert shared(tmp_path / "out") == shared(tmp_path / "whole")
