@@ -23,6 +23,7 @@ STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RI
 END_OF_PNG, END_OF_JPEG, START_OF_SCAN = b"IEND\xaeB`\x82", b"\xff\xd9", 0xDA
 CODEC = "picture"  # how VideoInfo.codec begins
 ORIENTATION = 0x0112  # a tag of EXIF and TIFF
+IN_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what may tell it there
 # Its values: quarter turns counterclockwise, and whether the image is mirrored before that.
 TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True),
          8: (1, False)}  # fmt: skip
@@ -44,7 +45,7 @@ def probe(path: Path) -> VideoInfo:
     """Read what a picture says about itself. Raises VideoError if it cannot be read."""
     with _opened(path) as picture:
         kind, num = picture.format, getattr(picture, "n_frames", 1)
-        turned = _turn(picture)[0] % 2 and kind != "TIFF"  # whose size Pillow has turned
+        turned = _turn(picture, path)[0] % 2 and kind != "TIFF"  # whose size Pillow has turned
         width, height = picture.size[:: -1 if turned else 1]
         mode = picture.mode
     if num > 1 and kind == "PNG":  # an animation, which FFmpeg reads
@@ -73,7 +74,7 @@ def luma(path: Path) -> np.ndarray:
         picture.load()
         if not _ends(path.read_bytes(), picture.format):
             raise OSError("its end is missing")
-        turns, mirrored = _turn(picture)
+        turns, mirrored = _turn(picture, path)
         y = _luma(picture)
     return np.ascontiguousarray(np.rot90(y[:, ::-1] if mirrored else y, turns))
 
@@ -110,7 +111,11 @@ def _ends(data: bytes, kind: str) -> bool:
     return True
 
 
-def _turn(picture) -> tuple[int, bool]:
+def _turn(picture, path: Path) -> tuple[int, bool]:
+    if picture.format == "PNG":  # of which Pillow decodes all to look for it behind the pixels
+        data = path.read_bytes()
+        if not any(mark in data for mark in IN_PNG):
+            return 0, False
     try:
         orientation = picture.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF turns nothing; where it is the picture, decoding it says so
