@@ -1069,3 +1069,22 @@ def test_cuda_without_a_gpu_is_an_error(two_kinds, tmp_path):
     out = tmp_path / "out"
     one_line(command("shard", two_kinds, "-o", out, "--device", "cuda"), 1, "--device cpu")
     assert not out.exists()
+
+
+def test_the_page_about_the_files_names_their_fields(clips, tmp_path, key):
+    make(clips, tmp_path / "out", key)
+    page = (Path(__file__).parent.parent / "engine" / "README.md").read_text()
+
+    def fields(start: str) -> list[str]:
+        table = page[page.index(start) :].split("\n\n")[1]
+        first = [row.split("|")[1] for row in table.splitlines()[2:]]
+        return sorted(name for cell in first for name in re.findall(r"`(\w+)`", cell))
+
+    fact = json.loads(next(iter(samples(tmp_path / "out").values()))["json"])
+    assert fields("A frame's `json`:") == sorted(fact)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert fields("`manifest.json`:") == sorted(manifest)
+    for name in (*manifest["settings"], *manifest["shards"][0]):
+        assert f"`{name}`" in page
+    for line in (tmp_path / "out" / "local" / "ledger.jsonl").read_text().splitlines():
+        assert fields("`ledger.jsonl` has") == sorted(json.loads(line))
