@@ -1,10 +1,13 @@
-"""Health of the representation: metrics that reveal collapsing features, and divergence."""
+"""Health of a run: metrics that reveal collapsing features, divergence, and numbers that end it."""
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sslus.engine.errors import InputError
 
 # A collapsed backbone gives every frame the same feature, which leaves one direction. The features
 # of a trained or random ResNet fill tens of directions.
@@ -115,3 +118,25 @@ class Divergence:
             f" {self.lowest:.4g} at its lowest. Try a lower --lr, a longer --warmup-steps or"
             " --clip-norm"
         )
+
+
+class NotFinite(InputError):
+    """The loss or another number of the run is NaN or infinite: it cannot go on."""
+
+
+def refuse_not_finite(
+    names: tuple[str, ...], values: list[float], step: int, lr: float, run: Path
+) -> None:
+    """Raise NotFinite, with what to try, for the first of `values` that is NaN or infinite."""
+    for name, value in zip(names, values, strict=True):
+        if not math.isfinite(value):
+            saved = (run / "checkpoint.pt").exists()
+            raise NotFinite(
+                f"the {name} is no longer finite (by step {step}): try a lower --lr (it is"
+                f" {lr:g}), a longer --warmup-steps, --clip-norm or --precision fp32;"
+                + (
+                    f" from the last good backbone: --init {run / 'checkpoint.pt'} --run DIR"
+                    if saved
+                    else f" there was no checkpoint yet in {run}"
+                )
+            )

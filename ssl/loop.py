@@ -1,23 +1,20 @@
 """The training loop: batches, updates, and everything that is logged and kept on the way."""
 
-import json
-import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan, nearby
 from sslus.engine.stream import StreamStore
-from sslus.ssl import backbones, board, checkpoints, curves, health, optimizers, step
+from sslus.ssl import backbones, checkpoints, curves, health, optimizers, step
 from sslus.ssl.loader import Batch, Loader, Store, Views
+from sslus.ssl.metrics_log import MetricsLog
 from sslus.ssl.online import Online
 from sslus.ssl.signals import Signals
 from sslus.ssl.state import State
@@ -39,10 +36,6 @@ class Options:
     time_limit: float | None = None  # seconds, after which the run saves and stops
 
 
-class NotFinite(InputError):
-    """The loss or another number of the run is NaN or infinite: it cannot go on."""
-
-
 class Loop:
     def __init__(
         self,
@@ -61,8 +54,7 @@ class Loop:
         self.report, self.say = report, say
         self.world, self.device = state.world, state.world.device
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
-        self.warnings: list[str] = []
-        self.note = ""
+        self.log = MetricsLog(run, settings, options, state.step, self.world.is_main, say)
         self.signum = 0  # of a signal that arrived when there was nothing left to stop
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):
@@ -92,7 +84,7 @@ class Loop:
                 threads=self.view_threads(),
                 wanted_tier=self.tier,
             ) as loader,
-            _Log(self) as self.log,
+            self.log,
         ):
             self.say(f"frames: {loader.tier} ({loader.why})")
             if self.look_is_due() and not self.has_looked():  # it was stopped before
@@ -100,15 +92,17 @@ class Loop:
             batches = iter(loader)
             update = step.choose(state, s, lambda: loader.at_once(next(self.batches(0))), self.say)
             loader.gpu_waits()  # discard those of the trial
-            self.log.restart()
+            self.log.restart_clock()
             while state.step < s.max_steps:
                 features = update(self.take(batches), self.learning_rate(state.step))
-                self.log.gpu_waits += loader.gpu_waits()
+                self.log.add_step(loader.gpu_waits())
                 done = state.step == s.max_steps
                 if state.step % self.options.log_every == 0 or done:
-                    self.log.line(features)
+                    lr = self.learning_rate(state.step - 1)
+                    epoch = state.step / self.per_epoch
+                    self.log.add_line(state.step, epoch, lr, state.take_window(), features)
                 if self.report and self.world.is_main:
-                    self.report(state.step * num_frames, s.max_steps * num_frames, self.note)
+                    self.report(state.step * num_frames, s.max_steps * num_frames, self.log.note)
                 stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
                 look = self.look_is_due()
                 if state.step % self.options.checkpoint_every == 0 or done or stop or look:
@@ -127,7 +121,7 @@ class Loop:
         for _ in range(self.settings.accumulate):
             before = time.monotonic()
             views = next(batches)
-            self.log.waited += time.monotonic() - before
+            self.log.add_wait(time.monotonic() - before)
             yield views
 
     def look(self, signals: Signals, agreed: Agreement) -> None:
@@ -140,9 +134,9 @@ class Loop:
         if stop := int(self.world.gather(torch.tensor(stop))[0]):
             self.stopped(stop, agreed)
         if found:
-            self.log.best = "knn_accuracy", found["knn_accuracy"]
-            self.keep()  # before the line is written, after which a resumed run would not look
-            self.log.add(found)
+            # Before the line is written, after which a resumed run would not look.
+            self.keep(("knn_accuracy", found["knn_accuracy"]))
+            self.log.add_look(self.state.step, found)
 
     def has_looked(self) -> bool:
         lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
@@ -200,47 +194,35 @@ class Loop:
     def checkpoint(self) -> None:
         self.log.flush()
         if self.state.window_steps:
-            self.finite(self.state.window_names, self.state.window.tolist())
+            self.refuse_not_finite(self.state.window_names, self.state.window.tolist())
         # The last update may have broken the weights after a loss that was finite.
         values = [x for x in self.state.method.state_dict().values() if x.is_floating_point()]
-        self.finite(
-            ("norm of the weights",), [torch.stack(torch._foreach_norm(values)).sum().item()]
-        )
+        norm = torch.stack(torch._foreach_norm(values)).sum().item()
+        self.refuse_not_finite(("norm of the weights",), [norm])
         self.state.save(self.run / "checkpoint.pt")
         if not self.world.is_main:
             return
-        self.keep()
+        # A loss that was kept before changes nothing: it is not better than itself.
+        self.keep(self.score(self.log.loss))
         if time.monotonic() - self.drawn > CURVES_EVERY_SECONDS:
             self.draw()
             self.drawn = time.monotonic()
 
-    def keep(self) -> None:
-        path = self.run / "checkpoint.pt"
-        checkpoints.keep(path, self.state.step, self.options.keep, self.log.best)
-        self.log.best = None
+    def keep(self, score: tuple[str, float] | None) -> None:
+        checkpoints.keep(self.run / "checkpoint.pt", self.state.step, self.options.keep, score)
 
     def keep_again(self) -> None:
         """For the checkpoint from which the run goes on: a kill may have come before `keep`."""
         lines = checkpoints.read_metrics(self.run / "metrics.jsonl")
         losses = [m["loss"] for m in lines if "loss" in m]
-        score = ("-loss", -losses[-1]) if losses and not self.options.online_every else None
-        checkpoints.keep(self.run / "checkpoint.pt", self.state.step, self.options.keep, score)
+        self.keep(self.score(losses[-1] if losses else None))
 
-    def finite(self, names: tuple[str, ...], values: list[float]) -> None:
-        for name, value in zip(names, values, strict=True):
-            if not math.isfinite(value):
-                saved = (self.run / "checkpoint.pt").exists()
-                raise NotFinite(
-                    f"the {name} is no longer finite (by step {self.state.step}): try a lower --lr"
-                    f" (it is {self.settings.lr:g}), a longer --warmup-steps, --clip-norm or"
-                    " --precision fp32;"
-                    + (
-                        " from the last good backbone:"
-                        f" --init {self.run / 'checkpoint.pt'} --run DIR"
-                        if saved
-                        else f" there was no checkpoint yet in {self.run}"
-                    )
-                )
+    def score(self, loss: float | None) -> tuple[str, float] | None:
+        """What makes a checkpoint the best: its loss, unless looks at labelled frames decide."""
+        return None if loss is None or self.options.online_every else ("-loss", -loss)
+
+    def refuse_not_finite(self, names: tuple[str, ...], values: list[float]) -> None:
+        health.refuse_not_finite(names, values, self.state.step, self.settings.lr, self.run)
 
     def stopped(self, signum: int, agreed: Agreement) -> None:
         agreed.settle()
@@ -276,161 +258,6 @@ class Loop:
 
     def draw(self) -> None:
         curves.draw(checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png")
-
-
-@dataclass
-class _Pending:
-    """A line of metrics whose numbers may not have arrived from the GPU yet."""
-
-    line: dict
-    names: tuple[str, ...]
-    sums: Tensor
-    steps: int
-    features: Tensor | None
-    arrived: object  # a CUDA event, or None
-    gpu_waits: list[tuple]  # pairs of CUDA events between which the GPU waited for views
-    seconds: float  # covered by the line
-
-
-class _Log:
-    """Writes metrics.jsonl and TensorBoard. On a GPU a line is written when its numbers have
-    arrived, while later steps already run; on the CPU, at once."""
-
-    def __init__(self, loop: Loop):
-        self.loop, self.state = loop, loop.state
-        self.pending: deque[_Pending] = deque()
-        self.best: tuple[str, float] | None = None  # score of the newest checkpoint, see keep
-        self.last_health = self.state.step - self.state.step % loop.options.log_every
-        self.collapsed = False
-        past = checkpoints.read_metrics(loop.run / "metrics.jsonl")
-        self.divergence = health.Divergence([m["loss"] for m in past if "loss" in m])
-
-    def __enter__(self) -> "_Log":
-        self.file = self.board = None
-        if self.loop.world.is_main:
-            self.file = (self.loop.run / "metrics.jsonl").open("a")
-            self.board = board.Board(self.loop.run, self.state.step)
-        self.restart()
-        return self
-
-    def __exit__(self, kind, *exc) -> None:
-        if kind is None or kind is Interrupted:
-            self.flush()
-        if self.file:
-            self.file.close()
-            self.board.close()
-
-    def restart(self) -> None:
-        self.tick, self.waited, self.began = time.monotonic(), 0.0, self.state.step
-        self.gpu_waits: list[tuple] = []
-
-    def line(self, features: Tensor) -> None:
-        """Begin a line with the means since the previous line."""
-        loop, state, s = self.loop, self.state, self.loop.settings
-        seconds = time.monotonic() - self.tick
-        line = {
-            "step": state.step,
-            "epoch": round(state.step / loop.per_epoch, 4),
-            "lr": loop.learning_rate(state.step - 1),
-            "samples_per_second": (state.step - self.began) * s.batch_size * s.accumulate / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        due = (
-            state.step // loop.options.health_every > self.last_health // loop.options.health_every
-        )
-        if due or state.step == s.max_steps:
-            self.last_health = state.step
-        else:
-            features = None
-        arrived = None
-        sums = state.window
-        if loop.device.type == "cuda":
-            line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            sums = sums.to("cpu", non_blocking=True)
-            features = features if features is None else features.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.pending.append(
-            _Pending(
-                line, state.window_names, sums, state.window_steps, features, arrived,
-                self.gpu_waits, seconds,
-            )
-        )  # fmt: skip
-        state.window, state.window_steps = None, 0
-        self.restart()
-        self.flush(wait=False)
-
-    def flush(self, wait: bool = True) -> None:
-        """Write the lines whose numbers have arrived; with `wait`, wait for the others."""
-        while self.pending:
-            p = self.pending[0]
-            if p.arrived is not None:
-                if not wait and not p.arrived.query():
-                    return
-                p.arrived.synchronize()
-            self.pending.popleft()
-            self._write(p)
-
-    def _write(self, p: _Pending) -> None:
-        values = p.sums.tolist()
-        self.loop.finite(p.names, values)
-        idle = sum(before.elapsed_time(after) for before, after in p.gpu_waits) / 1000
-        p.line["data_wait"] = min(1.0, p.line["data_wait"] + idle / p.seconds)
-        means = {name: v / p.steps for name, v in zip(p.names, values, strict=True)}
-        line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
-        if p.features is not None and self.file:
-            found, collapsed = health.look(p.features)
-            line |= found
-            self.loop.say(f"step {line['step']}: " + ", ".join(_shown(line, p.names)))
-            if collapsed and not self.collapsed:
-                self.collapsed = True
-                self.warn(line, collapsed)
-        if away := self.divergence(line["loss"]):
-            self.warn(line, away)
-        if self.loop.online is None:
-            self.best = "-loss", -line["loss"]
-        self.loop.note = f"loss {line['loss']:.3f}, data wait {100 * line['data_wait']:.0f} %"
-        self._out(line)
-
-    def warn(self, line: dict, warning: str) -> None:
-        self.loop.warnings.append(warning)
-        self.loop.say(f"Warning: step {line['step']}: {warning}")
-
-    def add(self, found: dict[str, float]) -> None:
-        """Write a line of its own for an online evaluation."""
-        self._out({"step": self.state.step, **found})
-        self.loop.say(
-            f"step {self.state.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
-        )
-        self.restart()
-
-    def _out(self, line: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            self.board.write(line)
-
-
-def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
-    """The parts of a line of metrics, for the screen."""
-    terms = [n for n in names if n not in ("loss", "grad_norm")]
-    yield f"loss {line['loss']:.4g}" + (
-        f" ({', '.join(f'{n} {line[n]:.3g}' for n in terms)})" if terms else ""
-    )
-    for name, label in (
-        ("lr", "lr"),
-        ("grad_norm", "gradient norm"),
-        ("rankme", "RankMe"),
-        ("feature_std", "feature std"),
-        ("dead_features", "dead"),
-        ("alignment", "alignment"),
-        ("uniformity", "uniformity"),
-        ("samples_per_second", "samples/s"),
-        ("data_wait", "data wait"),
-        ("gpu_memory_gib", "GPU GiB"),
-    ):
-        if name in line:
-            yield f"{label} {line[name]:.3g}"
 
 
 _TIME_IS_UP = 1000  # not the number of any signal

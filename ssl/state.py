@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,18 @@ from sslus.ssl.dual import DualTask
 from sslus.ssl.world import World
 
 
+class Window(NamedTuple):
+    """Sums of the loss, its terms and the gradient norm over some steps."""
+
+    names: tuple[str, ...]
+    sums: Tensor  # (K,) float32
+    num_steps: int
+
+
 @dataclass
 class State:
-    """method: all weights, including those of the backbone, a teacher and a queue. window: sums of
-    the loss, its terms and the gradient norm over the steps since the last line of metrics."""
+    """method: all weights, including those of the backbone, a teacher and a queue. window...: the
+    Window of the steps since the last line of metrics."""
 
     method: nn.Module
     optimizer: torch.optim.Optimizer
@@ -110,3 +119,9 @@ class State:
         """Add the numbers of one step to the window. As sums keep NaNs, none is overlooked."""
         self.window = self.window + values if self.window_steps else values.clone()
         self.window_names, self.window_steps = names, self.window_steps + 1
+
+    def take_window(self) -> Window:
+        """The window, which starts anew."""
+        taken = Window(self.window_names, self.window, self.window_steps)
+        self.window, self.window_steps = None, 0
+        return taken

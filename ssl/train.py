@@ -322,7 +322,7 @@ def train(
             epoch=state.step * settings.accumulate / plan.steps_per_epoch,
             seconds=time.monotonic() - started,
             metrics=checkpoints.read_metrics(run / "metrics.jsonl"),
-            warnings=loop.warnings,
+            warnings=loop.log.warnings,
             was_finished=was_finished,
             stopped=state.step < settings.max_steps,
             signum=loop.signum,

@@ -15,8 +15,9 @@ from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.stream import is_url
 from sslus.ssl import methods
 from sslus.ssl import train as loop
+from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store
-from sslus.ssl.loop import NotFinite, Options
+from sslus.ssl.loop import Options
 from sslus.ssl.train import Settings
 from sslus.ssl.world import enter
 from sslus.tools.cli import EXIT_CODE_FILE
