@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from sslus.ssl import backbones, checkpoints, curves, health, optimizers, step
 from sslus.ssl.loader import Batch, Loader, Store, Views
 from sslus.ssl.metrics_log import MetricsLog
 from sslus.ssl.online import Online
+from sslus.ssl.settings import Options, Settings
 from sslus.ssl.signals import Signals
 from sslus.ssl.state import State
 from sslus.ssl.views import parse as parse_views
@@ -24,25 +24,13 @@ from sslus.ssl.world import Agreement
 CURVES_EVERY_SECONDS = 120.0  # drawing takes about a second
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is logged and kept of a run, in steps. Its result does not depend on these."""
-
-    log_every: int = 10
-    health_every: int = 50  # if not a multiple of log_every, delayed to the next log line
-    checkpoint_every: int = 200
-    keep: int = 2  # checkpoints to keep in checkpoints/, besides the best one
-    online_every: int = 0  # epochs between online evaluations (kNN, linear probe); 0: never
-    time_limit: float | None = None  # seconds, after which the run saves and stops
-
-
 class Loop:
     def __init__(
         self,
         run: Path,
         store: Store,
         plan: Plan,
-        settings,
+        settings: Settings,
         state: State,
         options: Options,
         tier: str,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sslus.engine.errors import Interrupted
 from sslus.ssl import board, checkpoints, health
+from sslus.ssl.settings import Options, Settings
 from sslus.ssl.state import Window
 
 
@@ -37,9 +38,16 @@ class MetricsLog:
     that of the newest line, None before the first.
     """
 
-    def __init__(self, run: Path, settings, options, step: int, writes: bool, say: Callable):
-        """settings: resolved train.Settings; options: loop.Options; step: where the run begins;
-        writes: whether this is rank 0."""
+    def __init__(
+        self,
+        run: Path,
+        settings: Settings,
+        options: Options,
+        step: int,
+        writes: bool,
+        say: Callable[[str], None],
+    ):
+        """settings: resolved; step: where the run begins; writes: whether this is rank 0."""
         self.run, self.settings, self.writes, self.say = run, settings, writes, say
         self.step, self.health_every = step, options.health_every
         self.last_health = step - step % options.log_every

@@ -25,145 +25,19 @@ from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
 from sslus.engine.stream import StreamStore, is_url
-from sslus.ssl import backbones, checkpoints, methods, optimizers
+from sslus.ssl import backbones, checkpoints
 from sslus.ssl.cores import Cores
 from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loader import tier as tier_of
-from sslus.ssl.loop import Loop, Options
+from sslus.ssl.loop import Loop
 from sslus.ssl.memory import keep_freed_memory
+from sslus.ssl.settings import Options, Settings, check_config, refuse_changes
 from sslus.ssl.state import State
-from sslus.ssl.step import WAYS, possible
+from sslus.ssl.step import possible
 from sslus.ssl.versions import versions
-from sslus.ssl.views import parse as parse_views
-from sslus.ssl.world import World, enter, pays_bf16
+from sslus.ssl.world import World, enter
 
 FORMAT = 3  # of config.json; incremented when a run can no longer be continued exactly
-TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
-LARGEST = torch.finfo(torch.float32).max
-CHOICES = {
-    "optimizer": (None, *optimizers.OPTIMIZERS),
-    "pairs": ("same", "nearby"),
-    "precision": ("auto", "fp32", "bf16"),
-    "batch_norm": ("sync", "per-rank"),
-    "step": ("auto", *WAYS),
-}
-ABOVE_0 = (
-    "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines the result of a run. None: chosen when the run starts, and recorded."""
-
-    method: str = "vicreg"
-    backbone: str | None = None  # resnet50 on CUDA, resnet18 on the CPU
-    init: str = "random"  # random, imagenet, or a file of weights
-    image_size: int | None = None  # side of a view in pixels: 224 on CUDA, 96 on the CPU
-    batch_size: int | None = None  # frames over all ranks: 256 on CUDA, 64 on the CPU
-    accumulate: int = 1  # batches per step, whose gradients are averaged
-    epochs: int | None = None  # 100, if max_steps is not given either
-    max_steps: int | None = None  # the run ends at whichever comes first
-    optimizer: str | None = None  # adamw
-    lr: float | None = None  # peak learning rate; see optimizers.default_lr
-    base_lr: float | None = None  # if lr is not given: lr = base_lr x frames per step / 256
-    weight_decay: float | None = None  # see optimizers.default_weight_decay
-    warmup_steps: int | None = None  # a tenth of the steps, at most 10 epochs
-    warmup_epochs: float | None = None  # used if warmup_steps is not given
-    final_lr: float = 0.001  # end of the cosine schedule, as a fraction of the peak
-    clip_norm: float | None = None  # gradients with a larger norm are scaled down to it
-    precision: str = "auto"  # bf16 autocast where that is faster, see pays_bf16; else fp32
-    seed: int = 0
-    views: str | None = None  # a preset of ssl/views.py, and fields of it: "simclr,p_blur=0"
-    pairs: str = "same"  # both views from one frame, or the second from a "nearby" one
-    max_seconds: float = 1.5  # largest distance of a pair; IVPP: VICReg 0.5, SimCLR 1.5, Barlow 3
-    pair_weights: bool = False  # weight nearby pairs less the further apart they are
-    dual_task: float = 0.0  # weight of a cross-entropy on the labelled frames
-    batch_norm: str = "sync"  # statistics over the joint batch of all ranks, or "per-rank"
-    step: str = "auto"  # how an update is executed: eager, compile or graph
-
-    def resolved(self, device: torch.device, num_frames: int) -> "Settings":
-        """These settings with every None and `auto` resolved; raises InputError for bad values."""
-        self._check_values()
-        cuda = device.type == "cuda"
-        optimizer = self.optimizer or "adamw"
-        batch_size = (256 if cuda else 64) if self.batch_size is None else self.batch_size
-        batches = Plan(num_frames, batch_size, self.seed).steps_per_epoch
-        if self.accumulate > batches:
-            raise InputError(
-                f"accumulate {self.accumulate}: an epoch has only {batches} full batches"
-            )
-        per_epoch = batches / self.accumulate
-        epochs = self.epochs or (None if self.max_steps else 100)
-        # In whole numbers: as a product of floats, 15 x (49 / 3) is a little less than 245.
-        counts = [epochs and max(1, epochs * batches // self.accumulate), self.max_steps]
-        num_steps = min(n for n in counts if n)
-        warmup = self.warmup_steps
-        if warmup is None and self.warmup_epochs is not None:
-            warmup = min(num_steps, round(self.warmup_epochs * per_epoch))
-        if warmup is None:
-            warmup = min(num_steps // 10, round(10 * per_epoch))
-        frames = batch_size * self.accumulate
-        lr, weight_decay = self.lr, self.weight_decay
-        if lr is None and self.base_lr is not None:
-            lr = self.base_lr * frames / 256
-        if lr is None:
-            lr = optimizers.default_lr(optimizer, frames)
-        if weight_decay is None:
-            weight_decay = optimizers.default_weight_decay(optimizer)
-        backbone = self.backbone or ("resnet50" if cuda else "resnet18")
-        image_size = (224 if cuda else 96) if self.image_size is None else self.image_size
-        precision = self.precision
-        if precision == "auto":
-            precision = "bf16" if pays_bf16(device, backbone, image_size) else "fp32"
-        settings = dataclasses.replace(
-            self,
-            backbone=backbone,
-            image_size=image_size,
-            batch_size=batch_size,
-            epochs=epochs,
-            max_steps=num_steps,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_steps=warmup,
-            precision=precision,
-            views=self.views or methods.recipe(self.method, "default")[0]["views"],
-        )
-        settings._check_views()
-        return settings
-
-    def _check_values(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) not in (int, float):
-                continue
-            if field.name in ABOVE_0 and not value > 0:  # true for NaN too
-                raise InputError(f"{field.name} must be above 0, got {value}")
-            if type(value) is int and not 0 <= value < TOO_LARGE:
-                raise InputError(f"{field.name} {value}: want a whole number from 0, below 2**63")
-            if not 0 <= value <= LARGEST:
-                raise InputError(f"{field.name} {value}: want a number from 0 to {LARGEST:.0e}")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise InputError(
-                    f"{name} {value!r}: want one of {', '.join(filter(None, choices))}"
-                )
-
-    def _check_views(self) -> None:
-        """Whether the method can use the views and pairs of these resolved settings."""
-        module = methods.load(self.method)
-        views = parse_views(self.views, self.image_size)
-        if not getattr(module, "TWO_VIEWS", True) and (self.pairs == "nearby" or self.pair_weights):
-            raise InputError(
-                f"{self.method} learns from single frames: leave out --pairs nearby and"
-                " --pair-weights"
-            )
-        if self.pair_weights and self.pairs == "same":
-            raise InputError("--pair-weights: needs --pairs nearby")
-        if hasattr(module, "check_views"):
-            module.check_views(*views)
 
 
 @dataclass(frozen=True)
@@ -213,24 +87,6 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
     return recorded
 
 
-def recorded_options(run: Path) -> dict:
-    """The options of a run recorded in its config.json; {} if that cannot be read."""
-    try:
-        return dict(json.loads((run / "config.json").read_text())["how"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # open_run reports what is wrong with it
-
-
-def settings_from(config: dict) -> tuple[Settings, object]:
-    """The Settings and the method's Config that a config.json records."""
-    values = config["settings"]
-    module = methods.load(values["method"])
-    try:
-        return Settings(**values), module.Config(**config["method_config"])
-    except (KeyError, TypeError) as e:
-        raise InputError(f"config.json of the run: written by another version ({e})") from e
-
-
 def train(
     shards: str | Path,
     settings: Settings,
@@ -271,17 +127,18 @@ def train(
     }
     with _alone_in(run, world), _fastest_convolutions(world):
         recorded = open_run(run, resume, world)
-        _check_config(method_config)
+        check_config(method_config)
         store = _open_store(shards, tier, settings.pairs, world)
         tier_of(store, world.device, tier)  # raises before a run folder is created or changed
-        asked, settings = settings, _resolved(settings, len(store), world)
+        wanted_steps = settings.max_steps or 0
+        settings = _resolved(settings, len(store), world)
         plan = _plan(settings, store, world)
         config = _config(settings, method_config, shards, store, world)
         if recorded is not None:
-            _refuse_changes(run, recorded, config)
+            refuse_changes(run, recorded, config)
             # A resumed run keeps its recorded configuration, except where the shards are now.
             config = recorded | {"shards": config["shards"]}
-            if (asked.max_steps or 0) > settings.max_steps:
+            if wanted_steps > settings.max_steps:
                 say(f"--max-steps: the run keeps its length, {settings.max_steps} steps")
         if settings.warmup_steps > settings.max_steps:  # a resumed run hears first what it changed
             raise InputError(
@@ -351,14 +208,6 @@ def _fastest_convolutions(world: World) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _check_config(method_config) -> None:
-    for field in dataclasses.fields(method_config):
-        value = getattr(method_config, field.name)
-        least = field.metadata.get("least", 0)
-        if type(value) in (int, float) and not least <= value < TOO_LARGE:
-            raise InputError(f"{field.name} {value}: want a number from {least}, below 2**63")
 
 
 def _nothing(line: str) -> None:
@@ -451,27 +300,6 @@ def _config(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-
-
-def _refuse_changes(run: Path, old: dict, new: dict) -> None:
-    """A resumed run must continue as it began; only device, threads and paths may change."""
-    changed = [
-        f"{key} was {was!r}, now {new[part].get(key)!r}"
-        for part in ("settings", "method_config")
-        for key, was in old[part].items()
-        if key != "step"  # how an update is executed, not what it computes
-        and json.loads(json.dumps(new[part].get(key))) != was
-    ]
-    if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
-        changed.append("frames were streamed or not (--tier), which changes order and views")
-    if old["shards"]["digest"] != new["shards"]["digest"]:
-        changed.append(f"the shards are not those of {old['shards']['path']}")
-    if changed:
-        raise InputError(
-            f"--resume: {run} was started with other settings: {'; '.join(changed)}."
-            " Use the same, or start another run with --run DIR; with"
-            f" --init {run / 'backbone.safetensors'} it begins with these weights"
-        )
 
 
 def _write_json(path: Path, value: dict) -> None:

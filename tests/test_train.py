@@ -29,7 +29,8 @@ from sslus.ssl import backbones, checkpoints, cores, health
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
-from sslus.ssl.train import Settings, settings_from, train
+from sslus.ssl.settings import settings_from
+from sslus.ssl.train import Settings, train
 from sslus.ssl.world import enter, pick_device
 from sslus.tools.cli import main, sslus
 

@@ -4,6 +4,7 @@ import click
 
 METHOD = "vicreg"  # the default; its file is not imported before the command line is parsed
 ALL = "all"
+SHARDS = "shards"  # the default too
 
 
 class TrainCommand(click.Command):
@@ -63,7 +64,7 @@ def _option(f, default) -> click.Option:
 
 
 @click.command("train", cls=TrainCommand, short_help="Pretrain a backbone without labels.")
-@click.argument("shards", type=click.Path(), default="shards")
+@click.argument("shards", type=click.Path(), default=SHARDS)
 @click.option("--method", default=METHOD, show_default=True)  # its help names the methods there are
 @click.option(
     "--recipe",
@@ -235,7 +236,7 @@ def _option(f, default) -> click.Option:
 )
 @click.option("--rebuild-store", is_flag=True, help="Decode the shards into a new frame store.")
 @click.pass_context
-def command(ctx, shards, run, gpus, rebuild_store, **given):
+def command(ctx, run, gpus, **given):
     """Pretrain a backbone on the frames of SHARDS (default: shards/), without labels.
 
     SHARDS is a folder, or a URL (s3://, gs://, https://) from which frames are streamed. From a
@@ -268,27 +269,26 @@ def command(ctx, shards, run, gpus, rebuild_store, **given):
         from sslus.tools.launch import torchrun
 
         ctx.exit(torchrun(gpus))
-    run = Path(run or f"runs/{given['method']}")
-    given["rebuild_store"] = rebuild_store
-    named = {
-        name
-        for name in ("shards", *given)
+    asked = {
+        name: value
+        for name, value in given.items()
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
-    if "max_seconds" in named and given["pairs"] != "nearby" and not given["resume"]:
+    if "max_seconds" in asked and asked.get("pairs") != "nearby" and not asked.get("resume"):
         raise InputError(
             "--max-seconds limits the distance of --pairs nearby, which is not given; to limit the"
             " run time, use --time-limit SECONDS"
         )
     for one, other in (("lr", "base_lr"), ("warmup_steps", "warmup_epochs")):
-        if {one, other} <= named:
+        if one in asked and other in asked:
             one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
             raise InputError(f"{one} and {other} set the same value; give only one of them")
-    if given["time_limit"] is not None and not given["time_limit"] >= 0:  # NaN too
-        raise InputError(f"--time-limit {given['time_limit']:g}: want 0 seconds or more")
+    if not asked.get("time_limit", 0) >= 0:  # NaN too
+        raise InputError(f"--time-limit {asked['time_limit']:g}: want 0 seconds or more")
     from sslus.ssl.world import leave
     from sslus.tools.training import train_all, train_one
 
-    train = train_all if given["method"] == ALL else train_one
-    train(shards, run, given, named)
+    method = asked.get("method", METHOD)
+    train = train_all if method == ALL else train_one
+    train(Path(run or f"runs/{method}"), asked)
     leave()

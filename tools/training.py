@@ -17,17 +17,15 @@ from sslus.ssl import methods
 from sslus.ssl import train as loop
 from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store
-from sslus.ssl.loop import Options
-from sslus.ssl.train import Settings
+from sslus.ssl.settings import WHERE, Options, how, of_new_run, of_resumed_run, recorded_how
 from sslus.ssl.world import enter
 from sslus.tools.cli import EXIT_CODE_FILE
 from sslus.tools.screen import argument, progress, summary, tell
+from sslus.tools.train import SHARDS
 
-# Options that change what is logged and kept, not the result.
-OPTIONS = ("log_every", "checkpoint_every", "keep", "online_every", "time_limit")
-WHERE = ("device", "tier", "threads")  # nor do these, but for streaming, which draws anew
-OF_PAIRS = {"pairs": "same", "pair_weights": False, "views": None}  # as if not given
-NOT_FOR_ALL = ("method", "recipe", "resume", "rebuild_store", "time_limit")  # set by each call
+OF_PAIRS = ("pairs", "pair_weights", "views")
+# Options that hold for one call: for --method all, they are not recorded in all.json.
+OF_ONE_CALL = ("shards", "method", "recipe", "resume", "rebuild_store", "time_limit")
 
 
 def _resume(run, how: str = "") -> str:
@@ -38,11 +36,10 @@ def _resume(run, how: str = "") -> str:
     return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
 
 
-def train_one(shards: str, run: Path, given: dict, named: set[str]) -> None:
-    """Train one method and print the summary. `named`: the names in `given` that were set on the
-    command line."""
+def train_one(run: Path, asked: dict) -> None:
+    """Train one method and print the summary. `asked`: see sslus.ssl.settings."""
     try:
-        result = _train(shards, run, given, named)
+        result = _train(run, asked)
     except Interrupted as e:
         raise Interrupted(f"{e}. Continue with: {_resume(run)}", e.signum) from None
     going = _resume(result.run) if result.stopped else _evaluate(result.run, result.shards)
@@ -50,55 +47,32 @@ def train_one(shards: str, run: Path, given: dict, named: set[str]) -> None:
         summary(_rows(result), warnings=result.warnings, next_command=going)
 
 
-def _train(shards: str, run: Path, given: dict, named: set[str]) -> loop.TrainResult:
+def _train(run: Path, asked: dict) -> loop.TrainResult:
     """One run."""
-    given = dict(given)
-    rebuild_store, recipe = given.pop("rebuild_store"), given.pop("recipe")
-    resume = given.pop("resume")
-    if resume:
-        how = loop.recorded_options(run)
-        given |= {k: v for k, v in how.items() if k in given and k not in named}
-    device, tier, threads = (given.pop(name) for name in ("device", "tier", "threads"))
-    options = Options(**{name: given.pop(name) for name in OPTIONS})
+    resume, recipe = asked.get("resume", False), asked.get("recipe", "default")
+    where, options = how(asked, recorded_how(run) if resume else None)
     # Before the frame store is built, so that processes waiting for it hear if that fails.
-    world = enter(device)
-    if EXIT_CODE_FILE in os.environ and world.device.type == "cpu" and device == "auto":
+    world = enter(where["device"])
+    if EXIT_CODE_FILE in os.environ and world.device.type == "cpu" and where["device"] == "auto":
         raise InputError(
             "--gpus: there is no GPU here that PyTorch can use (`sslus doctor` says why); add"
             " --device cpu to start processes without GPUs"
         )
-    settled = {k: v for k, v in given.items() if k in named or k == "method"}
-    config = loop.open_run(run, resume, world)
-    if config is None:
-        values, method_config = methods.recipe(given["method"], recipe)
-        # An option that is given removes the values of the recipe that belonged to the old one.
-        if "base_lr" in settled:
-            values.pop("lr", None)
-        if "optimizer" in settled and settled["optimizer"] != values.get("optimizer", "adamw"):
-            for name in ("lr", "base_lr", "weight_decay"):
-                values.pop(name, None)
-            fields = dataclasses.fields(method_config)
-            other = {f.name: f.default for f in fields if f.metadata.get("of_optimizer")}
-            method_config = dataclasses.replace(method_config, **other)
-        settings = loop.Settings(**{**_settings(given), **values})
+    recorded = loop.open_run(run, resume, world)
+    if recorded is None:
+        settings, method_config = of_new_run(asked, recipe)
+        shards = asked.get("shards", SHARDS)
     elif recipe != "default":
         raise InputError("--recipe: a resumed run already has its values; leave the option out")
-    else:  # the run's settings, except what this command line names: the loop compares them
-        settings, method_config = loop.settings_from(config)
-        if "method" not in named:
-            settled.pop("method")
-        if "shards" not in named:
-            shards = config["shards"]["path"]
-    own = {f.name for f in dataclasses.fields(method_config)}
-    method_config = dataclasses.replace(
-        method_config, **{k: v for k, v in settled.items() if k in own}
-    )
-    settings = dataclasses.replace(settings, **_settings(settled))
+    else:
+        settings, method_config = of_resumed_run(asked, recorded)
+        shards = asked.get("shards", recorded["shards"]["path"])
 
     if _is_main() and not is_url(shards):
+        rebuild, tier, threads = asked.get("rebuild_store", False), where["tier"], where["threads"]
         with progress("frame store", "frames") as report:
             open_store(
-                shards, tier, settings.pairs, rebuild=rebuild_store, threads=threads, report=report
+                shards, tier, settings.pairs, rebuild=rebuild, threads=threads, report=report
             )
     # Only the first process shows its progress.
     with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
@@ -108,40 +82,32 @@ def _train(shards: str, run: Path, given: dict, named: set[str]) -> loop.TrainRe
             method_config,
             run,
             resume=resume,
-            device=device,
-            tier=tier,
-            threads=threads,
             options=options,
             report=report,
             say=tell,
+            **where,
         )
 
 
-def _settings(values: dict) -> dict:
-    """Those of the values that are fields of the loop's Settings."""
-    known = {f.name for f in dataclasses.fields(Settings)}
-    return {k: v for k, v in values.items() if k in known}
-
-
-def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
+def train_all(folder: Path, asked: dict) -> None:
     """Train the methods one after the other, each in its own folder; skip finished ones."""
     going = _resume(folder, " --method all")
-    shards, given, named = _settled_for_all(shards, folder, given, named, going)
-    rows, warnings, limit, start = {}, [], given["time_limit"], time.monotonic()
+    asked = _asked_of_all(folder, asked, going)
+    rows, warnings, limit, start = {}, [], asked.get("time_limit"), time.monotonic()
     failed = []
     for name in methods.names():
         run = folder / name
-        mine, own = _part_of(name, given, named)
-        mine |= {"resume": given["resume"] and (run / "config.json").exists()}
-        given["rebuild_store"] = False  # once for all
+        mine = _part_of(name, asked)
+        mine["resume"] = asked.get("resume", False) and (run / "config.json").exists()
+        asked.pop("rebuild_store", None)  # once for all
         if limit is not None:
             mine["time_limit"] = max(0.0, limit - (time.monotonic() - start))
         if _is_main():
-            left = " ".join(f"--{option.replace('_', '-')}" for option in sorted(named - own))
+            left = " ".join(f"--{x.replace('_', '-')}" for x in sorted(asked.keys() - mine.keys()))
             note = f"; it learns from single frames, so without {left}" if left else ""
             tell(f"{name} -> {run}{note}")
         try:
-            result = _train(shards, run, mine, own)
+            result = _train(run, mine)
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Continue with: {going}", e.signum) from None
         except NotFinite as e:
@@ -167,64 +133,62 @@ def train_all(shards: str, folder: Path, given: dict, named: set[str]) -> None:
             warnings=warnings,
             next_command=going
             if result.stopped
-            else _evaluate([folder / name for name in rows], shards),
+            else _evaluate([folder / name for name in rows], asked["shards"]),
         )
     if failed:
         raise InputError(f"{', '.join(failed)}: failed, as told above")
 
 
-def _part_of(name: str, given: dict, named: set[str]) -> tuple[dict, set[str]]:
-    """(given, named) as the method `name` gets them: without pairs of views if it has none."""
-    given = given | {"method": name}
-    if getattr(methods.load(name), "TWO_VIEWS", True):
-        return given, named
-    return given | OF_PAIRS, named - {*OF_PAIRS}
+def _part_of(name: str, asked: dict) -> dict:
+    """What is asked of the method `name`: nothing about pairs of views if it has none."""
+    pairs = getattr(methods.load(name), "TWO_VIEWS", True)
+    mine = {k: v for k, v in asked.items() if pairs or k not in OF_PAIRS}
+    return mine | {"method": name}
 
 
-def _settled_for_all(shards: str, folder: Path, given: dict, named: set[str], going: str) -> tuple:
-    """(shards, given, named) for all methods.
+def _asked_of_all(folder: Path, asked: dict, going: str) -> dict:
+    """What is asked of all methods, with `shards`.
 
-    The options of the command line are kept in <folder>/all.json, so that after a resume the
-    methods that had not begun get the same ones.
+    It is kept in <folder>/all.json, so that after a resume the methods that had not begun get the
+    same options.
     """
-    if given["recipe"] != "default":
+    if asked.get("recipe", "default") != "default":
         raise InputError("--method all: leave --recipe out, since the recipes differ in length")
     record = folder / "all.json"
-    if given["resume"]:
+    if asked.get("resume"):
         try:
             before = json.loads(record.read_text())
-            recorded_shards, options = before["shards"], dict(before["options"])
+            shards, options = before["shards"], dict(before["options"])
             if before.get("format") != 2:
                 raise ValueError("written by another version of sslus")
         except FileNotFoundError as e:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
+        asked = {"shards": shards} | options | asked
         # What does not change the methods' results may be changed when resuming.
-        options |= {k: given[k] for k in named & {*OPTIONS, *WHERE} - {*NOT_FOR_ALL}}
-        given = given | {k: v for k, v in options.items() if k not in named}
-        shards = shards if "shards" in named else recorded_shards
-        named = named | set(options) | {"shards"}
+        free = {*WHERE, *(f.name for f in dataclasses.fields(Options))} - {*OF_ONE_CALL}
+        options |= {k: v for k, v in asked.items() if k in free}
     else:
         begun = any((folder / name / "config.json").exists() for name in methods.names())
         if begun and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             raise InputError(f"{folder} already exists; continue it with: {going}")
-        options = {k: v for k, v in given.items() if k in named and k not in NOT_FOR_ALL}
+        options = {k: v for k, v in asked.items() if k not in OF_ONE_CALL}
         # Defaults that depend on the device stay the same for all methods, wherever they resume.
         # All are resolved, so that a wrong option is told before the first method is trained.
-        device = enter(given["device"]).device
+        device = enter(how(asked)[0]["device"]).device
         for name in methods.names():
-            chosen = Settings(**_settings(_part_of(name, given, named)[0]))
-            chosen = chosen.resolved(device, num_frames=2**40)
+            chosen = of_new_run(_part_of(name, asked))[0].resolved(device, num_frames=2**40)
         for name in ("backbone", "image_size", "batch_size", "precision"):
             options[name] = getattr(chosen, name)
-        given, named = given | options, named | set(options)
+        asked = {"shards": SHARDS} | asked | options
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        shards = asked["shards"]
         where = shards if is_url(shards) else str(Path(shards).resolve())
         with atomic_file(record, "w") as f:
             json.dump({"format": 2, "shards": where, "options": options}, f, indent=2)
-    return shards, given, named
+    return asked
 
 
 def _free_memory() -> None:
