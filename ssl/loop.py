@@ -11,7 +11,7 @@ import torch
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan, nearby
 from sslus.engine.stream import StreamStore
-from sslus.ssl import backbones, checkpoints, curves, health, optimizers, step
+from sslus.ssl import backbones, checkpoints, curves, health, methods, optimizers, step
 from sslus.ssl.loader import Batch, Loader, Store, Views
 from sslus.ssl.metrics_log import MetricsLog
 from sslus.ssl.online import Online
@@ -238,7 +238,7 @@ class Loop:
                 "image_size": s.image_size,
                 "mean": self.store.mean,
                 "std": self.store.std,
-                "method": s.method,
+                "method": methods.name_of(s.method),
                 "step": self.state.step,
                 "shards_digest": self.store.digest,
             },

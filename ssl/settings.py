@@ -45,7 +45,7 @@ ABOVE_0 = (
 class Settings:
     """What determines the result of a run. None: chosen when the run starts, and recorded."""
 
-    method: str = "vicreg"
+    method: str = "vicreg"  # or the path of a .py file, see ssl/methods/__init__.py
     backbone: str | None = None  # resnet50 on CUDA, resnet18 on the CPU
     init: str = "random"  # random, imagenet, or a file of weights
     image_size: int | None = None  # side of a view in pixels: 224 on CUDA, 96 on the CPU
@@ -105,6 +105,8 @@ class Settings:
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if pays_bf16(device, backbone, image_size) else "fp32"
+        usual = methods.recipe(self.method, "default")[0]
+        views = self.views or usual.get("views", "ultrasound")
         settings = dataclasses.replace(
             self,
             backbone=backbone,
@@ -117,7 +119,7 @@ class Settings:
             weight_decay=weight_decay,
             warmup_steps=warmup,
             precision=precision,
-            views=self.views or methods.recipe(self.method, "default")[0]["views"],
+            views=views,
         )
         settings._check_views()
         return settings
@@ -146,8 +148,8 @@ class Settings:
         views = parse_views(self.views, self.image_size)
         if not getattr(module, "TWO_VIEWS", True) and (self.pairs == "nearby" or self.pair_weights):
             raise InputError(
-                f"{self.method} learns from single frames: leave out --pairs nearby and"
-                " --pair-weights"
+                f"{methods.name_of(self.method)} learns from single frames: leave out"
+                " --pairs nearby and --pair-weights"
             )
         if self.pair_weights and self.pairs == "same":
             raise InputError("--pair-weights: needs --pairs nearby")
@@ -169,7 +171,10 @@ class Options:
 
 def of_new_run(asked: dict, recipe: str = "default") -> tuple[Settings, object]:
     """The Settings and the method's Config: what is asked, else the recipe's, else defaults."""
-    values, config = methods.recipe(asked.get("method", Settings.method), recipe)
+    method = asked.get("method", Settings.method)
+    values, config = methods.recipe(method, recipe)
+    if unknown := values.keys() - _names(Settings):
+        raise InputError(f"{method}: recipe {recipe!r} sets {', '.join(unknown)}: no such option")
     # What is asked also removes the recipe's values that belonged to what it replaces.
     for other, same in (("base_lr", "lr"), ("warmup_epochs", "warmup_steps")):
         if other in asked:
@@ -189,7 +194,7 @@ def of_resumed_run(asked: dict, recorded: dict) -> tuple[Settings, object]:
 
     `refuse_changes` finds what is asked and differs, once it is resolved.
     """
-    return _replaced(*settings_from(recorded), asked)
+    return _replaced(*settings_from(recorded, asked.get("method")), asked)
 
 
 def how(asked: dict, recorded: dict | None = None) -> tuple[dict, Options]:
@@ -207,11 +212,24 @@ def recorded_how(run: Path) -> dict:
         return {}  # train.open_run reports what is wrong with it
 
 
-def settings_from(config: dict) -> tuple[Settings, object]:
-    """The Settings and the method's Config that a config.json records."""
-    values = config["settings"]
-    module = methods.load(values["method"])
+def settings_from(config: dict, method: str | None = None) -> tuple[Settings, object]:
+    """The Settings and the method's Config that a config.json records.
+
+    A run may come from someone else, so its config.json does not choose what code runs: a file of
+    a method is loaded only if the caller names it (`method`), and only if it has not changed.
+    """
     try:
+        values = dict(config["settings"])
+        if config.get("method_file") or values["method"] not in methods.names():
+            if not methods.is_file(method or ""):
+                raise InputError(
+                    f"--resume: the run's method {values['method']!r} is in a file, whose code runs"
+                    f" only if you name it: --method FILE (it was {config['method_file']['path']})"
+                )
+            if changed := _changed_file(config, methods.about_file(method)):
+                raise InputError(f"--resume: {changed}; put it back, or start another --run DIR")
+            values["method"] = method
+        module = methods.load(values["method"])
         return Settings(**values), module.Config(**config["method_config"])
     except (KeyError, TypeError) as e:
         raise InputError(f"config.json of the run: written by another version ({e})") from e
@@ -235,6 +253,8 @@ def refuse_changes(run: Path, old: dict, new: dict) -> None:
         if key != "step"  # how an update is executed, not what it computes
         and json.loads(json.dumps(new[part].get(key))) != was
     ]
+    if file := _changed_file(old, new["method_file"]):
+        changed.append(file)
     if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
         changed.append("frames were streamed or not (--tier), which changes order and views")
     if old["shards"]["digest"] != new["shards"]["digest"]:
@@ -245,6 +265,16 @@ def refuse_changes(run: Path, old: dict, new: dict) -> None:
             " Use the same, or start another run with --run DIR; with"
             f" --init {run / 'backbone.safetensors'} it begins with these weights"
         )
+
+
+def _changed_file(recorded: dict, now: dict | None) -> str | None:
+    was = (recorded.get("method_file") or {}).get("sha256")
+    if now is None or now["sha256"] == was:
+        return None
+    return (
+        f"the method's file {now['path']} is not the one that the run began with (sha256"
+        f" {now['sha256']:.12}..., was {was!s:.12}...)"
+    )
 
 
 def _replaced(settings: Settings, config, asked: dict) -> tuple[Settings, object]:

@@ -25,7 +25,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
 from sslus.engine.stream import StreamStore, is_url
-from sslus.ssl import backbones, checkpoints
+from sslus.ssl import backbones, checkpoints, methods
 from sslus.ssl.cores import Cores
 from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loader import tier as tier_of
@@ -148,9 +148,9 @@ def train(
         config["how"] = how
         where = "GPU" if world.device.type == "cuda" else "CPU"
         say(
-            f"{settings.method}: {settings.backbone} at {settings.image_size} px, batches of"
-            f" {settings.batch_size}, {settings.max_steps} steps, {settings.precision} on the"
-            f" {where}"
+            f"{config['settings']['method']}: {settings.backbone} at {settings.image_size} px,"
+            f" batches of {settings.batch_size}, {settings.max_steps} steps,"
+            f" {settings.precision} on the {where}"
         )
         state = _state(run, settings, method_config, store, world, say)
         loop = Loop(run, store, plan, settings, state, options, tier, report, say)
@@ -281,7 +281,8 @@ def _config(
 ) -> dict:
     return {
         "format": FORMAT,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | {"method": methods.name_of(settings.method)},
+        "method_file": methods.about_file(settings.method),
         "method_config": dataclasses.asdict(method_config),
         "shards": {
             "path": str(shards) if is_url(shards) else str(Path(shards).resolve()),

@@ -88,8 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
     def fail_as_bug(e: BaseException) -> int:
+        own = any(arg.endswith(".py") for arg in argv)  # train --method FILE.py
+        whose = "sslus or in the method's file" if own else "sslus"
         return fail(
-            f"{type(e).__name__}: {e} (a bug in sslus: set SSLUS_DEBUG=1 for the traceback)", 70
+            f"{type(e).__name__}: {e} (a bug in {whose}: set SSLUS_DEBUG=1 for the traceback)", 70
         )
 
     for name in ("stdout", "stderr"):

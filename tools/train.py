@@ -13,17 +13,26 @@ class TrainCommand(click.Command):
     def parse_args(self, ctx, args):
         import dataclasses
 
+        from sslus.engine.errors import InputError
         from sslus.ssl import methods
 
         self.params = self.params[: self.num_common]
         method = next(p for p in self.params if p.name == "method")
-        method.help = f"{', '.join(methods.names())}; or {ALL}: in turn, equally many steps each."
+        method.help = (
+            f"{', '.join(methods.names())}; or {ALL}: in turn, equally many steps each; or the path"
+            " of a .py file with a method of your own."
+        )
         if (name := _named(args)) != ALL:
             module = methods.load(name)
             _, config = methods.recipe(name, "default")
             fields = dataclasses.fields(config)
+            if taken := {p.name for p in self.params} & {f.name for f in fields}:
+                raise InputError(
+                    f"{name}: Config has {', '.join(sorted(taken))}, which sslus train has already;"
+                    " rename it"
+                )
             self.params = self.params + [_option(f, getattr(config, f.name)) for f in fields]
-            text = module.__doc__.strip().split("\n\n")
+            text = (module.__doc__ or "").strip().split("\n\n")
             self.epilog = "\n\n".join("\b\n" + part for part in text)
         try:
             return super().parse_args(ctx, args)
@@ -59,7 +68,7 @@ def _option(f, default) -> click.Option:
         type=f.type,
         default=default,
         show_default=True,
-        help=f.metadata["help"] + " (method option)",
+        help=(f.metadata.get("help", "") + " (method option)").strip(),
     )
 
 
@@ -245,12 +254,14 @@ def command(ctx, run, gpus, **given):
     Writes to the folder of the run: backbone.safetensors (the result), curves.png, metrics.jsonl,
     config.json and checkpoints. Ctrl-C or SIGTERM saves and stops; --resume continues.
 
-    `sslus train --method NAME --help` also lists the options of the method NAME.
+    `sslus train --method NAME --help` also lists the options of the method NAME. NAME may be the
+    path of a .py file with a loss of your own: ssl/README.md shows one.
 
     \b
     sslus train --method vicreg                         a run with the defaults
     sslus train --max-steps 300 --run runs/quick        a short run
     sslus train --resume --run runs/quick               continue after an interruption
+    sslus train --method my_method.py                   a method of your own
     sslus train --gpus 4 --batch-size 1024              four GPUs, one batch
     torchrun --nproc-per-node 4 -m -- sslus.tools train --batch-size 1024
                                                         the same; for several machines, see
@@ -285,10 +296,11 @@ def command(ctx, run, gpus, **given):
             raise InputError(f"{one} and {other} set the same value; give only one of them")
     if not asked.get("time_limit", 0) >= 0:  # NaN too
         raise InputError(f"--time-limit {asked['time_limit']:g}: want 0 seconds or more")
+    from sslus.ssl import methods
     from sslus.ssl.world import leave
     from sslus.tools.training import train_all, train_one
 
     method = asked.get("method", METHOD)
     train = train_all if method == ALL else train_one
-    train(Path(run or f"runs/{method}"), asked)
+    train(Path(run or f"runs/{methods.name_of(method)}"), asked)
     leave()

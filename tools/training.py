@@ -38,11 +38,14 @@ def _resume(run, how: str = "") -> str:
 
 def train_one(run: Path, asked: dict) -> None:
     """Train one method and print the summary. `asked`: see sslus.ssl.settings."""
+    # A file has to be named again, see settings_from.
+    method = asked.get("method", "")
+    going = _resume(run, f" --method {argument(method)}" if methods.is_file(method) else "")
     try:
         result = _train(run, asked)
     except Interrupted as e:
-        raise Interrupted(f"{e}. Continue with: {_resume(run)}", e.signum) from None
-    going = _resume(result.run) if result.stopped else _evaluate(result.run, result.shards)
+        raise Interrupted(f"{e}. Continue with: {going}", e.signum) from None
+    going = going if result.stopped else _evaluate(result.run, result.shards)
     if _is_main():
         summary(_rows(result), warnings=result.warnings, next_command=going)
 

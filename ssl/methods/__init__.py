@@ -1,13 +1,16 @@
 """One file per method. The file's name is the method's name on the command line.
 
-A method file holds a docstring (what it computes, from which paper) and
+A file elsewhere is named by its path, which ends in .py: its code runs only where a caller names
+it, never because a run's config.json does. A method file holds a docstring (what it computes, from
+which paper) and
 
     class Config                        a frozen dataclass; its fields become command-line options
                                         (type, default, metadata help; numbers are 0 or more,
                                         or metadata least)
 
     RECIPES: dict[str, dict]            values for fields of `Config` and of train.Settings:
-                                        "default" for ultrasound, "paper" and "study"
+                                        "default" for ultrasound; a file of your own may lack
+                                        "paper" and "study"
 
     class Method(nn.Module):            everything that is trained or kept from step to step
         __init__(backbone, config: Config, image_size: int)
@@ -29,12 +32,19 @@ complete (see sslus.kernels.ranks). Nothing else in the project names the method
 """
 
 import dataclasses
+import functools
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
+import re
+import sys
+import traceback
+from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslus.engine.errors import InputError
 
@@ -54,13 +64,83 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def load(name: str) -> ModuleType:
-    if name not in names():
-        raise InputError(f"no method {name!r}; there are: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+def is_file(method: str | Path) -> bool:
+    """Whether the method is a file of the user's, rather than one of `names()`."""
+    return str(method).endswith(".py")
 
 
-def recipe(name: str, which: str) -> tuple[dict, object]:
+def name_of(method: str | Path) -> str:
+    """>>> name_of("vicreg"), name_of("losses/my_method.py")
+    ('vicreg', 'my_method')
+    """
+    return Path(method).stem if is_file(method) else str(method)
+
+
+def load(method: str | Path) -> ModuleType:
+    """The module of a method; raises InputError for what is not one. Runs the code of a file."""
+    if is_file(method):
+        return _run_file(*_read_file(method))
+    if method not in names():
+        raise InputError(
+            f"no method {method!r}; there are: {', '.join(names())}, or the path of a .py file"
+        )
+    return importlib.import_module(f"{__name__}.{method}")
+
+
+def about_file(method: str | Path) -> dict | None:
+    """What a run records of the file that holds its method; None for one of `names()`."""
+    if not is_file(method):
+        return None
+    path, code = _read_file(method)
+    return {"path": str(path), "sha256": hashlib.sha256(code).hexdigest()}
+
+
+def _read_file(method: str | Path) -> tuple[Path, bytes]:
+    path, name = Path(method).resolve(), name_of(method)
+    if name in (*names(), "all"):
+        raise InputError(f"{method}: {name!r} is already a method of sslus; rename the file")
+    if not re.fullmatch(r"[\w-]+", name):  # it names the run and a row of the report
+        raise InputError(f"{method}: want a file name of letters, digits, _ and - only")
+    try:
+        return path, path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{method}: cannot be read ({e.strerror})") from e
+
+
+@functools.cache  # once per content: the classes of a file are the same at every call
+def _run_file(path: Path, code: bytes) -> ModuleType:
+    """Runs `code`, of which the digest is taken, and no .pyc that might lie beside it."""
+    name = f"sslus_method_{path.stem}"  # not the file's own name, which may be that of a package
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        exec(compile(code, path, "exec"), module.__dict__)
+        config = getattr(module, "Config", None)
+        fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+        for f in fields:  # after `from __future__ import annotations` types are strings
+            f.type = get_type_hints(config)[f.name]
+    except (Exception, SystemExit) as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [f", line {f.lineno}" for f in frames if f.filename == str(path)]
+        raise InputError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {e}") from e
+    recipes, method = (getattr(module, name, None) for name in ("RECIPES", "Method"))
+    wanted = {
+        "a dataclass Config": dataclasses.is_dataclass(config),
+        "fields of Config of type int, float, str or bool, with defaults": all(
+            f.type in (int, float, str, bool) and f.default is not dataclasses.MISSING
+            for f in fields
+        ),
+        'a dict RECIPES with "default"': isinstance(recipes, dict) and "default" in recipes,
+        "a class Method(nn.Module) with after_step": isinstance(method, type)
+        and issubclass(method, nn.Module)
+        and hasattr(method, "after_step"),
+    }
+    if lacks := [what for what, there in wanted.items() if not there]:
+        raise InputError(f"{path}: lacks {'; '.join(lacks)} (see ssl/README.md, Your own method)")
+    return module
+
+
+def recipe(name: str | Path, which: str) -> tuple[dict, object]:
     """A method's values under a recipe: (values for train.Settings, its Config).
 
     "default" trains well on ultrasound with few GPUs or none; "paper" has the values of the
@@ -70,6 +150,8 @@ def recipe(name: str, which: str) -> tuple[dict, object]:
     if which not in RECIPES:
         raise InputError(f"recipe {which!r}: want one of {', '.join(RECIPES)}")
     module = load(name)
+    if which not in module.RECIPES:
+        raise InputError(f"{name}: has no recipe {which!r}, only {', '.join(module.RECIPES)}")
     own = {f.name for f in dataclasses.fields(module.Config)}
     values = module.RECIPES[which]
     config = module.Config(**{k: v for k, v in values.items() if k in own})
