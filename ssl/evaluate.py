@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
@@ -75,6 +76,7 @@ def evaluate(
     num_seeds: int = 3,
     steps: int | None = None,
     device: str = "auto",
+    threads: int | None = None,
     stage: Stage | None = None,
 ) -> Evaluation:
     """Evaluate the backbone of `run` by one of PROTOCOLS and write the report.
@@ -101,8 +103,14 @@ def evaluate(
     `shards` defaults to those the run was trained on; their local/ folder must exist. Raises
     InputError for a run, labels or shards that cannot be used, and while another process writes
     to `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
+
+    `threads` of the CPU work (default: one per core); PyTorch keeps this number after the call. It
+    changes the order of summation: what is fine-tuned on a CPU depends on it as a run does,
+    features and fits at most in their last bits. What earlier calls have left is reused anyway.
     """
     run = Path(run)
+    if threads:
+        torch.set_num_threads(threads)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
@@ -114,7 +122,7 @@ def evaluate(
     source = read_run(run)
     settings = source.config["settings"]
     shards = _folder_of(shards or source.config["shards"]["path"])
-    store = FrameStore.open(shards)
+    store = FrameStore.open(shards, threads=threads)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
     out = Path(out or run / "evaluation")
@@ -131,7 +139,8 @@ def evaluate(
             about = dataclasses.asdict(how) | {"num_trainings": num}
         else:
             features = features_of_both(source, store, frames, where, out, stage)
-            with stage("probe" if protocol == "linear" else protocol, "fits") as report:
+            name = "probe" if protocol == "linear" else protocol
+            with stage(name, "fits") as report, threadpool_limits(threads):
                 guesses, slow = _fit_all(protocol, tasks, frames, features, report)
             about = SETTINGS[protocol]
         rows, videos = _rows(frames, tasks, guesses, deals)
@@ -192,7 +201,6 @@ def probe(
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
         guess = np.full(len(x_test), y_train[0])

@@ -18,7 +18,8 @@ OPTIONS = {
     " --force --device",
     "train": "shards --method --backbone --batch-size --epochs --max-steps --max-seconds --lr"
     " --init --seed --run --resume --device --views --pairs --recipe --gpus --tier",
-    "evaluate": "run --labels --protocol --fractions --seeds --steps -o --out --shards --device",
+    "evaluate": "run --labels --protocol --fractions --seeds --steps -o --out --shards --device"
+    " --threads",
     "views": "shards --preset -o",
     "doctor": "--json",
 }

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import save_file
 from sklearn.metrics import f1_score, roc_auc_score
+from threadpoolctl import threadpool_info
 
 from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings as ShardSettings
@@ -699,6 +700,37 @@ def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeyp
         capsys.readouterr()
         assert main([*command, *wrong]) == 1
         assert capsys.readouterr().err == f"Error: {line}\n"
+
+
+def test_all_work_is_done_by_the_threads_that_are_asked_for(run, videos, tmp_path, monkeypatch):
+    met, before = [], torch.get_num_threads()
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def spied(*args):
+            pools = [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
+            # Fine-tuning and features are PyTorch's work, fits that of numpy and scikit-learn.
+            met.append((name, {torch.get_num_threads()} if module is not evaluate else {*pools}))
+            return real(*args)
+
+        monkeypatch.setattr(module, name, spied)
+
+    for module, name in (
+        (evaluate, "probe"), (evaluate, "votes"), (features, "_frames"), (finetune, "tune"),
+    ):  # fmt: skip
+        spy(module, name)
+    command = f"evaluate {run} --labels {videos / 'labels.csv'} --fractions 100 --seeds 1 --steps 1"
+    command += f" --protocol linear,knn,finetune --device cpu -o {tmp_path} --threads"
+    try:
+        for num in (3, 2):
+            assert main([*command.split(), str(num)]) == 0
+            shutil.rmtree(tmp_path)
+            assert {name for name, _ in met} == {"probe", "votes", "_frames", "tune"}
+            assert all(pools == {num} for _, pools in met), met
+            met.clear()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_fine_tuning_keeps_patients_apart(run, videos, frames, tmp_path, monkeypatch):

@@ -37,7 +37,11 @@ import click
     "--device", metavar="[auto|cpu|cuda]", default="auto", show_default=True,
     help="Where features are computed and backbones fine-tuned; auto: on a GPU if there is one.",
 )  # fmt: skip
-def command(run, labels, protocol, fractions, seeds, steps, out, shards, device):
+@click.option(
+    "--threads", type=click.IntRange(min=1),
+    help="CPU threads, for all that is computed.  [default: all cores]",
+)  # fmt: skip
+def command(run, labels, protocol, fractions, seeds, steps, out, shards, device, threads):
     """Measure what the backbone in the folder RUN is worth, with labels, split by patient.
 
     Several runs are compared in a table at the end.
@@ -99,7 +103,8 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device)
                 tell(f"{one}: {name}")
             result = results[one, name] = evaluate.evaluate(
                 one, Path(labels), out=to, shards=shards and Path(shards), protocol=name,
-                percents=percents, num_seeds=seeds, steps=steps, device=device, stage=progress,
+                percents=percents, num_seeds=seeds, steps=steps, device=device, threads=threads,
+                stage=progress,
             )  # fmt: skip
             show(result)
     if len(runs) > 1:
