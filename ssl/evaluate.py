@@ -77,6 +77,7 @@ def evaluate(
     steps: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    shared: dict | None = None,
     stage: Stage | None = None,
 ) -> Evaluation:
     """Evaluate the backbone of `run` by one of PROTOCOLS and write the report.
@@ -107,10 +108,14 @@ def evaluate(
     `threads` of the CPU work (default: one per core); PyTorch keeps this number after the call. It
     changes the order of summation: what is fine-tuned on a CPU depends on it as a run does,
     features and fits at most in their last bits. What earlier calls have left is reused anyway.
+    `shared`: give the calls for several runs the same dict, empty at first; what they have in
+    common, which is the random backbone if the runs agree in backbone, image size and seed, is
+    then computed only once. The results are the same, bit for bit.
     """
     run = Path(run)
     if threads:
         torch.set_num_threads(threads)
+    shared = {} if shared is None else shared
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
@@ -135,13 +140,15 @@ def evaluate(
         deals = [folds(frames, seed) for seed in range(num_seeds)]
         tasks = list(_tasks(frames, names, shares, deals))
         if protocol == "finetune":
-            guesses, num = _finetune(source, store, frames, tasks, how, where, folder, stage)
+            guesses, num = _finetune(
+                source, store, frames, tasks, how, where, folder, shared, stage
+            )
             about = dataclasses.asdict(how) | {"num_trainings": num}
         else:
-            features = features_of_both(source, store, frames, where, out, stage)
+            features = features_of_both(source, store, frames, where, out, shared, stage)
             name = "probe" if protocol == "linear" else protocol
             with stage(name, "fits") as report, threadpool_limits(threads):
-                guesses, slow = _fit_all(protocol, tasks, frames, features, report)
+                guesses, slow = _fit_all(protocol, tasks, frames, features, shared, report)
             about = SETTINGS[protocol]
         rows, videos = _rows(frames, tasks, guesses, deals)
 
@@ -242,21 +249,40 @@ def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterato
 
 
 def _fit_all(
-    protocol: str, tasks: list[Task], frames: LabelledFrames, features, report
+    protocol: str, tasks: list[Task], frames: LabelledFrames, features, shared: dict, report
 ) -> tuple[list[Guess], int]:
-    """Each task's predictions, and how many fits did not converge."""
+    """Each task's predictions, and how many fits did not converge.
+
+    Equal fits are done only once: two small shares may keep the same videos. Those of the random
+    backbone go to `shared`, by a digest of everything they depend on.
+    """
     guesses, slow, num_seeds, num_classes = [], 0, tasks[-1].seed + 1, len(frames.names)
+    digests = {name: hashlib.sha256(x).digest() for name, x in features.items()}
+    own: dict[bytes, tuple[Guess, bool]] = {}
     for done, t in enumerate(tasks, start=1):
         x, y = features[t.backbone], frames.y[t.train]
-        if protocol == "knn":
-            found, converged = votes(x[t.train], y, x[t.test], num_classes), True
-            guess, probability = found.argmax(1), found / found.sum(1, keepdims=True)
-        else:
-            guess, probability, converged = probe(x[t.train], y, x[t.test], num_classes)
-        guesses.append(Guess(guess, probability))
+        key = hashlib.sha256(f"{protocol} {num_classes} {len(y)}".encode())
+        for part in (digests[t.backbone], t.train, y, t.test):
+            key.update(part)
+        known, key = shared if t.backbone == RANDOM else own, key.digest()
+        if key not in known:
+            known[key] = _fit(protocol, x[t.train], y, x[t.test], num_classes)
+        guess, converged = known[key]
+        guesses.append(guess)
         slow += not converged
         report(done, len(tasks), f"seed {t.seed + 1} of {num_seeds}")
     return guesses, slow
+
+
+def _fit(
+    protocol: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, num_classes: int
+) -> tuple[Guess, bool]:
+    """The predictions, and whether the fit converged."""
+    if protocol == "knn":
+        found = votes(x_train, y_train, x_test, num_classes)
+        return Guess(found.argmax(1), found / found.sum(1, keepdims=True)), True
+    guess, probability, converged = probe(x_train, y_train, x_test, num_classes)
+    return Guess(guess, probability), converged
 
 
 def _finetune(
@@ -267,6 +293,7 @@ def _finetune(
     settings: finetune.Settings,
     device: torch.device,
     cache: Path,
+    shared: dict,
     stage: Stage,
 ) -> tuple[list[Guess], int]:
     """Each task's predictions, and how many trainings that took."""
@@ -281,7 +308,7 @@ def _finetune(
         for t in tasks
     ]
     with stage("fine-tuning", "steps") as report:
-        logits, num = finetune.finetune(jobs, starts, pictures, settings, cache, report)
+        logits, num = finetune.finetune(jobs, starts, pictures, settings, cache, shared, report)
     softmax = [torch.from_numpy(each).double().softmax(1).numpy() for each in logits]
     return [Guess(x.argmax(1), p) for x, p in zip(logits, softmax, strict=True)], num
 

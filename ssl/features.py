@@ -63,22 +63,19 @@ def features_of_both(
     frames: LabelledFrames,
     device: torch.device,
     cache: Path,
+    shared: dict,
     stage: Stage,
 ) -> dict[str, np.ndarray]:
-    """The features of the trained and the random backbone, by their names in the table."""
-    config, num, features, used = run.config, len(frames), {}, set()
+    """The features of the trained and the random backbone, by their names in the table.
+
+    They are kept in the folder `cache`; shared: see `read_kept`.
+    """
+    num, features, used = len(frames), {}, set()
     with stage("features", "frames") as report:
-        for i, name in enumerate([config["settings"]["method"], RANDOM]):
-            backbone = build(run, name)
-            if name == RANDOM:
-                seen = frames.index[:: -(-num // SETTLED_BY)]
-                parts = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
-                backbone.to(device)
-                settle_batch_norm(backbone, (_frames(store, p, config, device) for p in parts))
-                backbone.cpu()
+        for i, name in enumerate([run.config["settings"]["method"], RANDOM]):
             features[name], path = _features(
-                backbone, store, frames.index, config, device, cache,
-                lambda done, i=i: report(i * num + done, 2 * num, ""),
+                build(run, name), name == RANDOM, store, frames.index, run.config, device, cache,
+                shared, lambda done, i=i: report(i * num + done, 2 * num, ""),
             )  # fmt: skip
             used.add(path)
     for old in set(cache.glob("features-*.npy")) - used:  # of weights or labels before these
@@ -130,27 +127,38 @@ def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.de
 
 def _features(
     backbone: nn.Module,
+    unsettled: bool,
     store: FrameStore,
     index: np.ndarray,
     config: dict,
     device: torch.device,
     cache: Path,
+    shared: dict,
     report: Callable[[int], None],
 ) -> tuple[np.ndarray, Path]:
-    """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`."""
+    """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`.
+
+    unsettled: its BatchNorm gets the statistics of these frames first.
+    """
     name, size = (config["settings"][k] for k in ("backbone", "image_size"))
     mean, std = config["shards"]["mean"], config["shards"]["std"]
-    key = hashlib.sha256(f"{store.digest} {name} {size} {mean} {std} {device.type}".encode())
+    facts = f"{store.digest} {name} {size} {mean} {std} {device.type} {unsettled}"
+    key = hashlib.sha256(facts.encode())
     key.update(json.dumps(versions()).encode())
     key.update(index.astype(np.int64).tobytes())
     backbones.add_to_digest(key, backbone)
     path = cache / f"features-{key.hexdigest()[:16]}.npy"
-    known = read_kept(path)
+    known = read_kept(path, shared)
     if known is not None and known.ndim == 2 and len(known) == len(index):
         report(len(index))
         return known, path
+    backbone.to(device)
+    if unsettled:
+        seen = index[:: -(-len(index) // SETTLED_BY)]
+        batches = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
+        settle_batch_norm(backbone, (_frames(store, part, config, device) for part in batches))
     # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
-    backbone.eval().to(device, memory_format=torch.channels_last)
+    backbone.eval().to(memory_format=torch.channels_last)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(index), FEATURE_BATCH):
@@ -160,17 +168,32 @@ def _features(
     features = np.concatenate(parts)
     if not np.isfinite(features).all():
         raise InputError("the backbone's features are not finite; train it again")
-    content = io.BytesIO()
-    np.save(content, features)  # in memory: on a full disk, np.save would not name the cause
-    with atomic_file(path) as f:
-        f.write(content.getbuffer())
+    keep(path, features, shared)
     return features, path
 
 
-def read_kept(path: Path) -> np.ndarray | None:
-    """An array that an earlier evaluation has left; None if it is missing, or cut short, as by a
-    copy that was stopped."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
+def keep(path: Path, array: np.ndarray, shared: dict) -> None:
+    """Write what a later evaluation will read, to a file named by a digest of all it depends on."""
+    content = io.BytesIO()
+    np.save(content, array)  # in memory: on a full disk, np.save would not name the cause
+    with atomic_file(path) as f:
+        f.write(content.getbuffer())
+    shared[path.name] = path
+
+
+def read_kept(path: Path, shared: dict) -> np.ndarray | None:
+    """The array that an earlier evaluation has left at `path`, or copied there from the file of
+    this name that `shared` knows: one that another evaluation with the same `shared` has left.
+
+    None if it is missing, or cut short, as by a copy that was stopped.
+    """
+    for place in (path, shared.get(path.name, path)):
+        try:
+            array = np.load(place, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            continue
+        if place != path:
+            keep(path, array, shared)
+        shared[path.name] = path
+        return array
+    return None

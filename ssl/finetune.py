@@ -10,7 +10,6 @@ evaluation can resume.
 import copy
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.kernels.augment import views
 from sslus.ssl import backbones, optimizers
-from sslus.ssl.features import read_kept
+from sslus.ssl.features import keep, read_kept
 from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.signals import Signals
 from sslus.ssl.versions import versions
@@ -112,20 +110,22 @@ def finetune(
     pictures: Pictures,
     settings: Settings,
     cache: Path,
+    shared: dict,
     report: Callable[[int, int, str], None],
 ) -> tuple[list[np.ndarray], int]:
     """The logits of each job's test frames, (T, classes) float32, and how many trainings it took.
 
     starts: the backbones by name; they are not changed. The logits of each training are kept
     in the folder `cache`, under a digest of everything they depend on; equal jobs are done only
-    once (two small shares may keep the same videos). Ctrl-C and SIGTERM lose the training under
-    way and raise Interrupted. Raises InputError if a loss or a logit is not finite.
+    once (two small shares may keep the same videos), also by evaluations with the same `shared`,
+    see features.read_kept. Ctrl-C and SIGTERM lose the training under way and raise Interrupted.
+    Raises InputError if a loss or a logit is not finite.
     """
     if pictures.device.type == "cpu":
         keep_freed_memory()
     names = _names(jobs, starts, pictures, settings)
     trainings = dict(zip(names, jobs, strict=True))
-    todo = [name for name in trainings if read_kept(cache / name) is None]
+    todo = [name for name in trainings if read_kept(cache / name, shared) is None]
     num, steps = len(trainings), settings.steps
     report((num - len(todo)) * steps, num * steps, "")
     with Signals() as signals:
@@ -140,10 +140,9 @@ def finetune(
                     )
                 report(done * steps + step, num * steps, f"training {done + 1} of {num}")
 
-            job, content = trainings[name], io.BytesIO()
-            np.save(content, tune(job, starts[job.backbone], pictures, settings, tick))
-            with atomic_file(cache / name) as f:
-                f.write(content.getbuffer())
+            job = trainings[name]
+            logits = tune(job, starts[job.backbone], pictures, settings, tick)
+            keep(cache / name, logits, shared)
     return [np.load(cache / name, allow_pickle=False) for name in names], num
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -464,7 +465,7 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     def compute(index, cache):
         cache.mkdir(exist_ok=True)
         return features._features(
-            backbone, store, index, config, torch.device("cpu"), cache, lambda done: None
+            backbone, False, store, index, config, torch.device("cpu"), cache, {}, lambda done: None
         )[0]
 
     index = np.arange(80)
@@ -653,6 +654,60 @@ def test_several_runs_are_compared(run, videos, tmp_path, capsys):
     assert main(["evaluate", str(run), str(tmp_path), *tail]) == 1
     shown = capsys.readouterr()
     assert "has no config.json" in shown.err and not shown.out  # told before the first one runs
+
+
+def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkeypatch):
+    """The second run has other weights than the first; the third, other random weights, too."""
+    runs = [shutil.copytree(run, tmp_path / name) for name in ("first", "second", "third")]
+    for seed, one in enumerate(runs[1:], start=8):
+        backbones.save(backbones.build("test_resnet", 32, seed), one / "backbone.safetensors", {})
+    config = json.loads((runs[2] / "config.json").read_text())
+    config["settings"]["seed"] = 1
+    (runs[2] / "config.json").write_text(json.dumps(config))
+    met = []
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def spied(*args):
+            met.append(name if name != "tune" else f"tune {args[0].backbone}")
+            return real(*args)
+
+        monkeypatch.setattr(module, name, spied)
+
+    for module, name in (
+        (features, "settle_batch_norm"), (evaluate, "probe"), (evaluate, "votes"),
+        (finetune, "tune"),
+    ):  # fmt: skip
+        spy(module, name)
+    monkeypatch.setattr(evaluate, "draw", lambda *a: None)
+
+    def split(rows):
+        return [r | {"split": "test" if int(r["patient"][1:]) < 3 else "train"} for r in rows]
+
+    labels = rewrite(videos, tmp_path, split)
+
+    def judge(one, shared, out):
+        met.clear()
+        for protocol in report.PROTOCOLS:
+            evaluate.evaluate(
+                one, labels, protocol=protocol, percents=(1, 10), num_seeds=2, steps=1,
+                device="cpu", out=out, shared=shared,
+            )  # fmt: skip
+        names = ("predictions.csv", "results.json", "report.md", "*.npy")
+        files = {p.relative_to(out): p.read_bytes() for n in names for p in out.rglob(n)}
+        return files, Counter(met)
+
+    shared = {}
+    # Two seeds; the two shares keep the same videos, so that one fit is enough for both.
+    own = {"probe": 2, "votes": 2, "tune vicreg": 2}
+    both = {"settle_batch_norm": 1, "probe": 4, "votes": 4, "tune vicreg": 2, "tune random init": 2}
+    for one, calls in zip(runs, (both, own, both), strict=True):
+        together, num = judge(one, shared, one / "together")
+        assert num == calls
+        # To the bit what it is alone, with all that a later evaluation can reuse.
+        assert judge(one, None, one / "alone") == (together, both)
+        assert len(list(one.glob("together/**/*.npy"))) == 6
 
 
 def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeypatch):

@@ -154,7 +154,7 @@ def test_what_was_interrupted_goes_on_with_the_same_bytes(toy, tmp_path):
 
     def run(folder, report=lambda *a: None, jobs=jobs, settings=SETTINGS):
         folder.mkdir(exist_ok=True)
-        guesses, num = finetune.finetune(jobs, starts, toy.pictures, settings, folder, report)
+        guesses, num = finetune.finetune(jobs, starts, toy.pictures, settings, folder, {}, report)
         assert np.array_equal(guesses[1], guesses[3]) and num == 3
         return guesses
 
@@ -191,7 +191,7 @@ def test_what_earlier_versions_kept_is_not_read(toy, tmp_path):
     (name,) = finetune._names([job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS)
     np.save(tmp_path / name.replace("logits", "predictions"), np.zeros(20, np.int64))
     (logits,), _ = finetune.finetune(
-        [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, tmp_path, lambda *a: None
+        [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, tmp_path, {}, lambda *a: None
     )
     assert logits.shape == (20, 2) and len(list(tmp_path.iterdir())) == 2
 
@@ -200,7 +200,7 @@ def test_on_a_full_disk_no_training_seems_finished(toy, small_disk):
     (small_disk / "filler").write_bytes(bytes(4 << 20))
     with pytest.raises(OSError, match="No space left"):
         finetune.finetune(
-            [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, small_disk, lambda *a: None
+            [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, small_disk, {}, lambda *a: None
         )
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path, monkeypatch):
     line = r"fine-tuning of toy: the loss is no longer finite \(by step 3 of seed 1\); if it"
     with pytest.raises(InputError, match=line):
         finetune.finetune(
-            [job(toy)], {"toy": broken}, toy.pictures, SETTINGS, tmp_path, lambda *a: None
+            [job(toy)], {"toy": broken}, toy.pictures, SETTINGS, tmp_path, {}, lambda *a: None
         )
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="--steps 0: want at least 1"):

@@ -96,7 +96,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
         raise InputError("-o: two of the runs have folders of the same name; leave it out")
     for one in runs[1:]:  # before the first is evaluated
         read_run(one)
-    results = {}
+    results, shared = {}, {}
     for one, to in zip(runs, outs, strict=True):
         for name in protocols:
             if len(runs) > 1:
@@ -104,7 +104,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
             result = results[one, name] = evaluate.evaluate(
                 one, Path(labels), out=to, shards=shards and Path(shards), protocol=name,
                 percents=percents, num_seeds=seeds, steps=steps, device=device, threads=threads,
-                stage=progress,
+                shared=shared, stage=progress,
             )  # fmt: skip
             show(result)
     if len(runs) > 1:
