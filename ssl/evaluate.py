@@ -21,12 +21,12 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
-from sslus.engine.stream import is_url
 from sslus.ssl import backbones, finetune, predictions
-from sslus.ssl.features import RANDOM, Run, Stage, build, features_of_both, read_run
+from sslus.ssl.features import RANDOM, Stage, build, features_of_both
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, votes
 from sslus.ssl.predictions import Guess, Videos, auroc, of_videos
 from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
+from sslus.ssl.runs import Run, check
 from sslus.ssl.splits import (
     LabelledFrames,
     copies,
@@ -119,14 +119,9 @@ def evaluate(
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
-    if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
-        raise InputError(
-            "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
-        )
+    source, shards = check(run, shards, percents, num_seeds)
     shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
-    source = read_run(run)
     settings = source.config["settings"]
-    shards = _folder_of(shards or source.config["shards"]["path"])
     store = FrameStore.open(shards, threads=threads)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
@@ -174,18 +169,6 @@ def evaluate(
         )
         _write(result, videos, frames, store, source)
     return result
-
-
-def _folder_of(shards: str | Path) -> Path:
-    """Raises InputError for shards that are not in a folder here."""
-    if is_url(shards):
-        raise InputError(
-            f"{shards}: is a URL, but only the local/ folder of shards tells which video a frame"
-            " comes from; copy the shards to a disk and name them with --shards"
-        )
-    if not Path(shards).exists():
-        raise InputError(f"{shards}: no such folder; name the shards of the run with --shards")
-    return Path(shards)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, views
+from sslus.ssl.runs import Run
 from sslus.ssl.splits import LabelledFrames
 from sslus.ssl.versions import versions
 
@@ -27,34 +27,6 @@ SETTLED_BY = 1024  # most frames from which a random backbone gets its BatchNorm
 
 # stage(label, unit) -> a context that yields report(done, total, note)
 Stage = Callable[[str, str], contextlib.AbstractContextManager]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is evaluated, read once: a training under way may write other weights meanwhile."""
-
-    path: Path
-    config: dict
-    weights: bytes  # of backbone.safetensors
-
-
-def read_run(run: Path) -> Run:
-    """Raises InputError if it is not the folder of a run, or damaged."""
-    for name in ("config.json", "backbone.safetensors"):
-        if not (run / name).is_file():
-            raise InputError(
-                f"{run}: has no {name}; give the folder of a run of `sslus train`"
-                " (--resume finishes an unfinished one)"
-            )
-    try:
-        config = json.loads((run / "config.json").read_text())
-        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
-            " train it again"
-        ) from e
-    return Run(run, config, (run / "backbone.safetensors").read_bytes())
 
 
 def features_of_both(

@@ -1,6 +1,7 @@
 """The command line: the names that scripts rely on, and what a long command shows."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import click
 import pytest
 
 from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.manifest import Manifest
 from sslus.tools import cli, screen
 
 OPTIONS = {
@@ -77,6 +79,38 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
 def test_views_says_that_it_wants_a_folder(capsys):
     assert cli.main(["views", "s3://bucket/shards"]) == 1
     assert capsys.readouterr().err.startswith("Error: s3://bucket/shards: want a folder of shards")
+
+
+def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
+    """Which takes seconds."""
+    run, shards, labels = tmp_path / "run", tmp_path / "shards", tmp_path / "labels.csv"
+    for folder in (run, shards / "local"):
+        folder.mkdir(parents=True)
+    (run / "backbone.safetensors").touch()
+    config = {"settings": {"backbone": "resnet18"}, "shards": {"path": str(shards)}}
+    (run / "config.json").write_text(json.dumps(config))
+    Manifest({"size": 32}, 1, 1, 0.5, 0.5, [], {}, []).with_digest().write(shards)
+    (shards / "local" / "ledger.jsonl").touch()
+    labels.write_text("path,label,patient\na.mp4,left,1\n")
+    asked = f"evaluate {run} --labels"
+    wrong = {
+        f"{asked} {tmp_path}/none.csv": "labels .*/none.csv: cannot be read: No such file",
+        f"{asked} {labels}": "labels .*: 1 of 1 videos are not in .*/shards",
+        f"{asked} {labels} --fractions 1,x": "--fractions '1,x': want percents",
+        f"{asked} {labels} --fractions 0,1": "evaluate: want .* fractions above 0",
+        f"{asked} {labels} --protocol svm": "--protocol 'svm': want one of linear",
+        f"{asked} {labels} --steps 3": "--steps: are those of --protocol finetune",
+        f"{asked} {labels} --shards {tmp_path}": ".*: no finished shards here",
+        f"evaluate {run} {tmp_path} --labels {labels}": ".*: has no config.json",
+        f"views {tmp_path}/none": ".*/none: no such folder",
+        f"views {shards} --frames 0": "--frames and --image-size: want at least 1",
+    }
+    code = "import sys\nfrom sslus.tools.cli import main\n"
+    code += f"for line in {list(wrong)}:\n    print(main(line.split()), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for line, said in zip(done.stderr.splitlines(), wrong.values(), strict=True):
+        assert re.match(f"Error: {said}", line), line
+    assert done.stdout.splitlines() == ["1 False"] * len(wrong)
 
 
 @pytest.mark.parametrize("error", [click.UsageError("no"), Interrupted("stopped", 15)])

@@ -74,8 +74,9 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
     from pathlib import Path
 
     from sslus.engine.errors import InputError
-    from sslus.ssl import evaluate
-    from sslus.ssl.features import read_run
+    from sslus.engine.labels import labelled_videos
+    from sslus.ssl.report import PROTOCOLS
+    from sslus.ssl.runs import check
     from sslus.tools.screen import argument, progress, summary, tell
 
     try:
@@ -83,28 +84,32 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
     except ValueError as e:
         raise InputError(f"--fractions {fractions!r}: want percents like 1,10,100") from e
     protocols = dict.fromkeys(protocol.split(","))
-    if not protocols.keys() <= set(evaluate.PROTOCOLS):  # before the first has taken an hour
+    if not protocols.keys() <= set(PROTOCOLS):  # before the first has taken an hour
         raise InputError(
-            f"--protocol {protocol!r}: want one of {', '.join(evaluate.PROTOCOLS)}, or several,"
+            f"--protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}, or several,"
             " separated by commas"
         )
     if steps and "finetune" not in protocols:
         raise InputError("--steps: are those of --protocol finetune, which is not given")
-    runs = [Path(one) for one in run]
+    runs, labels, shards = [Path(one) for one in run], Path(labels), shards and Path(shards)
     outs = [out and Path(out) / (one.resolve().name if len(runs) > 1 else "") for one in runs]
     if out and len(set(outs)) < len(outs):
         raise InputError("-o: two of the runs have folders of the same name; leave it out")
-    for one in runs[1:]:  # before the first is evaluated
-        read_run(one)
+    # Before the first is evaluated, and PyTorch imported, which takes seconds.
+    for folder in dict.fromkeys(check(one, shards, percents, seeds)[1] for one in runs):
+        labelled_videos(labels, folder)
+
+    from sslus.ssl.evaluate import evaluate
+
     results, shared = {}, {}
     for one, to in zip(runs, outs, strict=True):
         for name in protocols:
             if len(runs) > 1:
                 tell(f"{one}: {name}")
-            result = results[one, name] = evaluate.evaluate(
-                one, Path(labels), out=to, shards=shards and Path(shards), protocol=name,
-                percents=percents, num_seeds=seeds, steps=steps, device=device, threads=threads,
-                shared=shared, stage=progress,
+            result = results[one, name] = evaluate(
+                one, labels, out=to, shards=shards, protocol=name, percents=percents,
+                num_seeds=seeds, steps=steps, device=device, threads=threads, shared=shared,
+                stage=progress,
             )  # fmt: skip
             show(result)
     if len(runs) > 1:

@@ -44,8 +44,6 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     from sslus.engine.errors import InputError
     from sslus.engine.store import FrameStore
     from sslus.engine.stream import is_url
-    from sslus.ssl import methods
-    from sslus.ssl.views import PRESETS, picture
     from sslus.tools.screen import argument, progress, summary
 
     if frames < 1 or image_size < 1:
@@ -54,6 +52,10 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
         raise InputError(f"{shards}: want a folder of shards, not a URL; copy them to a disk first")
     with progress("frame store", "frames") as report:
         store = FrameStore.open(Path(shards), report=report)
+
+    from sslus.ssl import methods  # imports PyTorch, which takes longer than to see what is wrong
+    from sslus.ssl.views import PRESETS, picture
+
     within = max_seconds if pairs == "nearby" else None
     picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]

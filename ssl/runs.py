@@ -1,0 +1,61 @@
+"""What `sslus evaluate` is asked, checked before PyTorch is imported, which takes seconds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sslus.engine.errors import InputError
+from sslus.engine.manifest import read_manifest
+from sslus.engine.stream import is_url
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is evaluated, read once: a training under way may write other weights meanwhile."""
+
+    path: Path
+    config: dict
+    weights: bytes  # of backbone.safetensors
+
+
+def read_run(run: Path) -> Run:
+    """Raises InputError if it is not the folder of a run, or damaged."""
+    for name in ("config.json", "backbone.safetensors"):
+        if not (run / name).is_file():
+            raise InputError(
+                f"{run}: has no {name}; give the folder of a run of `sslus train`"
+                " (--resume finishes an unfinished one)"
+            )
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
+            " train it again"
+        ) from e
+    return Run(run, config, (run / "backbone.safetensors").read_bytes())
+
+
+def check(
+    run: Path, shards: Path | None, percents: tuple[float, ...], num_seeds: int
+) -> tuple[Run, Path]:
+    """The run, and the folder of its shards or, if given, `shards`; see `evaluate`.
+
+    Raises InputError for what cannot be evaluated.
+    """
+    if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
+        raise InputError(
+            "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
+        )
+    source = read_run(run)
+    folder = shards or source.config["shards"]["path"]
+    if is_url(folder):
+        raise InputError(
+            f"{folder}: is a URL, but only the local/ folder of shards tells which video a frame"
+            " comes from; copy the shards to a disk and name them with --shards"
+        )
+    if not Path(folder).exists():
+        raise InputError(f"{folder}: no such folder; name the shards of the run with --shards")
+    read_manifest(Path(folder))
+    return source, Path(folder)
