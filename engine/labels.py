@@ -11,6 +11,9 @@ from pathlib import Path
 from sslus.engine.errors import InputError
 
 COLUMNS = ("path", "label", "patient", "split")
+SPLITS = {  # as they may be written
+    "train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,12 @@ class Label:
     path: Path  # of the video, absolute
     label: str
     patient: str
-    split: str | None = None  # "train" or "test", where the file fixes the split
+    split: str | None = None  # "train", "test" or "val", where the file fixes the split
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing may learn the label: that of a video to test on, or to choose by."""
+        return self.split in ("test", "val")
 
 
 def read_labels(path: Path) -> list[Label]:
@@ -27,8 +35,8 @@ def read_labels(path: Path) -> list[Label]:
     The file is UTF-8, with one row per video; other columns are ignored. Paths are relative to
     the folder of the file. Raises InputError, naming the line, for a missing or repeated column, a
     row with more or fewer cells than the header, an empty cell or one with a line break, a video
-    listed twice, a split that is neither train nor test or is given for some rows only, and a
-    patient on both sides of the split.
+    listed twice, a split that is not one of SPLITS or is given for some rows only, and a patient
+    in two parts of the split.
     """
     path = Path(path)
     (_, columns), *rows = _lines(path) or [(1, [])]
@@ -63,11 +71,13 @@ def read_labels(path: Path) -> list[Label]:
         if (name := unicodedata.normalize("NFC", str(video))) in seen:
             raise InputError(f"{where}: {cells['path']} is already in line {seen[name]}")
         seen[name] = line
-        split = cells["split"] or None
-        if split not in (None, "train", "test"):
-            raise InputError(f"{where}: split must be train or test, got {split!r}")
-        if split and side.setdefault(cells["patient"], split) != split:
-            raise InputError(f"{where}: patient {cells['patient']} is in both train and test")
+        if cells["split"] and cells["split"] not in SPLITS:
+            raise InputError(
+                f"{where}: split must be one of {', '.join(SPLITS)}, got {cells['split']!r}"
+            )
+        split = SPLITS.get(cells["split"])
+        if split and (other := side.setdefault(cells["patient"], split)) != split:
+            raise InputError(f"{where}: patient {cells['patient']} is in both {other} and {split}")
         labels.append(Label(video, cells["label"], cells["patient"], split))
     if len({x.split is None for x in labels}) == 2:
         raise InputError(

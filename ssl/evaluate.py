@@ -88,7 +88,8 @@ def evaluate(
     class weights. knn: see sslus.ssl.neighbours. finetune: the backbone is trained too, see
     sslus.ssl.finetune; `steps` is that of each training (default: 100 on a CPU, 1000 on a GPU).
     Split: the column `split` of `labels`; without it, for each seed, stratified folds by patient,
-    whose predictions are pooled. No patient is ever on both sides. A share of p percent keeps
+    whose predictions are pooled. No patient is ever on both sides. Videos of val are not used,
+    since nothing is chosen by their scores. A share of p percent keeps
     ceil(p/100 x videos), so at least one, of each class's training videos, patient by patient in
     random order; smaller shares are subsets of larger ones. The seed determines both the folds
     and the order.
@@ -152,6 +153,12 @@ def evaluate(
             notes.append(
                 f"{slow} fits stopped at {MAX_ITERATIONS} iterations, before they converged"
             )
+        if frames.test is None:
+            split = f"{num_folds(frames)} folds by patient, drawn anew for each seed"
+        else:
+            split = "the split of labels.csv, the same for each seed"
+            if frames.num_val:
+                split += f"; {frames.num_val} videos of its part val are not used"
         result = Evaluation(
             protocol=protocol,
             settings=about,
@@ -162,9 +169,7 @@ def evaluate(
             num_frames=len(frames),
             num_videos=len(np.unique(frames.video)),
             num_patients=len(np.unique(frames.patient)),
-            split="the split of labels.csv, the same for each seed"
-            if frames.test is not None
-            else f"{num_folds(frames)} folds by patient, drawn anew for each seed",
+            split=split,
             warnings=notes,
         )
         _write(result, videos, frames, store, source)

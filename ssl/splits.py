@@ -31,20 +31,25 @@ class LabelledFrames:
     num_unlabelled: int  # videos in the shards that are not in labels.csv
     num_without_frames: int  # videos in labels.csv that gave no frame when sharded
     moved: bool = False  # the videos are not where they were when sharded
+    num_val: int = 0  # videos in labels.csv that are neither trained nor tested on
 
     def __len__(self) -> int:
         return len(self.index)
 
 
 def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrames:
-    """Join labels.csv to the store's frames by source file, through the shards' ledger."""
+    """Join labels.csv to the store's frames by source file, through the shards' ledger.
+
+    Videos whose split is val are left out: nothing is chosen by them here.
+    """
     rows, moved = labelled_videos(labels, shards)
     fixed = any(row.split for row in rows.values())
     names = sorted({row.label for row in rows.values()})
     patients = sorted({row.patient for row in rows.values()})
     place = {video_id: i for i, video_id in enumerate(store.video_ids)}
     of_video = {place[video]: row for video, row in rows.items() if video in place}
-    index = np.flatnonzero(np.isin(store.video, list(of_video)))
+    used = [video for video, row in of_video.items() if row.split != "val"]
+    index = np.flatnonzero(np.isin(store.video, used))
     video = store.video[index]
 
     def column(value: Callable) -> np.ndarray:
@@ -63,6 +68,7 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
         num_unlabelled=len(store.video_ids) - len(of_video),
         num_without_frames=len(rows) - len(of_video),
         moved=moved,
+        num_val=sum(row.split == "val" for row in rows.values()),
     )
 
 
@@ -94,7 +100,10 @@ def testable(frames: LabelledFrames) -> tuple[LabelledFrames, list[str]]:
     """
     if frames.test is not None and len({*frames.test.tolist()}) == 1:
         side, other = ("test", "train") if frames.test.all() else ("train", "test")
-        raise InputError(f"labels: the split is {side} for all videos; want some for {other} too")
+        but = " but those of val" if frames.num_val else ""
+        raise InputError(
+            f"labels: the split is {side} for all videos{but}; want some for {other} too"
+        )
     kept, notes = [], []
     for c, name in enumerate(frames.names):
         of_class = frames.y == c

@@ -915,6 +915,26 @@ def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
     assert "numbers without ± are those of one fit" in result.spread
 
 
+def test_videos_of_val_are_neither_trained_nor_tested_on(run, videos, tmp_path):
+    def split(rows, parts=("test", "val", "train", "train")):
+        """Of each class, a patient for each part."""
+        return [row | {"split": parts[int(row["patient"][1:]) // 3]} for row in rows]
+
+    def judge(change):
+        return evaluate.evaluate(
+            run, rewrite(videos, tmp_path, change), out=tmp_path / "out", protocol="knn",
+            percents=(100,), device="cpu",
+        )  # fmt: skip
+
+    result = judge(split)
+    assert result.split.endswith("for each seed; 5 videos of its part val are not used")
+    assert result.split in (result.out / "report.md").read_text()
+    without = judge(lambda rows: [row for row in split(rows) if row["split"] != "val"])
+    assert result.rows == without.rows and result.num_patients == without.num_patients == 9
+    with pytest.raises(InputError, match="is train for all videos but those of val; want some for"):
+        judge(lambda rows: split(rows, ("val", "val", "train", "train")))
+
+
 def test_a_split_with_one_side_is_refused(run, videos, tmp_path):
     labels = rewrite(videos, tmp_path, lambda rows: [row | {"split": "train"} for row in rows])
     with pytest.raises(InputError, match="split is train for all videos; want some for test too"):

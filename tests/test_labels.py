@@ -37,6 +37,16 @@ def test_a_row_is_what_its_cells_say(read, tmp_path):
     assert read("patient,path,label\rp1,x.mp4,left\r")[0].patient == "p1"
 
 
+def test_what_a_split_may_be_called(read):
+    names = ["train", "test", "val", "valid", "validation"]
+    rows = read(
+        "path,label,patient,split\n" + "".join(f"{name},l,{name},{name}\n" for name in names)
+    )
+    assert [row.split for row in rows] == ["train", "test", "val", "val", "val"]
+    assert [row.held_out for row in rows] == [False, True, True, True, True]
+    assert not read(HEADER + "a.mp4,left,p1\n")[0].held_out
+
+
 @pytest.mark.parametrize("there, named", [("NFD", "NFC"), ("NFC", "NFD")])
 def test_an_accent_is_found_in_either_form(there, named):
     folder = Path("/" + unicodedata.normalize("NFC", "josé"))  # of a form of its own
@@ -70,7 +80,8 @@ def test_a_patient_is_the_same_in_either_form(read):
         (HEADER + "a\0.mp4,left,p1\n", "line 2: has a NUL character"),
         (HEADER.encode("utf-16-le"), "line 1: has a NUL character, .*; save it as UTF-8"),
         ("path,label,patient,split\na,l,p,train\n\nb,l,p,test\n", "line 4: patient p is in both"),
-        ("path,label,patient,split\na,l,p,dev\n", "line 2: split must be train or test, got 'dev'"),
+        ("path,label,patient,split\na,l,p,dev\n", "line 2: split must be one of train, test, va"),
+        ("path,label,patient,split\na,l,p,val\nb,l,p,train\n", "p is in both val and train"),
         ("path,label,patient,split\na,l,p,\nb,l,q,test\n", "split is given for some rows only"),
         ("path;label;patient\na;l;p\n", "want the columns .*, got path;label;patient"),
         ("", "want the columns .*, got an empty file"),

@@ -57,7 +57,8 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
 
     The same backbone at random initialisation and the majority class are evaluated on the same
     frames, folds and labels for comparison. The folds are stratified and split by patient: 5, or
-    fewer if a class has fewer patients. A `split` column (train or test) replaces them.
+    fewer if a class has fewer patients. A `split` column (train, test or val) replaces them; what
+    it marks as val is not used, since nothing is tuned.
 
     Prints a table of macro-F1 per frame and per video, balanced accuracy and AUROC, and writes
     report.md, results.json, confusion.png and predictions.csv, with the class probabilities of

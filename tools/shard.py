@@ -47,8 +47,8 @@ TRY_AGAIN = (
 @click.option(
     "--labels", type=click.Path(path_type=Path),
     help="CSV file with the columns path,label,patient[,split]; paths are relative to it. Labels"
-    " are stored in the shards, except where split is test; patients as keyed hashes. Not needed"
-    " for pretraining.",
+    " are stored in the shards, except where split is test or val; patients as keyed hashes. Not"
+    " needed for pretraining.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=int,
@@ -203,7 +203,7 @@ def show(result) -> None:
         unlabelled = count(result.unlabelled, "video")
         rows["labels"] = f"{', '.join(manifest.labels) or 'none'}; {unlabelled} without a label"
         if result.held_out:
-            rows["labels"] += f"; those of {count(result.held_out, 'test video')} left out"
+            rows["labels"] += f"; those of {count(result.held_out, 'test or val video')} left out"
     problems = result.problems
     warnings += [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
