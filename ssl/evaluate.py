@@ -89,13 +89,19 @@ def evaluate(
     sslus.ssl.finetune; `steps` is that of each training (default: 100 on a CPU, 1000 on a GPU).
     Split: the column `split` of `labels`; without it, for each seed, stratified folds by patient,
     whose predictions are pooled. No patient is ever on both sides. Videos of val are not used,
-    since nothing is chosen by their scores. A share of p percent keeps
-    ceil(p/100 x videos), so at least one, of each class's training videos, patient by patient in
-    random order; smaller shares are subsets of larger ones. The seed determines both the folds
-    and the order.
+    since nothing is chosen by their scores. A share of p percent keeps ceil(p/100 x videos), so at
+    least one, of each class's training videos, patient by patient in random order; smaller shares
+    are subsets of larger ones. The seed determines both the folds and the order.
 
     A video is predicted as the class with the highest mean probability over its frames. The
     probabilities are those of the logistic regression, shares of the votes, or the softmax.
+
+    `threads`: of the CPU (default: one per core); PyTorch keeps this number after the call. It
+    changes the order of summation: what is fine-tuned on a CPU depends on it as a run does,
+    features and fits at most in their last bits. What earlier calls have left is reused anyway.
+    `shared`: give the calls for several runs the same dict, empty at first; what they have in
+    common, which is the random backbone if the runs agree in backbone, image size and seed, is
+    then computed only once. The results are the same, bit for bit.
 
     Writes results.json, report.md, confusion.png and predictions.csv, with a line for each tested
     video: for the linear probe to `out`, for another protocol to the subfolder of its name.
@@ -105,17 +111,8 @@ def evaluate(
     `shards` defaults to those the run was trained on; their local/ folder must exist. Raises
     InputError for a run, labels or shards that cannot be used, and while another process writes
     to `out`; Interrupted after Ctrl-C or SIGTERM while fine-tuning.
-
-    `threads` of the CPU work (default: one per core); PyTorch keeps this number after the call. It
-    changes the order of summation: what is fine-tuned on a CPU depends on it as a run does,
-    features and fits at most in their last bits. What earlier calls have left is reused anyway.
-    `shared`: give the calls for several runs the same dict, empty at first; what they have in
-    common, which is the random backbone if the runs agree in backbone, image size and seed, is
-    then computed only once. The results are the same, bit for bit.
     """
     run = Path(run)
-    if threads:
-        torch.set_num_threads(threads)
     shared = {} if shared is None else shared
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     if protocol not in PROTOCOLS:
@@ -123,6 +120,8 @@ def evaluate(
     source, shards = check(run, shards, percents, num_seeds)
     shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
     settings = source.config["settings"]
+    if threads:
+        torch.set_num_threads(threads)
     store = FrameStore.open(shards, threads=threads)
     frames = label_frames(store, shards, Path(labels))
     frames, notes = testable(frames)
@@ -249,10 +248,10 @@ def _fit_all(
     own: dict[bytes, tuple[Guess, bool]] = {}
     for done, t in enumerate(tasks, start=1):
         x, y = features[t.backbone], frames.y[t.train]
-        key = hashlib.sha256(f"{protocol} {num_classes} {len(y)}".encode())
+        digest = hashlib.sha256(f"{protocol} {num_classes} {len(y)}".encode())
         for part in (digests[t.backbone], t.train, y, t.test):
-            key.update(part)
-        known, key = shared if t.backbone == RANDOM else own, key.digest()
+            digest.update(part)
+        known, key = shared if t.backbone == RANDOM else own, digest.digest()
         if key not in known:
             known[key] = _fit(protocol, x[t.train], y, x[t.test], num_classes)
         guess, converged = known[key]
