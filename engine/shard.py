@@ -53,7 +53,7 @@ class ShardReport:
     ledger: list[dict]
     ignored: Counter  # skipped files by extension, and links
     unlabelled: int = 0  # videos without a row in the labels
-    held_out: int = 0  # videos whose labels stay out of the shards: split is test
+    held_out: int = 0  # videos whose labels stay out of the shards: split is test or val
     resumed: int = 0  # videos already decoded by an earlier, interrupted run
     reused: int = 0  # videos whose frames were taken from the shards that were replaced
     already: bool = False  # there was nothing to do
@@ -84,7 +84,7 @@ def shard(
 
     With `images`, pictures in folders are taken too, each as a video of one frame. `labels` is a
     CSV file (see engine.labels); its labels go into the shards, its patients as keyed hashes.
-    Labels of the test split stay out, since what trains on the shards would learn what it is
+    Labels of test and val videos stay out, since what trains on the shards would learn what it is
     tested on. `key` is a file with 64 hex digits from which ids are made, so that videos can get
     the ids they have elsewhere; by default a random key is made and kept in `out`/local. `jobs` is
     the number of worker processes (default: one per core, at most MOST_ON_GPU if they decode on a
@@ -209,8 +209,8 @@ def _marks(sources: list[Source], labels: Path | None, images: bool) -> dict[str
         if name is None:
             missing.append(row.path)
         else:
-            held_out = row.split == "test"
-            marks[name] = _Mark(None if held_out else row.label, row.patient, held_out)
+            label = None if row.held_out else row.label
+            marks[name] = _Mark(label, row.patient, row.held_out)
     if missing:
         left_out = missing[0].suffix.lower() in PICTURES and not images
         hint = ", or add --images" if left_out else ""

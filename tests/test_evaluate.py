@@ -153,16 +153,16 @@ def labelled(out, labels):
     return splits.label_frames(FrameStore.open(out), out, labels)
 
 
-@pytest.mark.parametrize("learnt, num", [("all", 18), ("train", 0), ("split", 0)])
+@pytest.mark.parametrize("learnt, num", [("all", 18), ("train", 0), ("test", 0), ("val", 0)])
 def test_labels_that_the_run_has_learnt_are_named(learnt, num, run, videos, tmp_path):
-    """A dual task sees what is in its shards; of a test split, only the patients are."""
+    """A dual task sees what is in its shards; of test and val, only the patients are."""
 
-    def split(rows):
-        return [r | {"split": "train" if int(r["patient"][1:]) < 6 else "test"} for r in rows]
+    def split(rows, other="test"):
+        return [r | {"split": "train" if int(r["patient"][1:]) < 6 else other} for r in rows]
 
     def known(rows):
-        if learnt == "split":
-            return split(rows)
+        if learnt in ("test", "val"):
+            return split(rows, learnt)
         return [r for r in rows if learnt == "all" or int(r["patient"][1:]) < 6]
 
     for name in ("in_shards", "asked"):
@@ -171,11 +171,11 @@ def test_labels_that_the_run_has_learnt_are_named(learnt, num, run, videos, tmp_
     labels = rewrite(videos, tmp_path / "in_shards", known)
     settings = ShardSettings(size=32, stride=3)
     made = shard([videos], shards, settings, labels=labels, device="cpu", jobs=1)
-    counts = {"all": (0, 0), "train": (9, 0), "split": (0, 9)}
+    counts = {"all": (0, 0), "train": (9, 0), "test": (0, 9), "val": (0, 9)}
     assert (made.unlabelled, made.held_out) == counts[learnt]
     store = FrameStore.open(shards)
     assert (np.sum(store.label < 0), np.sum(store.patient < 0)) == {
-        "all": (0, 0), "train": (18, 18), "split": (18, 0),
+        "all": (0, 0), "train": (18, 18), "test": (18, 0), "val": (18, 0),
     }[learnt]  # fmt: skip
     dual = tmp_path / "run"
     shutil.copytree(run, dual)
