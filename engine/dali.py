@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -44,28 +43,33 @@ FORMATS_8_BIT = (*FORMATS_420, "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 def why_not(device: str) -> str | None:
     """Why DALI cannot run on this device, and what to do; None if it can."""
-    if device not in ("cpu", "cuda"):
-        return f"the device must be cpu or cuda, got {device!r}"
     try:
-        if device == "cuda":
-            _nvdec()
-        for module in ("nvidia.dali", "nvidia.nvimgcodec"):
-            import_module(module)
         _encoder(device)
     except InputError as e:
         return str(e)
-    except ImportError as e:
-        instead = "--device cpu" if device == "cuda" else "--decoder pyav"
-        return f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use {instead}"
     return None
 
 
 def _encoder(device: str, threads: int = 1):
-    """nvImageCodec's JPEG encoder. Raises InputError if CUDA does not start: an installed driver
-    may be too old for the CUDA version that DALI and nvImageCodec are built with."""
-    import nvidia.nvimgcodec as codec
+    """nvImageCodec's JPEG encoder, which needs all that DALI needs: driver, packages and CUDA.
 
-    kind, gpu = codec.BackendKind, device == "cuda"
+    Raises InputError, which says what is missing and what to do. CUDA may not start although it is
+    there: an installed driver may be too old for the version that nvImageCodec is built with.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"the device must be cpu or cuda, got {device!r}")
+    gpu = device == "cuda"
+    if gpu:
+        _nvdec()
+    try:
+        import nvidia.dali  # noqa: F401  only to know that it is there
+        from nvidia import nvimgcodec as codec
+    except ImportError as e:
+        instead = "--device cpu" if gpu else "--decoder pyav"
+        raise InputError(
+            f"it cannot be imported ({e}); pip install nvidia-dali-cuda130, or use {instead}"
+        ) from e
+    kind = codec.BackendKind
     kinds = (kind.GPU_ONLY, kind.HYBRID_CPU_GPU) if gpu else (kind.CPU_ONLY,)
     try:
         return codec.Encoder(
@@ -93,15 +97,15 @@ class DaliBackend:
     name = "dali"
 
     def __init__(self, device: str = "cpu", threads: int = 1):
-        reason = why_not(device)
-        if reason:
-            raise InputError(f"dali: {reason}")
+        try:
+            self._encoder = _encoder(device, threads)
+        except InputError as e:
+            raise InputError(f"dali: {e}") from e
         import nvidia.dali
 
         self._dali = nvidia.dali
         self._gpu = device == "cuda"
         self._threads = threads
-        self._encoder = _encoder(device, threads)
 
     def refuses(self, info: VideoInfo) -> str | None:
         """Why this device cannot decode such a file, or None if it can."""

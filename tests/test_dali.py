@@ -322,6 +322,16 @@ def test_a_device_that_cannot_work_is_an_error(monkeypatch):
         DaliBackend("cpu")
 
 
+def test_a_backend_makes_one_encoder(monkeypatch):
+    """On a GPU, each one takes memory and time."""
+    codec = pytest.importorskip("nvidia.nvimgcodec")
+    pytest.importorskip("nvidia.dali")
+    made, encoder = [], codec.Encoder
+    monkeypatch.setattr(codec, "Encoder", lambda **how: made.append(how) or encoder(**how))
+    DaliBackend("cpu", threads=2)
+    assert [how["max_num_cpu_threads"] for how in made] == [2]
+
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
