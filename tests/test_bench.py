@@ -325,6 +325,23 @@ def test_the_gpu_check_knows_every_stage():
     }
 
 
+@pytest.mark.parametrize(
+    "only, wrong",
+    [("kernles", "kernles"), ("kernels,bench-losse", "bench-losse"), ("a*,tests", "a*")],
+)
+def test_the_gpu_check_refuses_a_misspelt_step(only, wrong, tmp_path):
+    """Before it builds anything, or removes what an earlier run left."""
+    (tmp_path / "summary.tsv").write_text("tests\tok\t40\n")
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--only", only, "--out", str(tmp_path)],
+        env={**os.environ, "PYTHON": "false"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"no step matches '{wrong}'" in done.stderr
+    assert "kernels" in done.stderr and "bench-losses" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.tsv"]
+
+
 PYTHON = """#!/bin/sh
 case "$*" in
   *"bench/run.py --stage decode"*) exit 3 ;;

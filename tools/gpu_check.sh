@@ -47,17 +47,8 @@ esac
 
 end=$((SECONDS + 60 * minutes))
 failed=0
-if [ -z "$dry" ]; then
-  work=$(mktemp -d) || exit 1
-  trap 'rm -rf "$work"' EXIT
-  mkdir -p "$out" || exit 1
-  out=$(cd "$out" && pwd)
-  # What an earlier run left would pass for this one's.
-  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl,bench.json,roofline.png}
-  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-else
-  work=\$work # shown, not made
-fi
+work=\$work # only shown, until it is made
+[[ $out == /* ]] || out=$PWD/$out
 cd "$root" || exit 1
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$1'))" 2>/dev/null; }
@@ -76,10 +67,12 @@ wanted() {
 
 # step NAME SHARE COMMAND...: within its share of the time that is left. `total` is the shares of
 # the steps to come; while they are added up (`adding`), nothing else is done. `needs`: packages.
-total=0 adding=1 needs=
+# `known`: the names of all steps.
+total=0 adding=1 needs= known=()
 step() {
   local name=$1 share=$2 left=$((end - SECONDS)) start=$SECONDS limit status result package
   shift 2
+  [ -z "$adding" ] || known+=("$name")
   wanted "$name" || return
   for package in $needs; do
     [[ " $missing " == *" $package "* ]] || continue
@@ -191,6 +184,24 @@ all() {
 }
 all
 adding=
+# Before anything is built, or removed.
+IFS=, read -ra patterns <<<"$only"
+for pattern in "${patterns[@]}"; do
+  for name in "${known[@]}"; do
+    # shellcheck disable=SC2053 # a pattern
+    [[ $name == $pattern ]] && continue 2
+  done
+  echo "gpu_check: --only: no step matches '$pattern'; want some of ${known[*]}" >&2
+  exit 2
+done
+if [ -z "$dry" ]; then
+  work=$(mktemp -d) || exit 1
+  trap 'rm -rf "$work"' EXIT
+  mkdir -p "$out" || exit 1
+  # What an earlier run left would pass for this one's.
+  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl,bench.json,roofline.png}
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+fi
 all
 
 if [ -z "$dry" ]; then
