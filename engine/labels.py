@@ -94,7 +94,7 @@ def labelled_videos(labels: Path, shards: Path) -> tuple[dict[str, Label], bool]
     and for a video whose file size has changed.
     """
     local, rows = shards / "local", read_labels(labels)
-    ids = {real(line["source"]): line["id"] for line in _ledger(local / "ledger.jsonl")}
+    ids = _ids(local / "ledger.jsonl")
     places = as_known([row.path for row in rows], ids)
     before = [] if any(place in ids for place in places) else _moved(places, labels, ids)
     found = before or places
@@ -132,17 +132,20 @@ def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:
     return [path if path in known else forms.get(form(path), path) for path in paths]
 
 
-def _ledger(path: Path) -> list[dict]:
+def _ids(path: Path) -> dict[Path, str]:
+    """The ids of the videos by where they were when sharded, from the ledger."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {real(line["source"]): line["id"] for line in lines}
     except FileNotFoundError as e:
         raise InputError(
             f"{path}: is missing, and only this file tells which video a frame comes from;"
             " copy the local/ folder to the shards, or make the shards again here"
         ) from e
-    except ValueError as e:
+    except (ValueError, TypeError, KeyError) as e:
+        why = f"a line has no {e}" if isinstance(e, KeyError) else e
         raise InputError(
-            f"{path}: damaged ({e}); make the shards again: sslus shard --force"
+            f"{path}: damaged ({why}); make the shards again: sslus shard --force"
         ) from e
 
 

@@ -1050,6 +1050,11 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
             (shared / path.name).symlink_to(path)
     with pytest.raises(InputError, match=r"ledger.jsonl: is missing.*copy the local/ folder"):
         judge(good, shards=shared)
+    (shared / "local").mkdir()
+    for line in ("{", '{"source": "a.mp4"}', '{"id": "a"}', "[]", '{"source": 1.5, "id": "a"}'):
+        (shared / "local" / "ledger.jsonl").write_text(line + "\n")
+        with pytest.raises(InputError, match=r"ledger.jsonl: damaged \(.*make the shards again"):
+            judge(good, shards=shared)
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, videos, small_disk, capsys):
