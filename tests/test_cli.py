@@ -154,8 +154,20 @@ def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
         raise error
 
     monkeypatch.setattr(cli.sslus, "main", full)
-    assert cli.main(["views"]) == 1
-    assert capsys.readouterr().err.startswith("Error: out of memory; give a smaller --batch-size")
+    for argv, what in [
+        (["train"], "give a smaller --batch-size"),
+        (["shard", "videos"], "give fewer --jobs, or close other programs"),
+        (["doctor"], "close other programs"),
+        ([], "close other programs"),
+    ]:
+        assert cli.main(argv) == 1
+        assert capsys.readouterr().err.startswith(f"Error: out of memory; {what}")
+
+
+@pytest.mark.parametrize("name", cli.LESS_MEMORY)
+def test_the_advice_for_too_little_memory_names_options_of_the_command(name):
+    options = {o for p in cli.sslus.get_command(None, name).params for o in p.opts}
+    assert set(re.findall(r"--[a-z-]+", cli.LESS_MEMORY[name])) <= options
 
 
 def test_an_end_of_file_is_not_taken_for_ctrl_c(capsys, monkeypatch):

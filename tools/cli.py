@@ -14,6 +14,14 @@ import click
 
 # In the order in which a newcomer meets them.
 COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
+# What takes less memory, by command.
+LESS_MEMORY = {
+    "synth": "give fewer --jobs",
+    "shard": "give fewer --jobs",
+    "views": "give fewer --frames or a smaller --image-size",
+    "train": "give a smaller --batch-size, --image-size, backbone or projector",
+    "evaluate": "use --device cpu if it is the GPU's",
+}
 # Names the file in which a process that `sslus train --gpus` has started leaves its exit code.
 EXIT_CODE_FILE = "SSLUS_EXIT_CODE_FILE"
 OTHERS_WAIT_SECONDS = 5  # torchrun polls its processes ten times a second; one may take a second
@@ -137,9 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         # PyTorch's allocators on the CPU and on a GPU have no common type.
         if isinstance(e, MemoryError) or re.search("allocate memory|out of memory", str(e)):
-            return fail(
-                "out of memory; give a smaller --batch-size, --image-size, backbone or projector,"
-                " or close other programs",
-                1,
-            )
+            less = LESS_MEMORY.get(argv[0], "") if argv else ""
+            return fail(f"out of memory; {less}{less and ', or '}close other programs", 1)
         return fail_as_bug(e)
