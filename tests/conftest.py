@@ -177,6 +177,25 @@ def reads():
 
 
 @pytest.fixture
+def largest():
+    """A mode that notes the number of entries of the largest tensor that anything makes."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+            return out
+
+    return Largest()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """An empty file system of 4 MB, to be filled; a test may remount it larger."""
     disk = tmp_path / "disk"

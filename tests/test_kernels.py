@@ -548,19 +548,6 @@ def test_a_failure_in_a_thread_is_an_exception():
     assert (done.returncode, done.stdout.split()) == (0, ["1", "2"]), done.stderr
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that anything makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 class Held(TorchDispatchMode):
     """The most bytes held at a time but for the inputs."""
 
@@ -632,10 +619,10 @@ def test_a_queue_in_half_precision_is_not_copied_as_a_whole():
         ("infonce_queue", [(8, 16), (8, 16), (200_000, 16)], 200_000 * 16),
     ],
 )
-def test_the_large_matrix_is_never_made(name, shapes, limit):
+def test_the_large_matrix_is_never_made(name, shapes, limit, largest):
     op = OPS[name]
     tensors = [torch.randn(shape) for shape in shapes]
-    with Largest() as largest:
+    with largest:
         op.cpu(*tensors, **op.cases[0]["scalars"], ranks=Ranks())
     # The queue itself is seen where it is sliced, so nothing may be larger than it.
     assert 0 < largest.numel <= limit
