@@ -21,6 +21,7 @@ from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
 from sslus.kernels.augment import views
+from sslus.kernels.mask import sample_ids
 from sslus.ssl.memory import large_pages
 from sslus.ssl.views import ViewConfig, draw
 
@@ -62,21 +63,6 @@ class _Drawn(NamedTuple):
     params: Tensor  # (2B, P) float32, of these views
     ids: Tensor  # (B,) int64
     labels: Tensor | None  # (B,) int64; None if the frames are streamed, and labels with them
-
-
-def sample_ids(seed: int, epoch: int | np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """A distinct number for each (seed, epoch, frame), (B,) int64: a counter for random draws.
-
-    What is drawn from it for a sample (a mask, for example) does not depend on batch size, rank
-    or resuming, like the views. It is epoch * 2^40 + frame (2^40 frames of 256 x 256 would be
-    72 PB), XORed with the seed, which the finaliser of splitmix64 has spread over all bits.
-    """
-    mask = 2**64 - 1
-    z = (seed + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
-    place = np.uint64(epoch) * np.uint64(2**40) + frames.astype(np.uint64)
-    return (place ^ np.uint64(z ^ z >> 31)).view(np.int64)
 
 
 def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **options) -> Store:
@@ -296,7 +282,9 @@ class Loader:
             draw(config, first, view, epoch, self.seed, self.store.size, self.size)
             for view, config in enumerate(self.presets)
         ]
-        all_ids = torch.from_numpy(sample_ids(self.seed, epoch, first)).split(lengths)
+        all_ids = sample_ids(
+            torch.from_numpy(first), seed=self.seed, epoch=torch.from_numpy(epoch)
+        ).split(lengths)
         all_labels = [None] * len(group)
         if self.tier != "stream":
             labels = self.store.label[first].astype(np.int64)

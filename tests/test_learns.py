@@ -23,7 +23,7 @@ from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
 from sslus.kernels.augment import views
 from sslus.kernels.barlow import barlow_loss
-from sslus.kernels.mask import mask_fill, mask_ids, masked_mse
+from sslus.kernels.mask import mask_fill, masked_mse, sample_ids
 from sslus.kernels.ntxent import ntxent_loss
 from sslus.kernels.vicreg import vicreg_loss
 from sslus.ssl import backbones, methods
@@ -143,7 +143,7 @@ def seen(store, settings, config):
         if settings.method == "inpainting":
             method = inpainting.Method(backbones.build(SMALL.backbone, SIZE, seed=0), config, SIZE)
             method.normalised_by(store.mean, store.std)
-            x = mask_fill(x, mask_ids(ids, seed=7, epoch=epoch), method.mask)
+            x = mask_fill(x, sample_ids(ids, seed=7, epoch=epoch), method.mask)
         yield x
 
 

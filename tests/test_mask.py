@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sslus.kernels.mask import Mask, draw_mask, mask_fill, mask_ids, masked_mse
+from sslus.kernels.mask import Mask, draw_mask, mask_fill, masked_mse, sample_ids
 from sslus.kernels.op import MAPS, OPS
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,17 +178,25 @@ def test_the_sector_of_a_phantom_frame():
         assert hidden[:, inside].any(0).float().mean() > 0.85
 
 
+def test_ids_differ_for_each_sample_and_epoch():
+    samples, epochs = torch.tensor([7, 8, 7], dtype=torch.int32), torch.tensor([3, 3, 4])
+    one, next_sample, next_epoch = sample_ids(samples, seed=0, epoch=epochs).tolist()
+    assert one ^ next_sample == 7 ^ 8 and one ^ next_epoch == (3 ^ 4) << 40
+    assert sample_ids(samples[:1], seed=0, epoch=3).item() == one
+    assert sample_ids(samples[:1], seed=5, epoch=3).item() not in (one, next_sample, next_epoch)
+
+
 @pytest.mark.parametrize("mask", [PATCHES, Mask("rectangles", background=0.1)], ids=["mae", "rect"])
 def test_a_mask_is_of_the_sample_and_the_epoch_alone(mask):
     cells = noise(8, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     x, samples = cells + 0.01 * noise(8, 1, 64, 64), torch.arange(8)
-    first = mask_ids(samples, seed=1, epoch=0)
+    first = sample_ids(samples, seed=0, epoch=0)
     hidden = mask_fill(x, first, mask, fill=99)
     order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
     assert torch.equal(mask_fill(x[order], first[order], mask, fill=99), hidden[order])
     assert torch.equal(mask_fill(x[3:4], first[3:4], mask, fill=99), hidden[3:4])
-    assert torch.equal(first, mask_ids(samples, seed=1, epoch=0))
-    seen = [first, mask_ids(samples, seed=1, epoch=1), mask_ids(samples, seed=2, epoch=0)]
+    assert torch.equal(first, sample_ids(samples, seed=0, epoch=0))
+    seen = [first, sample_ids(samples, seed=0, epoch=1), sample_ids(samples, seed=1, epoch=0)]
     same = x[:1].expand(24, -1, -1, -1)
     masks = draw_mask(same, torch.cat(seen), mask)
     assert len(torch.unique(masks.flatten(1), dim=0)) == 24

@@ -444,7 +444,7 @@ def masks(bench: Bench, threads: int, dtype: str) -> None:
     import torch
     import torch.nn.functional as F
 
-    from sslus.kernels.mask import Mask, mask_fill, mask_ids, masked_mse
+    from sslus.kernels.mask import Mask, mask_fill, masked_mse, sample_ids
 
     torch.set_num_threads(threads)
     gpu = bench.device == "cuda"
@@ -452,7 +452,7 @@ def masks(bench: Bench, threads: int, dtype: str) -> None:
     image, guess = tensors(((b * size, size),) * 2, bench.device, dtype)
     image, guess = (x.detach().view(b, 1, size, size) for x in (image, guess))
     guess.requires_grad_()
-    ids = mask_ids(torch.arange(b, device=bench.device), seed=0, epoch=0)
+    ids = sample_ids(torch.arange(b, device=bench.device), seed=0, epoch=0)
     anywhere, sector = Mask(), Mask(background=0.0)
     ready = mask_tensor(image, anywhere)
     out = torch.empty_like(image)

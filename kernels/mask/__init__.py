@@ -17,7 +17,6 @@ sector.
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch import Tensor
 from sslus.kernels.mask import cpu, reference
 from sslus.kernels.op import Map, Op
 
-__all__ = ["Mask", "draw_mask", "mask_fill", "mask_ids", "masked_mse"]
+__all__ = ["Mask", "draw_mask", "mask_fill", "masked_mse", "sample_ids"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,19 @@ def _constants(mask: Mask) -> dict[str, object]:
     return {name: getattr(mask, name) for name in FIELDS}  # torch 2.11 does not compile vars(mask)
 
 
-def mask_ids(samples: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """The ids (B,) int64 of samples (B,) int64 in an epoch; distinct for distinct samples."""
-    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
-    return samples ^ int.from_bytes(digest, "little", signed=True)
+def sample_ids(samples: Tensor, *, seed: int, epoch: int | Tensor) -> Tensor:
+    """The ids (B,) int64 of samples (B,), whole numbers below 2^40, in an epoch: a number, or (B,).
+
+    They are distinct for each (epoch, sample). What is drawn for an id does not depend on batch
+    size, rank or resuming. It is epoch * 2^40 + sample (2^40 frames of 256 x 256 would be 72 PB),
+    XORed with the seed, which the finaliser of splitmix64 has spread over all bits.
+    """
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    z ^= z >> 31
+    return (samples.long() + epoch * 2**40) ^ (z - (z >> 63 << 64))  # as a signed number
 
 
 def draw_mask(target: Tensor, ids: Tensor, mask: Mask) -> Tensor:
@@ -90,7 +98,7 @@ def mask_fill(
 ) -> Tensor:
     """A copy of x (B, 1, H, W) in which the hidden pixels are `fill`.
 
-    >>> ids = mask_ids(frames, seed=0, epoch=epoch)
+    >>> ids = sample_ids(frames, seed=0, epoch=epoch)
     >>> hidden = Mask("patches", background=(8.5 / 255 - store.mean) / store.std)
     >>> loss = masked_mse(model(mask_fill(x, ids, hidden)), x, ids, hidden)
 
