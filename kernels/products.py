@@ -3,6 +3,13 @@
 Both losses are sums of squares of a D x D matrix, but neither needs to store it: its squared norm
 equals that of an N x N matrix (Garrido et al. 2022, arXiv:2206.02574, theorem 3.3), and its tiles
 can be consumed as they are produced.
+
+The Gram forms exist in two precisions, and their losses choose one. In float32, what lies between
+two products is one compiled pass (products.cpp), and x, the centred or standardised z, lies in the
+memory of the gradient, which overwrites it. In float64, which is rare, it is plain PyTorch on small
+blocks, and x is computed again for the gradient: memory matters more than time. Only the functions
+that distinguish the two (`blocks`, `standardised`, `again`, and each loss's gradient of a block)
+ask for the dtype. Gradients are float32 either way.
 """
 
 from collections.abc import Iterator
@@ -58,19 +65,13 @@ def blocks(n: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
     return (slice(s, min(s + width, d)) for s in range(0, d, width))
 
 
-def centred(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z minus its column means."""
-    z = z.to(dtype)
-    return z - z.mean(0)
-
-
 def standardised(
     z: Tensor, dtype: torch.dtype, eps: float | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """z minus its column means, and the (biased) variances of its columns.
 
     With eps, the columns are also divided by sqrt(variance + eps), and variance + eps is returned.
-    out: where to write, float32; only if dtype is float32.
+    out: where to write in float32; float64 ignores it.
     """
     if dtype == torch.float32:
         v = z.new_empty(z.shape[1], dtype=dtype)
@@ -78,11 +79,17 @@ def standardised(
         _cpu.centre_columns(z, x, v, -1.0 if eps is None else eps, torch.get_num_threads())
         v /= len(z)
         return x, v if eps is None else v.add_(eps)
-    x = centred(z, dtype)
+    z = z.to(dtype)
+    x = z - z.mean(0)
     v = x.square().mean(0)
     if eps is not None:
         x /= v.add_(eps).sqrt()
     return x, v
+
+
+def again(z: Tensor, out: Tensor, dtype: torch.dtype, eps: float | None = None) -> Tensor:
+    """The x that `standardised` has made of the same arguments: `out`, unless it is float64."""
+    return out if dtype == torch.float32 else standardised(z, dtype, eps)[0]
 
 
 def centred_rows(z: Tensor, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from sslus.kernels.barlow.reference import check
 from sslus.kernels.products import (
     LEFT,
     add_gram,
+    again,
     blocks,
     dot,
     fresh,
@@ -68,8 +69,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     k = views[0].new_zeros(2, n, n, dtype=dtype)
     excess = views[0].new_zeros(2, n, dtype=torch.float64)  # the diagonals of K minus D
     less = k.new_tensor(-1)
-    grads = [fresh(z, torch.float32) for z in views]  # each holds x at first
-    threads = torch.get_num_threads()
+    grads = [fresh(z, torch.float32) for z in views]
     for cols in blocks(n, width, dtype):
         pair = []
         for i, z in enumerate(views):
@@ -77,10 +77,7 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
             pair.append(x)
             add_gram(k[i], x)
             excess[i] += torch.addcmul(less, x, x).sum(1)
-        if dtype == torch.float32:
-            _cpu.distances(*pair, low[cols], threads)
-        else:
-            low[cols] = pair[0].sub_(pair[1]).square_().sum(0)
+        distances(*pair, low[cols])
         del pair, x  # freed before the next block is allocated
     low = (low / n + (EPS / v).sum(0)) / -2
     for i in range(2):
@@ -104,21 +101,33 @@ def gram(za, zb, n, off_diagonal, ranks, dtype):
     w = (low - off_diagonal * (1 + low)) * (2 / n)
     scale = v.rsqrt_()
     for cols in blocks(n, width, dtype):
-        if dtype == torch.float32:
-            xa, xb = (g[:, cols] for g in grads)
-            _cpu.cross_gradients(
-                xa, xb, k[1] @ xa, k[0] @ xb, w[cols], factor, *left[:, cols], *scale[:, cols],
-                threads,
-            )  # fmt: skip
-            continue
-        pair = [standardised(z[:, cols], dtype, EPS)[0] for z in views]
-        for i, x in enumerate(pair):
-            g = (pair[1 - i] * w[cols]).addmm_(k[1 - i], x, alpha=factor)
-            mean = (g * x).sum(0).div_(-n).add_(left[i, cols])
-            torch.mul(g.addcmul_(x, mean), scale[i, cols], out=grads[i][:, cols])
-        del pair, x, g
+        out = [g[:, cols] for g in grads]
+        pair = [again(z[:, cols], g, dtype, EPS) for z, g in zip(views, out, strict=True)]
+        gradients(pair, k, factor, w[cols], left[:, cols], scale[:, cols], out)
+        del pair
     loss = invariance + off_diagonal * (total - diagonal)
     return loss, *(ranks.to_rows(g, d) for g in grads)
+
+
+def distances(a, b, out):
+    """out_j = sum_i (a_ij - b_ij)^2; a may be overwritten."""
+    if a.dtype == torch.float32:
+        _cpu.distances(a, b, out, torch.get_num_threads())
+    else:
+        torch.sum(a.sub_(b).square_(), 0, out=out)
+
+
+def gradients(pair, k, factor, w, left, scale, out):
+    """out = scale (g + m x) for the columns x of each view, where g = factor K x + w y, with K and
+    y those of the other view, and m = left - mean_i g x. In float32, `pair` is `out`."""
+    if pair[0].dtype == torch.float32:
+        products = k[1] @ pair[0], k[0] @ pair[1]
+        _cpu.cross_gradients(*out, *products, w, factor, *left, *scale, torch.get_num_threads())
+        return
+    for i, x in enumerate(pair):
+        g = (pair[1 - i] * w).addmm_(k[1 - i], x, alpha=factor)
+        mean = (g * x).sum(0).div_(-len(x)).add_(left[i])
+        torch.mul(g.addcmul_(x, mean), scale[i], out=out[i])
 
 
 def tiled(za, zb, n, off_diagonal, ranks, dtype):

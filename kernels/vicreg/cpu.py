@@ -26,8 +26,8 @@ from sslus.kernels.products import (
     LEFT_OF_ONE,
     TILE,
     add_gram,
+    again,
     blocks,
-    centred,
     centred_rows,
     dot,
     fresh,
@@ -78,7 +78,7 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
     of the invariance term: the other view, the weights of the pairs, and a factor."""
     width = z.shape[1]
     v, k = z.new_empty(width, dtype=dtype), z.new_zeros(n, n, dtype=dtype)
-    grad = fresh(z, torch.float32)  # holds x at first
+    grad = fresh(z, torch.float32)
     for cols in blocks(n, width, dtype):
         x, v[cols] = standardised(z[:, cols], dtype, out=grad[:, cols])
         add_gram(k, x)
@@ -100,24 +100,25 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
     slope -= (s < 1) * (variance / (2 * d * (n - 1))) / s
     other, pair, factor = pull
     alpha = 4 * covariance / (d * (n - 1) ** 2)
-    room = None  # of the products
     for cols in blocks(n, width, dtype):
-        a, b, g = z[:, cols], other[:, cols], grad[:, cols]
-        if dtype == torch.float32:
-            if room is None:
-                room = g.new_empty(g.shape)
-            product = torch.mm(k, g, out=room[:, : g.shape[1]])
-            _cpu.spread_gradient(
-                a, b, pair, factor, product, alpha, slope[cols], g, torch.get_num_threads()
-            )
-            continue
-        x = centred(a, dtype)
-        pulled = (a.to(dtype) - b).mul_(factor)
-        if pair is not None:
-            pulled *= pair[:, None]
-        g.copy_(pulled.addcmul_(x, slope[cols]).addmm_(k, x, alpha=alpha))
-        del x, pulled
+        own, out = z[:, cols], grad[:, cols]
+        x = again(own, out, dtype)
+        gradient(own, other[:, cols], pair, factor, x, slope[cols], k, alpha, out)
+        del x
     return variance / (2 * d) * hinge + covariance / d * off, grad
+
+
+def gradient(z, other, pair, factor, x, slope, k, alpha, out):
+    """out = factor pair (z - other) + slope x + alpha K x, for some columns of a view. In float32,
+    x is `out`."""
+    if x.dtype == torch.float32:
+        threads = torch.get_num_threads()
+        _cpu.spread_gradient(z, other, pair, factor, k @ x, alpha, slope, out, threads)
+        return
+    pulled = (z.to(x.dtype) - other).mul_(factor)
+    if pair is not None:
+        pulled *= pair[:, None]
+    out.copy_(pulled.addcmul_(x, slope).addmm_(k, x, alpha=alpha))
 
 
 def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
