@@ -87,7 +87,8 @@ class Op:
             return elsewhere
         for t in (x, *others):
             if t.ndim > 1 and t.dtype not in DTYPES[which]:  # not ids or weights
-                return f"it takes {', '.join(str(d) for d in DTYPES[which])}, not {t.dtype}"
+                types = ", ".join(str(d) for d in DTYPES[which])
+                return f"it takes {types}, not {t.dtype}: convert the tensors to one of them"
         if which == "gpu" and any(n > LONGEST for n in x.shape):
             return f"it takes at most {LONGEST} rows and columns, not {tuple(x.shape)}"
         return None

@@ -716,9 +716,15 @@ def test_every_matrix_has_to_have_a_type_that_is_taken(other):
         tensors = [z] * (num - 1) + [z.to(other)]
         with pytest.raises(ValueError, match=f"cpu' cannot run: it takes .*, not {other}"):
             OPS[name].run("cpu", *tensors, **OPS[name].cases[0]["scalars"])
-        if other != torch.float64:  # for which `auto` takes the reference
-            with pytest.raises(ValueError, match=f"not {other}"):
-                OPS[name](*tensors, **OPS[name].cases[0]["scalars"])
+        if other == torch.float64:  # for which `auto` takes the reference
+            found, want = (
+                OPS[name](*ts, **OPS[name].cases[0]["scalars"])
+                for ts in (tensors, [t.double() for t in tensors])
+            )
+            assert found.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
+            continue
+        with pytest.raises(ValueError, match=f"not {other}: convert"):
+            OPS[name](*tensors, **OPS[name].cases[0]["scalars"])
 
 
 def test_a_named_choice_that_cannot_run_raises(toy_op, monkeypatch):

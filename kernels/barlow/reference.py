@@ -7,7 +7,8 @@ from torch import Tensor
 def barlow(za: Tensor, zb: Tensor, *, off_diagonal: float) -> Tensor:
     """Equation 1. za, zb: (N, D) float, N >= 2. Returns the loss, shape ()."""
     n, d = check(za, zb)
-    a, b = (standardised(z if z.dtype == torch.float64 else z.float()) for z in (za, zb))
+    wide = torch.float64 in (za.dtype, zb.dtype)
+    a, b = (standardised(z.double() if wide else z.float()) for z in (za, zb))
     c = a.T @ b / n  # equation 2
     # Masked, not "all minus the diagonal": that difference cancels when the rest is small.
     eye = torch.eye(d, dtype=torch.bool, device=c.device)

@@ -8,7 +8,8 @@ from torch import Tensor
 def infonce_queue(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
     """Equation 1. q, k: (N, D), queue: (M, D), float. Returns the loss, shape ()."""
     check(q, k, queue, temperature)
-    q, k, queue = (z if z.dtype == torch.float64 else z.float() for z in (q, k, queue))
+    wide = torch.float64 in (q.dtype, k.dtype, queue.dtype)
+    q, k, queue = (z.double() if wide else z.float() for z in (q, k, queue))
     q, k, queue = F.normalize(q, dim=1), F.normalize(k, dim=1).detach(), queue.detach()
     positives = (q * k).sum(dim=1) / temperature
     logits = torch.cat([positives[:, None], q @ queue.T / temperature], dim=1)
