@@ -403,6 +403,7 @@ def column(name, value):
         (column("top", 127), {}, "want boxes inside the 128 x 128 frame, got rows 127 to"),
         (column("left", torch.inf), {}, "want"),
         (None, {"size": (0, 5)}, "want a size of at least 1 x 1, got 0 x 5"),
+        (None, {"size": -3}, "want a size of at least 1 x 1, got -3 x -3"),
         (None, {"std": 0.0}, "want a finite mean and std >= 1e-06, got 0.0, 0.0"),
         (None, {"std": 1e-40}, "want .* std >= 1e-06"),
         (None, {"std": float("nan")}, "want .* std >= 1e-06"),

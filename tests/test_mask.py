@@ -322,6 +322,7 @@ def test_what_cannot_be_masked_is_refused():
         ((x, ids), Mask(patch=1), "64 x 64 of 1 px in 64 x 64: take a larger patch"),
         ((x[:, 0], ids), PATCHES, r"want two tensors \(B, 1, H, W\)"),
         ((x, ids[:1]), PATCHES, "want 2 ids"),
+        ((x[:0], ids[:0]), PATCHES, "the batch is empty"),
         ((x, ids.int()), PATCHES, "ids of torch.int64"),
         ((x.half(), ids), PATCHES, "want images of torch.float32, torch.bfloat16"),
     ]:

@@ -58,6 +58,8 @@ def views(
     the GPU: call check_params before sending them there.
     """
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"views: want a size of at least 1 x 1, got {height} x {width}")
     shape = (len(index), 1, height, width)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=frames.device)
@@ -84,8 +86,6 @@ def _check(frames, index, params, out, shape, dtype) -> None:
     want(index.ndim == 1 and index.dtype == torch.int64, "index (V,) torch.int64", index)
     want(tuple(params.shape) == (len(index), len(COLUMNS)) and params.dtype == torch.float32,
          f"params ({len(index)}, {len(COLUMNS)}) torch.float32", params)  # fmt: skip
-    if min(shape[2:]) < 1:
-        raise ValueError(f"views: want a size of at least 1 x 1, got {shape[2]} x {shape[3]}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"views: want dtype torch.float32 or torch.bfloat16, got {dtype}")
     want(tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous(),

@@ -199,7 +199,9 @@ def check(prediction: Tensor, target: Tensor, ids: Tensor) -> None:
         raise ValueError(
             f"mask: want two tensors (B, 1, H, W), got {shape} and {tuple(target.shape)}"
         )
-    if 0 in shape or tuple(ids.shape) != shape[:1]:
+    if 0 in shape:
+        raise ValueError(f"mask: the batch is empty: {shape}")
+    if tuple(ids.shape) != shape[:1]:
         raise ValueError(f"mask: want {shape[0]} ids, got {tuple(ids.shape)}, for {shape}")
 
 
