@@ -140,12 +140,13 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         frames = np.memmap(path, np.uint8, "r", shape=shape)
         with np.load(io.BytesIO(index), allow_pickle=False) as columns:
             arrays = {name: columns[name] for name in COLUMNS}
+        videos = facts["videos"]
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: is missing{remedy}") from e
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{folder}: damaged ({type(e).__name__}: {e}){remedy}") from e
     return FrameStore(
-        frames, **arrays, video_ids=facts["videos"], label_names=manifest.labels,
+        frames, **arrays, video_ids=videos, label_names=manifest.labels,
         mean=manifest.mean, std=manifest.std, digest=manifest.digest,
     )  # fmt: skip
 

@@ -140,6 +140,7 @@ def damage(path, what):
         ("shards/store/index.npz", lambda d: d[:-9] + b"x" * 9, "--rebuild-store"),
         ("shards/store/store.json", lambda d: b"{}", "--rebuild-store"),
         ("shards/store/store.json", lambda d: b"\xff\x00" * 99, "--rebuild-store"),
+        ("shards/store/store.json", lambda d: d.replace(b"videos", b"v"), "--rebuild-store"),
     ],
 )
 def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp_path):
