@@ -55,6 +55,7 @@ class Op:
     cpu: Callable[..., tuple[Tensor, ...]] | None = None
     gpu: Callable[..., tuple[Tensor, ...]] | None = None
     cases: tuple[dict, ...] = ()  # {"tensors": shapes, "scalars": ...}: parity test, benchmark
+    defaults: dict[str, float] = field(default_factory=dict)  # of scalars that may be left out
     num_gradients: int = 2  # the first num_gradients tensors get a gradient; others are constants
     num_batched: int | None = None  # the first num_batched tensors hold rows of the batch; or all
     wide: bool = False  # kernels return gradients in float32, whatever the dtype of the inputs
@@ -110,7 +111,7 @@ class Op:
         """The loss, shape (), float32 unless the tensors are float64, by the implementation
         `which` (one of CHOICES). group: the ranks that share the batch; None means all ranks.
         Raises ValueError if it cannot run."""
-        x = tensors[0]
+        x, scalars = tensors[0], self.defaults | scalars
         _check_choice(which)
         if which == "auto":
             which = self.choose(*tensors)

@@ -727,6 +727,23 @@ def test_every_matrix_has_to_have_a_type_that_is_taken(other):
             OPS[name](*tensors, **OPS[name].cases[0]["scalars"])
 
 
+def test_the_authors_weights_are_the_defaults():
+    za, zb = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
+    for name, weights in (
+        ("vicreg", {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}),
+        ("barlow", {"off_diagonal": 0.0051}),
+    ):
+        for which in ("reference", "cpu"):
+            assert torch.equal(
+                OPS[name].run(which, za, zb), OPS[name].run(which, za, zb, **weights)
+            )
+        compiled = torch.compile(OPS[name], fullgraph=True, backend="eager")
+        assert torch.equal(compiled(za, zb), OPS[name](za, zb, **weights))
+    assert OPS["vicreg"](za, zb, covariance=0.0) < OPS["vicreg"](za, zb)
+    with pytest.raises((TypeError, RuntimeError), match="temperature"):
+        OPS["ntxent"](za, zb)
+
+
 def test_a_named_choice_that_cannot_run_raises(toy_op, monkeypatch):
     x = torch.randn(3, 4)
     for choice, tensor, why in [

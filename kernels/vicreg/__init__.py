@@ -13,7 +13,7 @@ The shape selects one of two exact forms, neither of which stores a D x D matrix
 autograd of the definition takes 6 N D^2. See cpu.py, and gram_gpu.py for the GPU.
 
 Bardes, Ponce, LeCun 2022, arXiv:2105.04906, equations 1 to 6, with the halved variance term
-of the authors' code: the weights 25, 25, 1 belong to that form.
+of the authors' code: the weights 25, 25, 1, which are the defaults, belong to that form.
 """
 
 import torch
@@ -40,6 +40,7 @@ vicreg_loss = Op(
     cpu=cpu.vicreg,
     gpu=_gpu,
     wide=True,
+    defaults=WEIGHTS,
     cases=(
         *(
             {"tensors": [(n, d), (n, d)], "scalars": WEIGHTS}
