@@ -126,28 +126,30 @@ class Archive:
         self.name, self.data, self.samples = name, memoryview(data), []
         found: dict[str, dict[str, tuple[int, int]]] = {}
         offset = 0
+
+        def damaged(why: str) -> InputError:
+            return InputError(f"{name}: {why}; make the shards again: sslus shard --force")
+
         while offset + BLOCK <= len(data) and data[offset]:
             raw, _, _ = bytes(data[offset : offset + NAME_BYTES]).partition(b"\0")
             member = raw.decode("ascii", "replace")
             try:
                 length = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
             except ValueError as e:
-                raise InputError(f"{name}: no valid tar header at {member!r}") from e
+                raise damaged(f"no valid tar header at {member!r}") from e
             offset += BLOCK
             if not 0 <= length <= len(data) - offset:
-                raise InputError(f"{name}: ends inside {member}")
+                raise damaged(f"ends inside {member}")
             key, _, extension = member.partition(".")
             if extension in ("jpg", "json"):  # nothing else is read, let alone unpickled
                 found.setdefault(key, {})[extension] = (offset, length)
             offset += -(-length // BLOCK) * BLOCK
         for key, parts in found.items():
             if len(parts) < 2:
-                raise InputError(f"{name}: {key} has no {'json' if 'jpg' in parts else 'jpg'}")
+                raise damaged(f"{key} has no {'json' if 'jpg' in parts else 'jpg'}")
             self.samples.append(Sample(key, parts["jpg"], parts["json"]))
         if len(self.samples) != num_frames:
-            raise InputError(
-                f"{name}: holds {len(self.samples)} frames, but the manifest says {num_frames}"
-            )
+            raise damaged(f"holds {len(self.samples)} frames, but the manifest says {num_frames}")
 
     def part(self, place: tuple[int, int]) -> memoryview:
         return self.data[place[0] : sum(place)]

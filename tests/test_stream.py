@@ -209,6 +209,7 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, made):
         with pytest.raises(InputError, match=words) as e:
             read(shards)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
+        assert str(e.value).endswith("make the shards again: sslus shard --force")
         shutil.rmtree(shards)
         shutil.copytree(made, shards)
 
