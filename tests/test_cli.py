@@ -9,9 +9,11 @@ import sys
 
 import click
 import pytest
+import torch
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.manifest import Manifest
+from sslus.kernels.barlow import barlow_loss
 from sslus.tools import cli, screen
 
 OPTIONS = {
@@ -168,6 +170,19 @@ def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
 def test_the_advice_for_too_little_memory_names_options_of_the_command(name):
     options = {o for p in cli.sslus.get_command(None, name).params for o in p.opts}
     assert set(re.findall(r"--[a-z-]+", cli.LESS_MEMORY[name])) <= options
+
+
+@pytest.mark.parametrize("which, what", [("gpuu", "got 'gpuu'"), ("gpu", "'gpu' cannot run")])
+def test_a_kernel_that_was_chosen_and_cannot_run_is_no_bug(which, what, capsys, monkeypatch):
+    def loss(*args, **kwargs):
+        barlow_loss(*torch.randn(2, 3, 4), off_diagonal=1.0)
+
+    monkeypatch.setattr(cli.sslus, "main", loss)
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which runs Triton on the CPU
+    assert cli.main(["train"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line and line.endswith("without SSLUS_KERNELS, sslus chooses one that can")
 
 
 def test_an_end_of_file_is_not_taken_for_ctrl_c(capsys, monkeypatch):

@@ -147,4 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(e, MemoryError) or re.search("allocate memory|out of memory", str(e)):
             less = LESS_MEMORY.get(argv[0], "") if argv else ""
             return fail(f"out of memory; {less}{less and ', or '}close other programs", 1)
+        # The kernels know no InputError.
+        if "SSLUS_KERNELS" in os.environ and re.search("SSLUS_KERNELS|cannot run", str(e)):
+            return fail(f"{e}; without SSLUS_KERNELS, sslus chooses one that can", 1)
         return fail_as_bug(e)
