@@ -4,6 +4,7 @@ Ultrasound is small (8 bits, one channel: 115,000 frames of 256 x 256 are 7.5 GB
 again in every epoch would slow training down for nothing.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -62,10 +63,14 @@ class FrameStore:
         return len(self.video_ids)
 
     def fits_in_memory(self) -> bool:
-        """Whether all frames fit into half of the memory that is available now."""
+        """Whether all frames fit into half of the memory that is available now, or of what a
+        container may use, if that is less."""
         lines = Path("/proc/meminfo").read_text().splitlines()
         facts = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-        return self.frames.nbytes <= 512 * facts["MemAvailable"]
+        num_bytes = 1024 * facts["MemAvailable"]
+        with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" if it has none
+            num_bytes = min(num_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return 2 * self.frames.nbytes <= num_bytes
 
     def read_ahead(self, indices: np.ndarray) -> None:
         """Ask the system to load these frames into memory, in which they are looked for first.

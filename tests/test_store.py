@@ -104,10 +104,22 @@ def test_store_without_labels(clips, tmp_path):
 def test_what_fits_in_memory_is_half_of_what_is_available(shards, monkeypatch):
     store = FrameStore.open(shards)
     least = -(-2 * store.frames.nbytes // 1024)
-    for num_kib, fits in [(least, True), (least - 1, False)]:
-        text = f"MemTotal: 1 kB\nMemFree: 1 kB\nMemAvailable:   {num_kib} kB\nHugePages_Total: 0\n"
+    for num_kib, limit, fits in [
+        (least, None, True), (least, "max\n", True), (least, f"{1024 * least}\n", True),
+        (least - 1, None, False), (9 * least, f"{1024 * (least - 1)}\n", False),
+    ]:  # fmt: skip
+        texts = {
+            "/proc/meminfo": f"MemFree: 1 kB\nMemAvailable:   {num_kib} kB\nHugePages_Total: 0\n",
+            "/sys/fs/cgroup/memory.max": limit,  # of a container
+        }
+
+        def read_text(path, texts=texts):
+            if texts[str(path)] is None:
+                raise FileNotFoundError
+            return texts[str(path)]
+
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", lambda _, text=text: text)
+            patch.setattr(Path, "read_text", read_text)
             found = store.fits_in_memory()
         assert found is fits
 
