@@ -60,13 +60,14 @@ def gram(za, zb, weights, n, factors, ranks):
     invariance, variance, covariance = factors
     d = za.shape[1]
     views = [ranks.to_columns(z) for z in (za, zb)]
-    pair = None if weights is None else ranks.join(weights.float()).contiguous()
+    if weights is not None:
+        weights = ranks.join(weights.float()).contiguous()
     threads = torch.get_num_threads()
-    squares = torch.tensor(_cpu.distance(*views, pair, threads), dtype=torch.float64)
+    squares = torch.tensor(_cpu.distance(*views, weights, threads), dtype=torch.float64)
     loss = invariance / (n * d) * ranks.sum_(squares)
     grads = []
     for z, other in (views, views[::-1]):
-        pull = (other, pair, 2 * invariance / (n * d))
+        pull = (other, weights, 2 * invariance / (n * d))
         part, g = spread(z, pull, n, d, variance, covariance, ranks, torch.float32)
         loss += part
         grads.append(ranks.to_rows(g, d))
@@ -98,34 +99,34 @@ def spread(z, pull, n, d, variance, covariance, ranks, dtype):
 
     slope = v * (-4 * covariance / (d * (n - 1)))
     slope -= (s < 1) * (variance / (2 * d * (n - 1))) / s
-    other, pair, factor = pull
+    other, weights, factor = pull
     alpha = 4 * covariance / (d * (n - 1) ** 2)
     for cols in blocks(n, width, dtype):
         own, out = z[:, cols], grad[:, cols]
         x = again(own, out, dtype)
-        gradient(own, other[:, cols], pair, factor, x, slope[cols], k, alpha, out)
+        gradient(own, other[:, cols], weights, factor, x, slope[cols], k, alpha, out)
         del x
     return variance / (2 * d) * hinge + covariance / d * off, grad
 
 
-def gradient(z, other, pair, factor, x, slope, k, alpha, out):
-    """out = factor pair (z - other) + slope x + alpha K x, for some columns of a view. In float32,
-    x is `out`."""
+def gradient(z, other, weights, factor, x, slope, k, alpha, out):
+    """out = factor weights (z - other) + slope x + alpha K x, for some columns of a view. In
+    float32, x is `out`."""
     if x.dtype == torch.float32:
         threads = torch.get_num_threads()
-        _cpu.spread_gradient(z, other, pair, factor, k @ x, alpha, slope, out, threads)
+        _cpu.spread_gradient(z, other, weights, factor, k @ x, alpha, slope, out, threads)
         return
     pulled = (z.to(x.dtype) - other).mul_(factor)
-    if pair is not None:
-        pulled *= pair[:, None]
+    if weights is not None:
+        pulled *= weights[:, None]
     out.copy_(pulled.addcmul_(x, slope).addmm_(k, x, alpha=alpha))
 
 
-def weighted_squares(pull: Tensor, pair: Tensor | None) -> Tensor:
+def weighted_squares(pull: Tensor, weights: Tensor | None) -> Tensor:
     """Sum of squares times the weights of the pairs, float64, (); `pull` is weighted in-place."""
-    if pair is None:
+    if weights is None:
         return dot(pull, pull)
-    weighted = pull * pair
+    weighted = pull * weights
     total = dot(pull, weighted)
     pull.copy_(weighted)
     return total
