@@ -219,7 +219,7 @@ def _labels(shards: str) -> str:
         for folder in video.parents[:3]:
             if (folder / "labels.csv").is_file():
                 return argument(folder / "labels.csv")
-    except (OSError, ValueError, KeyError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         pass  # shards at a URL, or without local/
     return "labels.csv"
 
