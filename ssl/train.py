@@ -79,12 +79,23 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
         raise InputError(f"{why}; start another run with --run DIR")
     if resume and recorded is None:
         raise InputError(f"--resume: {run} holds no run; leave out --resume to start one")
-    # A run that was killed while it wrote its first file has left nothing to continue.
-    if not resume and run.exists() and any(path.suffix != ".tmp" for path in run.iterdir()):
+    if resume:
+        return recorded
+    if run.exists() and not _has_nothing(run, recorded):
         raise InputError(
             f"{run} already exists; --resume continues it, --run DIR starts another run"
         )
-    return recorded
+    return None
+
+
+def _has_nothing(run: Path, recorded: dict | None) -> bool:
+    """Whether a run ended before its first number or checkpoint, for lack of memory, say: then it
+    may be started again in the same folder, with other settings too."""
+    if recorded is None:  # killed while it wrote its first file; any other file is a stranger's
+        return all(path.suffix == ".tmp" for path in run.iterdir())
+    metrics = run / "metrics.jsonl"
+    numbers = metrics.exists() and metrics.stat().st_size > 0
+    return not numbers and not (run / "checkpoint.pt").exists()
 
 
 def train(

@@ -350,6 +350,27 @@ def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(
     assert_same_run(whole_run.run, run)
 
 
+def test_a_run_that_ended_before_its_first_number_can_be_started_again(
+    shards, whole_run, tmp_path, monkeypatch
+):
+    """With other settings: those that it began with may be why it ended."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("sslus.ssl.step.Step.update", lambda *_: [0] * 10**15)
+        with pytest.raises(MemoryError):
+            run_train(shards, run, dataclasses.replace(SMALL, batch_size=8))
+    assert json.loads((run / "config.json").read_text())["settings"]["batch_size"] == 8
+    run_train(shards, run)
+    assert_same_run(whole_run.run, run)
+    for left in ("metrics.jsonl", "checkpoint.pt"):
+        other = tmp_path / left
+        other.mkdir()
+        for name in ("config.json", left):
+            shutil.copy(run / name, other)
+        with pytest.raises(InputError, match="already exists; --resume continues it"):
+            run_train(shards, other)
+
+
 def test_full_disk_leaves_the_last_checkpoint(shards, tmp_path, monkeypatch):
     run = tmp_path / "run"
     real = os.fsync
