@@ -20,7 +20,7 @@ OF_RECORD = {"sum", "squares", "kept_frames"}  # what a ledger line must have to
 
 def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
     """The ledger lines, by id, of the videos whose frames in the shards there are those that the
-    request wants. {} if what is there cannot be used."""
+    request wants, with the stamps of their files. {} if what is there cannot be used."""
     was = folder.request()
     try:
         if frames_by(was) != frames_by(request):
@@ -28,7 +28,7 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
         stamps = {video_id: stamp for video_id, *stamp in was["sources"].values()}
         wanted = {video_id: stamp for video_id, *stamp in request["sources"].values()}
         return {
-            line["id"]: line for line in folder.ledger()
+            line["id"]: line | {"stamp": wanted[line["id"]]} for line in folder.ledger()
             if line["status"] == "ok" and line.keys() >= OF_RECORD
             and line["id"] in wanted and wanted[line["id"]] == stamps[line["id"]]
         }  # fmt: skip
@@ -39,9 +39,8 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
 
 
 def respool(
-    folder: ShardFolder, lines: dict[str, dict], stamps: dict[str, tuple[int, int]],
-    report: Callable[[str], None],
-) -> dict[str, dict]:  # fmt: skip
+    folder: ShardFolder, lines: dict[str, dict], report: Callable[[str], None]
+) -> dict[str, dict]:
     """Write the spools of these videos, which `unchanged` found, from the shards there.
 
     Returns their records by id. A video of which a frame is missing is left out: it lay in a shard
@@ -74,7 +73,7 @@ def respool(
         if len(spool.frames) == line["kept_frames"]:
             spool.path.replace(jpegs_path(folder.work, video_id))
             record = {k: v for k, v in line.items() if k not in ("source", "id")} | {
-                "stamp": stamps[video_id], "crc32": spool.crc32, "frames": spool.frames,
+                "crc32": spool.crc32, "frames": spool.frames,
             }  # fmt: skip
             keep_record(folder.work, video_id, record)
             records[video_id] = without_frames(record)

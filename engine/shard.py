@@ -275,8 +275,7 @@ def _reuse(job: _Job, folder: ShardFolder, lines: dict[str, dict]) -> int:
     """
     names = {job.ids[s.name]: s for s in job.sources if s.name not in job.records}
     lines = {video_id: line for video_id, line in lines.items() if video_id in names}
-    stamps = {video_id: stamp(names[video_id].path) for video_id in lines}
-    records = respool(folder, lines, stamps, job.tell)
+    records = respool(folder, lines, job.tell)
     job.records.update({names[video_id].name: r for video_id, r in records.items()})
     return len(records)
 

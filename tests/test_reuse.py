@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sslus.engine import shard as module
 from sslus.engine.errors import InputError
 from sslus.engine.shard import Settings, ShardReport, shard
 
@@ -113,6 +114,27 @@ def test_damaged_shards_are_not_used_again(videos, clips, tmp_path):
     path.write_bytes(data)
     added = make(videos, "out", labels=labels, force=True)
     assert added.reused < 4 and timeless(added) == timeless(whole)
+    assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+
+
+def test_a_file_that_changes_meanwhile_is_decoded_when_it_goes_on(
+    videos, clips, tmp_path, monkeypatch
+):
+    make(videos, "out")
+    labels = add_videos_and_labels(videos, clips)
+    first, second, *_ = sorted(videos.rglob("*.mp4"))
+
+    def late(job, folder, lines):
+        shutil.copy(second, first)
+        reuse(job, folder, lines)
+        raise KeyboardInterrupt
+
+    reuse = module._reuse
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_reuse", late)
+        make(videos, "out", labels=labels, force=True)
+    assert make(videos, "out", labels=labels, force=True).resumed == 3
+    make(videos, "whole", labels=labels)
     assert shared(tmp_path / "out") == shared(tmp_path / "whole")
 
 
