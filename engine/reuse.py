@@ -11,7 +11,9 @@ from pathlib import Path
 
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
+from sslus.engine.settings import Settings
 from sslus.engine.shard_folder import ShardFolder, frames_by
+from sslus.engine.shuffle import facts
 from sslus.engine.spool import jpegs_path, keep_record, without_frames
 from sslus.engine.tar import Archive
 
@@ -25,10 +27,15 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
     try:
         if frames_by(was) != frames_by(request):
             return {}
+        ledger = folder.ledger()
+        # A local/ of other shards, copied here, would give their settings to these frames.
+        here = facts([x for x in ledger if x["kept_frames"]], Settings(**was["settings"]))
+        if not here.items() <= vars(read_manifest(folder.out)).items():
+            return {}
         stamps = {video_id: stamp for video_id, *stamp in was["sources"].values()}
         wanted = {video_id: stamp for video_id, *stamp in request["sources"].values()}
         return {
-            line["id"]: line | {"stamp": wanted[line["id"]]} for line in folder.ledger()
+            line["id"]: line | {"stamp": wanted[line["id"]]} for line in ledger
             if line["status"] == "ok" and line.keys() >= OF_RECORD
             and line["id"] in wanted and wanted[line["id"]] == stamps[line["id"]]
         }  # fmt: skip

@@ -77,23 +77,29 @@ def write_all(videos: list[Video], settings: Settings, work: Path, workers: Work
 
 
 def _manifest(videos: list[Video], settings: Settings, shards: list[dict]) -> Manifest:
-    records = [v.record for v in videos]
+    return Manifest(
+        **facts([v.record for v in videos], settings),
+        labels=sorted({v.label for v in videos if v.label is not None}),
+        shards=shards,
+    ).with_digest()
+
+
+def facts(records: list[dict], settings: Settings) -> dict:
+    """The part of a manifest that follows from the records of the videos with frames."""
     num_frames = sum(r["kept_frames"] for r in records)
     pixels = num_frames * settings.size**2
     mean = sum(r["sum"] for r in records) / pixels
     variance = sum(r["squares"] for r in records) / pixels - mean**2
-    return Manifest(
-        settings={"size": settings.size, "select": _selection(settings),
-                  "quality": settings.quality, "region": settings.region,
-                  "frames_per_shard": settings.frames_per_shard},
-        num_videos=len(records),
-        num_frames=num_frames,
-        mean=round(mean / 255, 9),
-        std=round(max(variance, 0.0) ** 0.5 / 255, 9),
-        labels=sorted({v.label for v in videos if v.label is not None}),
-        decoders=dict(sorted(Counter(r["decoder"] for r in records).items())),
-        shards=shards,
-    ).with_digest()  # fmt: skip
+    return {
+        "settings": {"size": settings.size, "select": _selection(settings),
+                     "quality": settings.quality, "region": settings.region,
+                     "frames_per_shard": settings.frames_per_shard},
+        "num_videos": len(records),
+        "num_frames": num_frames,
+        "mean": round(mean / 255, 9),
+        "std": round(max(variance, 0.0) ** 0.5 / 255, 9),
+        "decoders": dict(sorted(Counter(r["decoder"] for r in records).items())),
+    }  # fmt: skip
 
 
 def _selection(settings: Settings) -> str:

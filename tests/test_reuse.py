@@ -117,6 +117,28 @@ def test_damaged_shards_are_not_used_again(videos, clips, tmp_path):
     assert shared(tmp_path / "out") == shared(tmp_path / "whole")
 
 
+def test_a_local_folder_of_other_shards_is_not_believed(videos, clips, tmp_path):
+    """One that is copied beside the wrong shards, or a ledger that was changed."""
+    make(videos, "other", replace(SMALL, size=32))
+    make(videos, "out")
+    labels = add_videos_and_labels(videos, clips)
+    whole = make(videos, "whole", labels=labels)
+    local, ledger = tmp_path / "other" / "local", tmp_path / "out" / "local" / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for changed in ({"sum": 5}, {"sum": "5"}, {"decoder": None}):
+        ledger.write_text("".join(json.dumps(line | changed) + "\n" for line in lines))
+        shutil.copytree(tmp_path / "out", tmp_path / "again")
+        added = make(videos, "again", labels=labels, force=True)
+        assert added.reused == 0 and timeless(added) == timeless(whole)
+        assert shared(tmp_path / "again") == shared(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "again")
+    shutil.copytree(tmp_path / "out" / "local", local, dirs_exist_ok=True)
+    (local / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    added = make(videos, "other", labels=labels, force=True)  # at 64 px, and 32 px are there
+    assert added.reused == 0 and timeless(added) == timeless(whole)
+    assert shared(tmp_path / "other") == shared(tmp_path / "whole")
+
+
 def test_a_file_that_changes_meanwhile_is_decoded_when_it_goes_on(
     videos, clips, tmp_path, monkeypatch
 ):
