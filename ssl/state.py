@@ -54,6 +54,10 @@ class State:
             initialise(backbone)
         torch.manual_seed(s.seed + 1)  # + 1: the backbone has used the seed itself
         method = methods.load(s.method).Method(backbone, method_config, s.image_size)
+        if getattr(method, "backbone", None) is not backbone:  # else told when it is written
+            raise InputError(
+                f"{s.method}: Method must keep the backbone that it is given as self.backbone"
+            )
         if hasattr(method, "normalised_by"):
             method.normalised_by(*grey)
         if s.dual_task:

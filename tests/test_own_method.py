@@ -216,6 +216,17 @@ def test_a_mistake_in_a_file_is_not_said_to_be_ours_alone(file, shards, capsys):
     assert "a bug in sslus or in the method's file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["encoder", "deeper.backbone"])
+def test_a_method_without_its_backbone_is_told_before_it_trains(name, file, shards, capsys):
+    """Else the run would end with nothing to write as backbone.safetensors."""
+    start = "super().__init__()\n"
+    text = COSINE.replace(start, start + "        self.deeper = nn.Module()\n")
+    file.write_text(text.replace("self.backbone", f"self.{name}"))
+    assert begin(shards) == 1
+    assert "my_cosine.py: Method must keep the backbone" in capsys.readouterr().err
+    assert not Path("runs/my_cosine").exists()
+
+
 def test_the_file_of_the_methods_page_trains_in_one_process_and_in_two(shards, tmp_path):
     """With one loss curve: its loss is that of the joint batch."""
     (tmp_path / "my_method.py").write_text(EXAMPLE)
