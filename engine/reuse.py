@@ -41,7 +41,7 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
         }  # fmt: skip
     except PermissionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return {}
 
 

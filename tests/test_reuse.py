@@ -125,7 +125,8 @@ def test_a_local_folder_of_other_shards_is_not_believed(videos, clips, tmp_path)
     whole = make(videos, "whole", labels=labels)
     local, ledger = tmp_path / "other" / "local", tmp_path / "out" / "local" / "ledger.jsonl"
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    for changed in ({"sum": 5}, {"sum": "5"}, {"decoder": None}):
+    none = {"kept_frames": 0}
+    for changed in ({"sum": 5}, {"sum": "5"}, {"decoder": None}, none):
         ledger.write_text("".join(json.dumps(line | changed) + "\n" for line in lines))
         shutil.copytree(tmp_path / "out", tmp_path / "again")
         added = make(videos, "again", labels=labels, force=True)
