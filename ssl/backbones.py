@@ -20,7 +20,9 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
     """The backbone `name` for (B, 1, image_size, image_size) -> (B, F), F = `num_features`.
 
     Its random weights depend only on (name, image_size, seed); the caller's random state is not
-    changed. Raises InputError for unknown names and impossible sizes.
+    changed. Residual blocks start with what they compute, as torchvision's do: timm would multiply
+    it by 0, and an untrained ResNet-18 would see less than a tenth of the pixels. Raises InputError
+    for unknown names and impossible sizes.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -29,15 +31,23 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
         try:
-            model = timm.create_model(name, in_chans=1, **_options(name, image_size))
+            model = _created(name, seed, in_chans=1, **_options(name, image_size))
             width = model.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1]
         except (AssertionError, RuntimeError, ValueError) as e:
             why = str(e) or "the size does not suit it"  # an assertion may say nothing
             raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {why}") from e
     model.num_features = width  # timm's is that of the last map; some models widen after pooling
     return model.train()
+
+
+def _created(name: str, seed: int, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    try:
+        return timm.create_model(name, zero_init_last=False, **options)
+    except TypeError:  # ResNets and their like take it, other models have nothing to set to 0
+        torch.manual_seed(seed)
+        return timm.create_model(name, **options)
 
 
 def _options(name: str, image_size: int | None) -> dict:

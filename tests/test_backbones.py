@@ -149,6 +149,27 @@ def test_any_timm_model_trains(name):
     assert all(p.isfinite().all() for p in method.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "regnety_002", "test_vit"])
+def test_an_untrained_backbone_sees_the_whole_image(name):
+    """timm's ResNets do not: their blocks begin as identities, and strides skip most pixels. A
+    trained one would be compared with that."""
+    x = torch.rand(2, 1, 64, 64, requires_grad=True)
+    backbones.build(name, 64, seed=0).eval()(x).square().sum().backward()
+    assert (x.grad != 0).float().mean() > 0.99
+
+
+def test_random_weights_are_timms():
+    for name in ("resnet18", "test_vit", "test_efficientnet"):
+        ours = backbones.build(name, 64, seed=3).state_dict()
+        torch.manual_seed(3)
+        options = backbones._options(name, 64)
+        theirs = timm.create_model(name, in_chans=1, **options).state_dict()
+        differ = {k for k in theirs if not torch.equal(ours[k], theirs[k])}
+        assert all(k.endswith("bn2.weight") for k in differ) and bool(differ) == (
+            name == "resnet18"
+        )
+
+
 def test_backbones_that_cannot_take_the_size_are_refused_when_built():
     with pytest.raises(InputError, match="test_vit' cannot be built at 50 px: .*divisible"):
         backbones.build("test_vit", 50, seed=0)

@@ -71,8 +71,8 @@ CHANGES = {
     "simclr": {"projector": "256-256-64"},
     "vicreg": {"projector": "512-512-512"},
 }  # fmt: skip
-# Seen: methods 0.16 to 0.34 above random features, broken ones from 0.11 below to 0.02 above.
-MARGIN = 0.08
+# Seen: methods 0.22 to 0.43 above random features, broken ones from 0.13 below to 0.08 above.
+MARGIN = 0.15
 
 
 def without_stop_gradient(self, views):
