@@ -230,7 +230,7 @@ def test_a_method_without_its_backbone_is_told_before_it_trains(name, file, shar
 def test_the_file_of_the_methods_page_trains_in_one_process_and_in_two(shards, tmp_path):
     """With one loss curve: its loss is that of the joint batch."""
     (tmp_path / "my_method.py").write_text(EXAMPLE)
-    options = "--max-steps 4 --log-every 1 --width 32 --optimizer sgd --lr 1e-3".split()
+    options = "--max-steps 4 --log-every 1 --width 32 --optimizer sgd --lr 1e-4".split()
     losses = []
     for run, more in (("one", []), ("two", ["--gpus", "2"])):
         done = subprocess.run(

@@ -110,7 +110,8 @@ def test_fine_tuning_learns_what_its_start_does_not_know(toy, monkeypatch):
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(weights[k], v) for k, v in toy.start.state_dict().items())
     monkeypatch.setattr(finetune, "class_weights", lambda *a: torch.zeros(2))
-    assert (tune(toy, 15) == y).mean() < 0.8  # frames of no weight teach nothing
+    # Frames of no weight teach nothing: the other way round it learns the same.
+    assert np.array_equal(tune(toy, 15), tune(toy, 15, y=1 - toy.y[:20]))
 
 
 def test_every_share_has_the_same_steps_and_batch_norm_learns_only_in_training(toy):
