@@ -98,7 +98,8 @@ def evaluate(
 
     `threads`: of the CPU (default: one per core); PyTorch keeps this number after the call. It
     changes the order of summation: what is fine-tuned on a CPU depends on it as a run does,
-    features and fits at most in their last bits. What earlier calls have left is reused anyway.
+    features in their last digits, so that scores may differ a little. What earlier calls have left
+    is reused anyway.
     `shared`: give the calls for several runs the same dict, empty at first; what they have in
     common, which is the random backbone if the runs agree in backbone, image size and seed, is
     then computed only once. The results are the same, bit for bit.
