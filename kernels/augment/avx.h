@@ -88,45 +88,125 @@ SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_row
     }
 }
 
-// Computes 32 results from the 64 pixels of their window.
-template <int kTaps>
-SSLUS_AVX512 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows,
-                          const Axis& axis, int16_t* out) {
-  constexpr __mmask64 kEven = 0x5555555555555555;  // the upper halves of the words are 0
+// Computes 32 results from the 64 or (kFar) 128 pixels of their window.
+template <bool kFar, int kTaps>
+SSLUS_AVX512 void look_up_32(const uint8_t* rows, int64_t row_stride, int64_t num_rows,
+                             const Axis& axis, int16_t* out) {
   const __m512i one = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
   const int64_t n = axis.stride, taps = kTaps > 0 ? kTaps : axis.taps;
   for (int64_t y = 0; y < num_rows; ++y, rows += row_stride, out += n)
     for (int64_t x = 0; x < n; x += 32) {
       const uint8_t* pixels = rows + axis.windows[x / 32];
       __builtin_prefetch(pixels + kAhead * row_stride);
-      const __m512i window = _mm512_loadu_si512(pixels);
+      const __m512i near = _mm512_loadu_si512(pixels);
+      const __m512i far = kFar ? _mm512_loadu_si512(pixels + 64) : near;
+      const auto at = [&](__m512i place) SSLUS_AVX512 {
+        constexpr __mmask64 kEven = 0x5555555555555555;  // the upper halves of the words are 0
+        return kFar ? _mm512_maskz_permutex2var_epi8(kEven, near, place, far)
+                    : _mm512_maskz_permutexvar_epi8(kEven, place, near);
+      };
       __m512i place = _mm512_load_si512(axis.places + x);
-      const __m512i first = _mm512_maskz_permutexvar_epi8(kEven, place, window);
+      const __m512i first = at(place);
       __m512i sum = _mm512_slli_epi16(first, 7);
       for (int64_t k = 1; k < taps; ++k) {
         place = _mm512_add_epi16(place, one);
-        const __m512i other = _mm512_maskz_permutexvar_epi8(kEven, place, window);
-        const __m512i difference = _mm512_slli_epi16(_mm512_sub_epi16(other, first), 7);
+        const __m512i difference = _mm512_slli_epi16(_mm512_sub_epi16(at(place), first), 7);
         const __m512i weights = _mm512_load_si512(axis.weights + k * n + x);
         sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(difference, weights));
       }
-      _mm512_storeu_si512(out + x, _mm512_max_epi16(sum, zero));
+      _mm512_store_si512(out + x, _mm512_max_epi16(sum, zero));
     }
 }
 
 // Returns false if this is not possible.
 bool look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows, const Axis& axis,
              int16_t* out) {
-  const auto by = axis.reach == 16   ? axis.taps == 2   ? look_up<false, 2>
-                                       : axis.taps == 3 ? look_up<false, 3>
-                                                        : look_up<false, 0>
-                  : axis.reach == 32 ? look_up<true, 0>
-                  : axis.reach != 64 ? nullptr
-                  : axis.taps == 2   ? look_up<2>
-                  : axis.taps == 3   ? look_up<3>
-                                     : look_up<0>;
+  const auto by = axis.reach == 16    ? axis.taps == 2   ? look_up<false, 2>
+                                        : axis.taps == 3 ? look_up<false, 3>
+                                                         : look_up<false, 0>
+                  : axis.reach == 32  ? look_up<true, 0>
+                  : axis.reach == 64  ? axis.taps == 2   ? look_up_32<false, 2>
+                                        : axis.taps == 3 ? look_up_32<false, 3>
+                                                         : look_up_32<false, 0>
+                  : axis.reach == 128 ? look_up_32<true, 0>
+                                      : nullptr;
   if (by != nullptr) by(rows, row_stride, num_rows, axis, out);
   return by != nullptr;
+}
+
+// --------------------------------------------------------------------------- blend_rows (loops.h)
+
+template <int kTaps>
+SSLUS_AVX512 void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
+                             int64_t y0, int64_t y1, int64_t n, int16_t* out,
+                             int64_t out_stride) {
+  const __m512i times = _mm512_set1_epi16(static_cast<int16_t>(factor));
+  const __m512i white = _mm512_set1_epi16(kWhite), zero = _mm512_setzero_si512();
+  for (int64_t y = y0; y < y1; ++y, out += out_stride) {
+    const int16_t* row[kTaps];
+    __m512i weight[kTaps];
+    for (int k = 0; k < kTaps; ++k) {
+      row[k] = rows + (std::min(axis.first[y] + k, static_cast<int>(axis.span) - 1) & ring) * n;
+      weight[k] = _mm512_set1_epi16(axis.weights[k * axis.stride + y]);
+    }
+    for (int64_t x = 0; x < n; x += 32) {
+      const __m512i first = _mm512_load_si512(row[0] + x);
+      __m512i sum = first;
+      for (int k = 1; k < kTaps; ++k) {
+        const __m512i difference = _mm512_sub_epi16(_mm512_load_si512(row[k] + x), first);
+        sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(difference, weight[k]));
+      }
+      if (kTaps > 2) sum = _mm512_max_epi16(sum, zero);  // two: the sum lies between them
+      sum = _mm512_mulhi_epu16(_mm512_slli_epi16(sum, 1), times);
+      _mm512_store_si512(out + x, _mm512_min_epu16(sum, white));
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------- blur (loops.h)
+
+// A vector of results from the 2 kRadius + 1 vectors of their neighbours.
+template <int kRadius>
+SSLUS_AVX512 inline __m512i blurred(const __m512i* pixels, const __m512i* weights) {
+  const __m512i pixel = pixels[kRadius], twice = _mm512_add_epi16(pixel, pixel);
+  __m512i sum = pixel;
+  for (int k = 1; k <= kRadius; ++k) {
+    const __m512i pair = _mm512_add_epi16(pixels[kRadius - k], pixels[kRadius + k]);
+    const __m512i difference = _mm512_sub_epi16(pair, twice);
+    sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(difference, weights[k]));
+  }
+  return _mm512_max_epi16(sum, _mm512_setzero_si512());
+}
+
+template <int kRadius>
+SSLUS_AVX512 void blur_across(const int16_t* in, int64_t in_stride, const int16_t* weights,
+                              int64_t num_rows, int64_t n, int16_t* out, int64_t out_stride) {
+  __m512i weight[kRadius + 1], pixels[2 * kRadius + 1];
+  for (int k = 1; k <= kRadius; ++k) weight[k] = _mm512_set1_epi16(weights[k]);
+  for (int64_t y = 0; y < num_rows; ++y, in += in_stride, out += out_stride)
+    for (int64_t x = 0; x < n; x += 32) {
+      for (int k = -kRadius; k <= kRadius; ++k)
+        pixels[kRadius + k] = _mm512_loadu_si512(in + x + k);
+      _mm512_store_si512(out + x, blurred<kRadius>(pixels, weight));
+    }
+}
+
+// Column by column of vectors: every pixel is loaded once.
+template <int kRadius>
+SSLUS_AVX512 void blur_down(const int16_t* in, int64_t in_stride, const int16_t* weights,
+                            int64_t num_rows, int64_t n, int16_t* out, int64_t out_stride) {
+  __m512i weight[kRadius + 1], pixels[2 * kRadius + 1];
+  for (int k = 1; k <= kRadius; ++k) weight[k] = _mm512_set1_epi16(weights[k]);
+  for (int64_t x = 0; x < n; x += 32) {
+    const int16_t* next = in + x - kRadius * in_stride;
+    int16_t* to = out + x;
+    for (int k = 0; k < 2 * kRadius; ++k, next += in_stride) pixels[k] = _mm512_load_si512(next);
+    for (int64_t y = 0; y < num_rows; ++y, next += in_stride, to += out_stride) {
+      pixels[2 * kRadius] = _mm512_load_si512(next);
+      _mm512_store_si512(to, blurred<kRadius>(pixels, weight));
+      for (int k = 0; k < 2 * kRadius; ++k) pixels[k] = pixels[k + 1];
+    }
+  }
 }
 
 // --------------------------------------------------------------------------- make_noise (loops.h)
@@ -195,62 +275,66 @@ SSLUS_AVX512 void make_noise_avx512(uint32_t seed, uint32_t y, int64_t n, float*
 
 // With non-temporal stores, which bypass the caches: these are better used for the next frames
 // than for the results. `out` is aligned to 32 bytes; n is a multiple of 16.
-SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
-                                      float* out) {
+SSLUS_AVX2 void normalise_past_caches(const int16_t* row, int64_t stride, int64_t num_rows,
+                                      int64_t n, float scale, float shift, float* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-    const __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x));
-    _mm256_stream_ps(out + i, _mm256_fmadd_ps(y, a, b));
-  }
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; i += 8) {
+      const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
+      const __m256 z = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x));
+      _mm256_stream_ps(out + i, _mm256_fmadd_ps(z, a, b));
+    }
 }
 
-SSLUS_AVX2 void normalise_past_caches(const int16_t* row, float scale, float shift, int64_t n,
-                                      uint16_t* out) {
+SSLUS_AVX2 void normalise_past_caches(const int16_t* row, int64_t stride, int64_t num_rows,
+                                      int64_t n, float scale, float shift, uint16_t* out) {
   const __m256 a = _mm256_set1_ps(scale), b = _mm256_set1_ps(shift);
   const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
   const auto rounded = [&](const int16_t* from) SSLUS_AVX2 {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x)), a, b);
-    const __m256i bits = _mm256_castps_si256(y);
+    const __m256 z = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(x)), a, b);
+    const __m256i bits = _mm256_castps_si256(z);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
     return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
   };
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m256i both = _mm256_packus_epi32(rounded(row + i), rounded(row + i + 8));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_permute4x64_epi64(both, 0b11011000));
-  }
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m256i both = _mm256_packus_epi32(rounded(row + i), rounded(row + i + 8));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm256_permute4x64_epi64(both, 0b11011000));
+    }
 }
 
 // The same with whole cache lines: `out` is aligned to 64 bytes; a row fills cache lines.
-SSLUS_AVX512 void normalise_lines(const int16_t* row, float scale, float shift, int64_t n,
-                                  float* out) {
+SSLUS_AVX512 void normalise_lines(const int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
+                                  float scale, float shift, float* out) {
   const __m512 a = _mm512_set1_ps(scale), b = _mm512_set1_ps(shift);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
-    const __m512 y = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x));
-    _mm512_stream_ps(out + i, _mm512_fmadd_ps(y, a, b));
-  }
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
+      const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x));
+      _mm512_stream_ps(out + i, _mm512_fmadd_ps(z, a, b));
+    }
 }
 
-SSLUS_AVX512 void normalise_lines(const int16_t* row, float scale, float shift, int64_t n,
-                                  uint16_t* out) {
+SSLUS_AVX512 void normalise_lines(const int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
+                                  float scale, float shift, uint16_t* out) {
   const __m512 a = _mm512_set1_ps(scale), b = _mm512_set1_ps(shift);
   const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
   const auto rounded = [&](const int16_t* from) SSLUS_AVX512 {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x)), a, b);
-    const __m512i bits = _mm512_castps_si512(y);
+    const __m512 z = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x)), a, b);
+    const __m512i bits = _mm512_castps_si512(z);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
     const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(half, odd));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
   };
-  for (int64_t i = 0; i < n; i += 32) {
-    const __m512i low = _mm512_castsi256_si512(rounded(row + i));
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i),
-                        _mm512_inserti64x4(low, rounded(row + i + 16), 1));
-  }
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512i low = _mm512_castsi256_si512(rounded(row + i));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i),
+                          _mm512_inserti64x4(low, rounded(row + i + 16), 1));
+    }
 }
 #else
 [[maybe_unused]] Vectors widest() { return Vectors::kCompilers; }
@@ -266,17 +350,44 @@ void make_noise([[maybe_unused]] Vectors vectors, uint32_t seed, uint32_t y, int
   make_noise(seed, y, n, noise);
 }
 
+void blend_rows([[maybe_unused]] Vectors vectors, const int16_t* rows, int64_t ring,
+                const Axis& axis, uint16_t factor, int64_t y0, int64_t y1, int64_t n, int16_t* out,
+                int64_t out_stride) {
+#if defined(SSLUS_AVX2)
+  constexpr decltype(&blend_rows<2>) by[] = {blend_rows<2>, blend_rows<3>, blend_rows<4>,
+                                             blend_rows<5>, blend_rows<6>};
+  if (vectors == Vectors::kAvx512 && axis.taps >= 2 && axis.taps <= 6)
+    return by[axis.taps - 2](rows, ring, axis, factor, y0, y1, n, out, out_stride);
+#endif
+  blend_rows(rows, ring, axis, factor, y0, y1, n, out, out_stride);
+}
+
+// Blurs rows along x (step 1) or along y (step = in_stride).
+void blur([[maybe_unused]] Vectors vectors, const int16_t* in, int64_t in_stride, int64_t step,
+          const Gaussian& g, int64_t num_rows, int64_t n, int16_t* out, int64_t out_stride) {
+#if defined(SSLUS_AVX2)
+  constexpr decltype(&blur_across<1>) by[2][6] = {
+      {blur_across<1>, blur_across<2>, blur_across<3>, blur_across<4>, blur_across<5>,
+       blur_across<6>},
+      {blur_down<1>, blur_down<2>, blur_down<3>, blur_down<4>, blur_down<5>, blur_down<6>}};
+  if (vectors == Vectors::kAvx512 && g.radius >= 1 && g.radius <= 6)
+    return by[step != 1][g.radius - 1](in, in_stride, g.weights, num_rows, n, out, out_stride);
+#endif
+  blur(in, in_stride, step, g.weights, g.radius, num_rows, n, out, out_stride);
+}
+
 template <typename T>
 void normalise([[maybe_unused]] Vectors vectors, [[maybe_unused]] bool past_caches,
-               const int16_t* row, float scale, float shift, int64_t n, T* out) {
+               const int16_t* row, int64_t stride, int64_t num_rows, int64_t n, float scale,
+               float shift, T* out) {
 #if defined(SSLUS_AVX2)
   const auto address = reinterpret_cast<uintptr_t>(out), size = n * sizeof(T);
   if (past_caches && vectors == Vectors::kAvx512 && address % 64 == 0 && size % 64 == 0)
-    return normalise_lines(row, scale, shift, n, out);
+    return normalise_lines(row, stride, num_rows, n, scale, shift, out);
   if (past_caches && vectors != Vectors::kCompilers && address % 32 == 0 && n % 16 == 0)
-    return normalise_past_caches(row, scale, shift, n, out);
+    return normalise_past_caches(row, stride, num_rows, n, scale, shift, out);
 #endif
-  normalise(row, scale, shift, n, out);
+  normalise(row, stride, num_rows, n, scale, shift, out);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ struct Axis {
   const int16_t* weights;
   // The same for look_up: a group of results uses the `reach` pixels from windows[o / group] on.
   // Reach 16 or 32: groups of 8; the low byte of places[o] is 0x70 + the position of first[o].
-  // Reach 64: groups of 32; places[o] is the position. kNever: a group's pixels are too many.
+  // Reach 64 or 128: groups of 32; places[o] is the position. kNever: a group's pixels are too many.
   int64_t reach;
   const int32_t* windows;
   const int16_t* places;
@@ -113,7 +113,7 @@ SSLUS_CLONES int64_t make_windows(const int32_t* __restrict first, int64_t group
     windows[o / group] = std::min(first[o], first[o + group - 1]);
   }
   reach += taps;
-  const int64_t size = group == 32 ? 64 : reach <= 16 ? 16 : 32;
+  const int64_t least = group == 32 ? 64 : 16, size = reach <= least ? least : 2 * least;
   if (reach > size || room < size) return kNever;
   const int32_t zero = group == 32 ? 0 : 0x8070;
   for (int64_t o = 0; o < stride; o += group) {

@@ -212,18 +212,21 @@ SSLUS_CLONES void speckle(int16_t* __restrict row, const float* __restrict noise
   }
 }
 
-SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float shift, int64_t n,
-                            float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(row[i]) * scale + shift;
+// The results of all rows follow one another.
+SSLUS_CLONES void normalise(const int16_t* __restrict row, int64_t stride, int64_t num_rows,
+                            int64_t n, float scale, float shift, float* __restrict out) {
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(row[i]) * scale + shift;
 }
 
 // Converts to bfloat16, rounding to nearest, ties to even.
-SSLUS_CLONES void normalise(const int16_t* __restrict row, float scale, float shift, int64_t n,
-                            uint16_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const auto bits = bit_cast<uint32_t>(static_cast<float>(row[i]) * scale + shift);
-    out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
+SSLUS_CLONES void normalise(const int16_t* __restrict row, int64_t stride, int64_t num_rows,
+                            int64_t n, float scale, float shift, uint16_t* __restrict out) {
+  for (int64_t y = 0; y < num_rows; ++y, row += stride, out += n)
+    for (int64_t i = 0; i < n; ++i) {
+      const auto bits = bit_cast<uint32_t>(static_cast<float>(row[i]) * scale + shift);
+      out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
 }
 
 }  // namespace

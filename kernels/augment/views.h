@@ -97,7 +97,7 @@ class Resample {
              std::min(down_.first[end] + down_.taps, down_.span) <= ready_ + batch_)
         ++end;
       int16_t* out = view_.plane + y_ * view_.plane_stride;
-      blend_rows(rows_, ring_ - 1, down_, factor_, y_, end, across_.stride, out,
+      blend_rows(job_.vectors, rows_, ring_ - 1, down_, factor_, y_, end, across_.stride, out,
                  view_.plane_stride);
       if (view_.params[kContrast] != 1)
         sum_ += total(out, view_.plane_stride, end - y_, job_.width, 1);
@@ -129,27 +129,30 @@ void finish(const Job& job, int64_t v, int64_t y, int64_t num_rows, int16_t* row
   if (p[kSolarize] <= 1)
     invert_from(rows, stride, num_rows, width,
                 static_cast<int16_t>(std::ceil(p[kSolarize] * kWhite)));
-  for (int64_t i = 0; i < num_rows; ++i, rows += stride) {
-    if (p[kGainNear] != 1 || p[kGainFar] != 1) {
+  const bool ramp = p[kGainNear] != 1 || p[kGainFar] != 1;
+  for (int64_t i = 0; i < num_rows && (ramp || p[kSpeckle] > 0); ++i) {
+    int16_t* row = rows + i * stride;
+    if (ramp) {
       const double depth = (static_cast<double>(y + i) + 0.5) / static_cast<double>(job.height);
       const double gain = p[kGainNear] + (p[kGainFar] - p[kGainNear]) * depth;
-      stretch(rows, stride, 1, width, static_cast<uint16_t>(std::lround(gain * 16384)), 0);
+      stretch(row, stride, 1, width, static_cast<uint16_t>(std::lround(gain * 16384)), 0);
     }
     if (p[kSpeckle] > 0) {
       constexpr float deviation = 147.80054f;  // sqrt(21845): of the sum of four bytes
       float* noise = scratch.noise.at_least(round_up(width, 32));
       make_noise(job.vectors, static_cast<uint32_t>(p[kSeed]), static_cast<uint32_t>(y + i), width,
                  noise);
-      speckle(rows, noise, p[kSpeckle] / deviation, kWhite, width);
+      speckle(row, noise, p[kSpeckle] / deviation, kWhite, width);
     }
-    const int64_t place = (v * job.height + y + i) * width;
-    if (job.half)
-      normalise(job.vectors, job.past_caches, rows, job.scale, job.shift, width,
-                reinterpret_cast<uint16_t*>(job.out) + place);
-    else
-      normalise(job.vectors, job.past_caches, rows, job.scale, job.shift, width,
-                reinterpret_cast<float*>(job.out) + place);
   }
+  const auto write = [&](auto* out) {
+    normalise(job.vectors, job.past_caches, rows, stride, num_rows, width, job.scale, job.shift,
+              out + (v * job.height + y) * width);
+  };
+  if (job.half)
+    write(reinterpret_cast<uint16_t*>(job.out));
+  else
+    write(reinterpret_cast<float*>(job.out));
 }
 
 // Fills the margins on both sides of each row with mirrored pixels.
@@ -205,15 +208,14 @@ class Finish {
     const Gaussian &across = view_.across, &down = view_.down;
     const int64_t height = job_->height, stride = view_.plane_stride;
     mirror_columns(rows, stride, y1 - y_, job_->width, across.radius);
-    blur(rows, stride, 1, across.weights, across.radius, y1 - y_, stride_, image_ + y_ * stride_,
-         stride_);
+    blur(job_->vectors, rows, stride, 1, across, y1 - y_, stride_, image_ + y_ * stride_, stride_);
     const int64_t ready = y1 == height ? height : y1 - down.radius;
     if (ready <= done_) return;
     if (done_ == 0) mirror_rows(image_, stride_, down.radius, -1);
     if (ready == height) mirror_rows(image_ + (height - 1) * stride_, stride_, down.radius, 1);
     int16_t* blurred = scratch_->blurred.at_least((ready - done_) * stride_);
-    blur(image_ + done_ * stride_, stride_, stride_, down.weights, down.radius, ready - done_,
-         stride_, blurred, stride_);
+    blur(job_->vectors, image_ + done_ * stride_, stride_, stride_, down, ready - done_, stride_,
+         blurred, stride_);
     finish(*job_, view_.v, done_, ready - done_, blurred, stride_, *scratch_);
     done_ = ready;
   }
