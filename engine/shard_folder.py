@@ -28,6 +28,8 @@ class ShardFolder:
 
     {"settings": the fields of Settings, "decoder": [names], "decoding": its version,
      "sources": {name: [id, size, modification time]}, "labels": a digest or None}
+
+    local/request.json adds the manifest's "digest", which says to which shards local/ belongs.
     """
 
     def __init__(self, out: Path):
@@ -76,15 +78,14 @@ class ShardFolder:
 
     def finished(self, request: dict) -> tuple[Manifest, list[dict]] | None:
         """Manifest and ledger, if the folder is complete and holds exactly what is asked for."""
-        if self.request() != request:
-            return None
+        was = self.request()
         try:
             manifest, ledger = read_manifest(self.out), self.ledger()
         except PermissionError:  # no reason for --force, which would replace them
             raise
         except (OSError, ValueError):  # ValueError: InputError, or neither UTF-8 nor JSON
             return None
-        if len(ledger) != len(request["sources"]):
+        if was != request | {"digest": manifest.digest} or len(ledger) != len(request["sources"]):
             return None
         for entry in manifest.shards:
             path = self.out / entry["name"]
@@ -98,7 +99,7 @@ class ShardFolder:
             return f"has shards, but what they were made from is not in {self.local}; put that back"
         if what := _differences(self.request(), request):
             return f"the shards there are of other videos, labels or settings ({what})"
-        return "the shards there are damaged, or of another version"
+        return f"the shards there are damaged, of another version, or not those of {self.local}"
 
     def record_moves(self, ledger: list[dict], places: dict[str, str]) -> list[dict]:
         """The ledger with the current paths of the videos, by id: evaluation looks them up."""
@@ -148,7 +149,7 @@ class ShardFolder:
         sync_folder(self.local)
         sync_folder(self.out)
         with atomic_file(self.local / REQUEST, "w") as f:
-            json.dump(request, f)
+            json.dump(request | {"digest": manifest.digest}, f)
         manifest.write(self.out)
         shutil.rmtree(self.work)
 

@@ -616,7 +616,7 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
             (out / name).write_bytes(what((out / name).read_bytes()))
         else:
             (out / name).unlink()
-        with pytest.raises(InputError, match="damaged, or of another version; --force") as e:
+        with pytest.raises(InputError, match="damaged, of another version, or .*; --force") as e:
             make(clips, out, key)
         assert "\n" not in str(e.value)
         (out / "local" / "work").mkdir()
@@ -633,6 +633,20 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
         make(clips, out, None)
     assert "\n" not in str(e.value)
     assert make(clips, out, key).already and (out / "local" / "key").read_text() == KEY + "\n"
+
+
+def test_a_local_folder_of_other_shards_is_not_believed(clips, tmp_path, key):
+    """Their request, settings and counts are the same, but not the ids."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    make(clips, mine, key)
+    (tmp_path / "other").write_text("ff" * 32)
+    make(clips, theirs, tmp_path / "other")
+    shutil.rmtree(theirs / "local")
+    shutil.copytree(mine / "local", theirs / "local")
+    with pytest.raises(InputError, match="or not those of .*/theirs/local; --force"):
+        make(clips, theirs, None)
+    assert not make(clips, theirs, None, force=True).reused
+    assert public_bytes(theirs) == public_bytes(mine)
 
 
 def test_what_may_not_be_read_is_no_reason_to_replace_it(clips, tmp_path, monkeypatch):
