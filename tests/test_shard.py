@@ -570,14 +570,26 @@ def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
     assert make(clips, tmp_path / "out", None).manifest == first.manifest
 
 
-@pytest.mark.parametrize("lost_key", [False, True])
-def test_new_shards_that_were_stopped_go_on(lost_key, clips, tmp_path, key):
+def test_a_lost_key_changes_no_ids_unnoticed(clips, tmp_path, key):
+    make(clips, tmp_path / "out", key)
+    before = public_bytes(tmp_path / "out")
+    (tmp_path / "out" / "local" / "key").unlink()
+    for force in (False, True):
+        with pytest.raises(InputError, match="/local/key: is missing, and .* other ids; put it"):
+            make(clips, tmp_path / "out", None, force=force)
+    assert make(clips, tmp_path / "out", key).already  # and it is there again
+    make(clips, tmp_path / "out", None, force=True)
+    assert public_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("new_ids", [False, True])
+def test_new_shards_that_were_stopped_go_on(new_ids, clips, tmp_path, key):
     """--force on a finished folder: both passes are made again, but once."""
     out = tmp_path / "out"
     make(clips, out, key)
     before = public_bytes(out)
-    if lost_key:
-        (out / "local" / "key").unlink()
+    if new_ids:
+        shutil.rmtree(out / "local")
 
     def stop_after_two(done, total, note):
         if done == 2:
@@ -589,7 +601,7 @@ def test_new_shards_that_were_stopped_go_on(lost_key, clips, tmp_path, key):
     resumed = make(clips, out, None, force=True, jobs=1)
     assert resumed.resumed >= 2 and not resumed.already
     assert not (out / "local" / "work").exists()
-    assert (public_bytes(out) == before) != lost_key  # other ids, other names in the shards
+    assert (public_bytes(out) == before) != new_ids  # other ids, other names in the shards
     again = make(clips, out, None)
     assert again.already
     with pytest.raises(ZeroDivisionError):
