@@ -6,6 +6,7 @@ So adding videos or labels to finished shards costs little more than copying the
 import hashlib
 import json
 import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,10 +78,11 @@ def respool(
     records = {}
     for video_id, spool in spools.items():
         line = lines[video_id]
-        if len(spool.frames) == line["kept_frames"]:
+        frames = spool.frames()
+        if len(frames) == line["kept_frames"]:
             spool.path.replace(jpegs_path(folder.work, video_id))
             record = {k: v for k, v in line.items() if k not in ("source", "id")} | {
-                "crc32": spool.crc32, "frames": spool.frames,
+                "crc32": spool.crc32, "frames": frames,
             }  # fmt: skip
             keep_record(folder.work, video_id, record)
             records[video_id] = without_frames(record)
@@ -96,15 +98,19 @@ class _Spool:
     """The JPEGs of one video, collected from the shards and appended to its file."""
 
     def __init__(self, path: Path):
-        self.path, self.frames = path, []
+        self.path, self.table = path, array("d")  # tuples would take 200 bytes a frame
         self.waiting: list[memoryview] = []
         self.length = self.crc32 = 0
 
     def add(self, fact: dict, jpeg: memoryview) -> None:
-        self.frames.append((fact["frame"], fact["time_seconds"], self.length, len(jpeg)))
+        self.table.extend((fact["frame"], fact["time_seconds"], self.length, len(jpeg)))
         self.waiting.append(jpeg)
         self.length += len(jpeg)
         self.crc32 = zlib.crc32(jpeg, self.crc32)
+
+    def frames(self) -> list[tuple[int, float, int, int]]:
+        rows = zip(*[iter(self.table)] * 4, strict=True)
+        return [(int(frame), at, int(offset), int(size)) for frame, at, offset, size in rows]
 
     def flush(self) -> None:
         try:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from sslus.engine import shard as module
 from sslus.engine.errors import InputError
+from sslus.engine.reuse import _Spool
 from sslus.engine.shard import Settings, ShardReport, shard
 
 SMALL = Settings(size=64, stride=3, frames_per_shard=20)
@@ -191,3 +193,15 @@ def test_killed_on_the_way_it_goes_on(place, videos, clips, tmp_path):
     assert added.resumed == (1 if place == "keep_record" else 0)
     assert timeless(added) == timeless(whole)
     assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+
+
+def test_a_frame_takes_no_more_memory_than_in_the_second_pass():
+    spool, num = _Spool(Path("not written")), 20_000
+    tracemalloc.start()
+    for i in range(num):
+        spool.add({"frame": 1000 + i, "time_seconds": i / 37}, memoryview(b"jpeg"))
+        spool.waiting.clear()
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 40 * num
+    assert spool.frames()[-1] == (999 + num, (num - 1) / 37, 4 * (num - 1), 4)
