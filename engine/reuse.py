@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.settings import Settings
 from sslus.engine.shard_folder import ShardFolder, frames_by
@@ -48,24 +47,25 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
 
 def respool(
     folder: ShardFolder, lines: dict[str, dict], report: Callable[[str], None]
-) -> dict[str, dict]:
+) -> tuple[dict[str, dict], list[str]]:
     """Write the spools of these videos, which `unchanged` found, from the shards there.
 
-    Returns their records by id. A video of which a frame is missing is left out: it lay in a shard
-    that is damaged. `report(note)` is called before each shard is read.
+    Returns their records by id, and the names of the shards that are missing or damaged; videos
+    with a frame in one of those are left out. `report(note)` is called before each shard is read.
     """
-    try:
-        shards = read_manifest(folder.out).shards if lines else []
-    except InputError:
-        return {}
+    shards = read_manifest(folder.out).shards if lines else []
+    broken = []
     spools = {video_id: _Spool(_half(folder.work, video_id)) for video_id in lines}
     for number, entry in enumerate(shards):
         report(f"shard {number + 1} of {len(shards)} is used again")
         try:
             data = (folder.out / entry["name"]).read_bytes()
-        except FileNotFoundError:
-            continue
+        except PermissionError:
+            raise
+        except OSError:  # it is gone, or the disk cannot read it
+            data = b""
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            broken.append(entry["name"])
             continue
         archive, used = Archive(entry["name"], data, entry["num_frames"]), set()
         for sample in archive.samples:
@@ -86,7 +86,7 @@ def respool(
             }  # fmt: skip
             keep_record(folder.work, video_id, record)
             records[video_id] = without_frames(record)
-    return records
+    return records, broken
 
 
 def _half(work: Path, video_id: str) -> Path:

@@ -56,6 +56,7 @@ class ShardReport:
     held_out: int = 0  # videos whose labels stay out of the shards: split is test or val
     resumed: int = 0  # videos already decoded by an earlier, interrupted run
     reused: int = 0  # videos whose frames were taken from the shards that were replaced
+    broken: tuple[str, ...] = ()  # names of such shards from which no frame could be taken
     already: bool = False  # there was nothing to do
     seconds: float = 0.0
 
@@ -143,7 +144,7 @@ def shard(
             with worker_pool(
                 _num_workers(jobs, backends, len(sources)), start_worker, (backends,), job.told
             ) as workers:
-                reused = _reuse(job, folder, lines)
+                reused, broken = _reuse(job, folder, lines)
                 _decode_all(job, workers, several=len(backends) > 1)
                 ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
                 _refuse_failure(ledger, strict, folder.write_ledger(ledger))
@@ -153,7 +154,7 @@ def shard(
             folder.remove_halves()
     return ShardReport(
         folder.out, manifest, ledger, ignored, *_unmarked(marks), resumed=resumed, reused=reused,
-        seconds=time.monotonic() - start,
+        broken=tuple(broken), seconds=time.monotonic() - start,
     )  # fmt: skip
 
 
@@ -268,16 +269,17 @@ def _resume(sources, ids, work) -> dict[str, dict]:
     return records
 
 
-def _reuse(job: _Job, folder: ShardFolder, lines: dict[str, dict]) -> int:
-    """Add the records of videos whose frames the old shards hold; returns their number.
+def _reuse(job: _Job, folder: ShardFolder, lines: dict[str, dict]) -> tuple[int, list[str]]:
+    """Add the records of videos whose frames the old shards hold; returns their number, and the
+    names of the shards that are broken.
 
     lines: what `unchanged` found.
     """
     names = {job.ids[s.name]: s for s in job.sources if s.name not in job.records}
     lines = {video_id: line for video_id, line in lines.items() if video_id in names}
-    records = respool(folder, lines, job.tell)
+    records, broken = respool(folder, lines, job.tell)
     job.records.update({names[video_id].name: r for video_id, r in records.items()})
-    return len(records)
+    return len(records), broken
 
 
 def _decode_all(job: _Job, workers: Workers, several: bool) -> None:

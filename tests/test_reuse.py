@@ -16,6 +16,7 @@ from sslus.engine import shard as module
 from sslus.engine.errors import InputError
 from sslus.engine.reuse import _Spool
 from sslus.engine.shard import Settings, ShardReport, shard
+from sslus.tools.shard import show
 
 SMALL = Settings(size=64, stride=3, frames_per_shard=20)
 
@@ -106,17 +107,36 @@ def test_what_may_differ_is_decoded_again(videos, clip, pattern, tmp_path):
     again(0)
 
 
-def test_damaged_shards_are_not_used_again(videos, clips, tmp_path):
+@pytest.mark.parametrize("how", ["changed", "cut off", "gone", "unreadable"])
+def test_a_broken_shard_costs_the_decoding_of_its_videos(
+    how, videos, clips, clip, pattern, tmp_path, monkeypatch, capsys
+):
+    clip(videos / "short.mp4", pattern(3, 64, 64))  # one frame is kept
     make(videos, "out")
     labels = add_videos_and_labels(videos, clips)
     whole = make(videos, "whole", labels=labels)
     path = tmp_path / "out" / "shard-000000.tar"
-    data = bytearray(path.read_bytes())
-    data[5000] ^= 1
-    path.write_bytes(data)
-    added = make(videos, "out", labels=labels, force=True)
-    assert added.reused < 4 and timeless(added) == timeless(whole)
+    data, read = path.read_bytes(), Path.read_bytes
+    if how == "changed":
+        path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    elif how == "cut off":
+        path.write_bytes(data[:5000])
+    elif how == "gone":
+        path.unlink()
+
+    def failing(p: Path) -> bytes:
+        if how == "unreadable" and p == path:
+            raise OSError(5, "Input/output error", str(p))
+        return read(p)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        added = make(videos, "out", labels=labels, force=True)
+    assert added.reused == 1 and timeless(added) == timeless(whole)
     assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+    show(added)
+    line = "Warning: 1 old shard missing or damaged (shard-000000.tar); videos with frames there"
+    assert line in capsys.readouterr().err
 
 
 def test_a_local_folder_of_other_shards_is_not_believed(videos, clips, tmp_path):

@@ -189,6 +189,11 @@ def show(result) -> None:
             f" {region} removes what stands beside the ultrasound"
         )
     region, warnings = manifest.settings["region"], []
+    if result.broken:
+        warnings.append(
+            f"{count(len(result.broken), 'old shard')} missing or damaged ({result.broken[0]}"
+            f"{', ...' * (len(result.broken) > 1)}); videos with frames there were decoded again"
+        )
     if region != "all":
         cut = [r for r in ledger if r["region"] is not None and r["kept_frames"]]
         rows["region"] = f"{region}: {count(len(cut), 'file')} cropped to it"
