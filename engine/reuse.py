@@ -46,12 +46,16 @@ def unchanged(folder: ShardFolder, request: dict) -> dict[str, dict]:
 
 
 def respool(
-    folder: ShardFolder, lines: dict[str, dict], report: Callable[[str], None]
-) -> tuple[dict[str, dict], list[str]]:
+    folder: ShardFolder,
+    lines: dict[str, dict],
+    done: Callable[[str, dict], None],
+    report: Callable[[str], None],
+) -> list[str]:
     """Write the spools of these videos, which `unchanged` found, from the shards there.
 
-    Returns their records by id, and the names of the shards that are missing or damaged; videos
-    with a frame in one of those are left out. `report(note)` is called before each shard is read.
+    `done(video_id, record)` is called for each one, after all shards are read. Videos with a frame
+    in a shard that is missing or damaged are left out; returns the names of these shards.
+    `report(note)` is called before each shard is read.
     """
     shards = read_manifest(folder.out).shards if lines else []
     broken = []
@@ -75,7 +79,6 @@ def respool(
                 used.add(spool)
         for spool in used:
             spool.flush()
-    records = {}
     for video_id, spool in spools.items():
         line = lines[video_id]
         frames = spool.frames()
@@ -85,8 +88,8 @@ def respool(
                 "crc32": spool.crc32, "frames": frames,
             }  # fmt: skip
             keep_record(folder.work, video_id, record)
-            records[video_id] = without_frames(record)
-    return records, broken
+            done(video_id, without_frames(record))
+    return broken
 
 
 def _half(work: Path, video_id: str) -> Path:

@@ -138,13 +138,15 @@ def shard(
         folder.begin(request, anew=bool(done))
         keep_key(folder.work, secret)  # a new key, which is not yet the folder's
         records = _resume(sources, ids, folder.work)
-        job = _Job(sources, ids, marks, secret, settings, folder.work, records, report)
         resumed = len(records)
+        for name in records:
+            lines.pop(ids[name], None)
+        job = _Job(sources, ids, marks, secret, settings, folder.work, records, lines, report)
         try:
             with worker_pool(
                 _num_workers(jobs, backends, len(sources)), start_worker, (backends,), job.told
             ) as workers:
-                reused, broken = _reuse(job, folder, lines)
+                reused, broken = _reuse(job, folder)
                 _decode_all(job, workers, several=len(backends) > 1)
                 ledger = [_ledger_line(s, ids[s.name], records[s.name]) for s in sources]
                 _refuse_failure(ledger, strict, folder.write_ledger(ledger))
@@ -233,10 +235,12 @@ class _Job:
     settings: Settings
     work: Path  # where the spools are
     records: dict[str, dict]  # of the decoded videos
+    old: dict[str, dict]  # by id: those that `unchanged` found and that are not yet spooled
     report: Callable[[int, int, str], None] | None
 
     def told(self) -> str:
-        return f"{len(self.records)} of {len(self.sources)} videos are decoded"
+        again = f", and taking {len(self.old)} from the old shards begins anew" if self.old else ""
+        return f"{len(self.records)} of {len(self.sources)} videos are decoded{again}"
 
     def tell(self, note: str) -> None:
         if self.report:
@@ -269,17 +273,19 @@ def _resume(sources, ids, work) -> dict[str, dict]:
     return records
 
 
-def _reuse(job: _Job, folder: ShardFolder, lines: dict[str, dict]) -> tuple[int, list[str]]:
+def _reuse(job: _Job, folder: ShardFolder) -> tuple[int, list[str]]:
     """Add the records of videos whose frames the old shards hold; returns their number, and the
-    names of the shards that are broken.
+    names of the shards that are broken."""
+    names = {job.ids[s.name]: s.name for s in job.sources}
+    before = len(job.records)
 
-    lines: what `unchanged` found.
-    """
-    names = {job.ids[s.name]: s for s in job.sources if s.name not in job.records}
-    lines = {video_id: line for video_id, line in lines.items() if video_id in names}
-    records, broken = respool(folder, lines, job.tell)
-    job.records.update({names[video_id].name: r for video_id, r in records.items()})
-    return len(records), broken
+    def done(video_id: str, record: dict) -> None:
+        job.records[names[video_id]] = record
+        del job.old[video_id]
+
+    broken = respool(folder, job.old.copy(), done, job.tell)
+    job.old.clear()  # what is left must be decoded
+    return len(job.records) - before, broken
 
 
 def _decode_all(job: _Job, workers: Workers, several: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sslus.engine import shard as module
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.reuse import _Spool
 from sslus.engine.shard import Settings, ShardReport, shard
 from sslus.tools.shard import show
@@ -169,9 +169,9 @@ def test_a_file_that_changes_meanwhile_is_decoded_when_it_goes_on(
     labels = add_videos_and_labels(videos, clips)
     first, second, *_ = sorted(videos.rglob("*.mp4"))
 
-    def late(job, folder, lines):
+    def late(job, folder):
         shutil.copy(second, first)
-        reuse(job, folder, lines)
+        reuse(job, folder)
         raise KeyboardInterrupt
 
     reuse = module._reuse
@@ -181,6 +181,27 @@ def test_a_file_that_changes_meanwhile_is_decoded_when_it_goes_on(
     assert make(videos, "out", labels=labels, force=True).resumed == 3
     make(videos, "whole", labels=labels)
     assert shared(tmp_path / "out") == shared(tmp_path / "whole")
+
+
+def test_stopped_on_the_way_it_says_what_is_kept(videos, clips, tmp_path):
+    make(videos, "out")
+    labels = add_videos_and_labels(videos, clips)
+
+    def stopped(at: str) -> str:
+        def report(done: int, total: int, note: str) -> None:
+            if note.endswith(at):
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted) as e:
+            make(videos, "out", labels=labels, force=True, report=report)
+        return str(e.value)
+
+    last = len(list((tmp_path / "out").glob("*.tar")))
+    told = stopped(f"shard {last} of {last} is used again")
+    assert "0 of 6 videos are decoded, and taking 4 from the old shards begins anew; the" in told
+    told = stopped(" frames")
+    assert "4 of 6 videos are decoded; the same" in told
+    assert make(videos, "out", labels=labels, force=True).resumed == 4
 
 
 @pytest.mark.parametrize("place", ["Archive", "keep_record"])
