@@ -38,12 +38,14 @@ def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
         return pyav
     from sslus.engine.dali import why_not
 
-    on = device
-    if device == "auto":
-        on = "cpu" if why_not("cuda") else "cuda"
-        if decoder == "auto":
-            return pyav if on == "cpu" else [("dali", on), *pyav]
-    if why := why_not(on):  # here, once, rather than for every file
+    on = "cuda" if device == "auto" else device
+    why = why_not(on)  # here, once, rather than for every file
+    if device == decoder == "auto":
+        return pyav if why else [("dali", on), *pyav]
+    if why and device == "auto":
+        on = "cpu"
+        why = why_not(on)
+    if why:
         raise InputError(f"dali: {why}")
     return [("dali", on)]
 

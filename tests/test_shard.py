@@ -29,6 +29,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
 from sslus.engine.sources import find_videos
+from sslus.engine.spool import choose_backends
 from sslus.engine.video import PyavBackend, decode
 from sslus.engine.workers import Workers, uninterrupted, worker_pool
 
@@ -1089,6 +1090,34 @@ def test_each_file_goes_where_it_can_be_decoded(two_kinds, tmp_path, monkeypatch
     monkeypatch.setattr(module, "choose_backends", lambda device, decoder: order)
     report = shard([two_kinds], tmp_path / "out", Settings(64, 1), jobs=1)
     assert report.manifest.decoders == {"dali": 1, "pyav": 1} and not report.problems
+
+
+@pytest.mark.parametrize(
+    ("device", "decoder", "with_gpu", "without"),
+    [
+        ("auto", "auto", ["dali cuda", "pyav cpu"], ["pyav cpu"]),
+        ("auto", "dali", ["dali cuda"], ["dali cpu"]),
+        ("auto", "pyav", ["pyav cpu"], ["pyav cpu"]),
+        ("cuda", "auto", ["dali cuda"], "dali: no GPU"),
+        ("cpu", "auto", ["pyav cpu"], ["pyav cpu"]),
+        ("cpu", "dali", ["dali cpu"], ["dali cpu"]),
+    ],
+)
+def test_decoders_are_chosen_by_what_is_there(device, decoder, with_gpu, without, monkeypatch):
+    """And each is asked once: to start the GPU's takes seconds."""
+    for gpu, want in ((True, with_gpu), (False, without)):
+        asked = []
+
+        def why_not(name, asked=asked, gpu=gpu):
+            asked.append(name)
+            return "no GPU" if name == "cuda" and not gpu else None
+
+        monkeypatch.setattr("sslus.engine.dali.why_not", why_not)
+        try:
+            got = [" ".join(each) for each in choose_backends(device, decoder)]
+        except InputError as e:
+            got = str(e)
+        assert got == want and len(set(asked)) == len(asked)
 
 
 def test_cuda_without_a_gpu_is_an_error(two_kinds, tmp_path):
