@@ -99,22 +99,22 @@ def parse(text: str, size: int | None = None) -> tuple[ViewConfig, ViewConfig]:
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name not in PRESETS:
-        raise InputError(f"--views {name!r}: want one of {', '.join(PRESETS)}")
+        raise InputError(f"views {name!r}: want one of {', '.join(PRESETS)}")
     fields = {f.name for f in dataclasses.fields(ViewConfig)}
     values = {}
     for change in changes:
         field, _, value = change.partition("=")
         if field not in fields:
-            raise InputError(f"--views: no field {field!r}; there are {', '.join(sorted(fields))}")
+            raise InputError(f"views: no field {field!r}; there are {', '.join(sorted(fields))}")
         try:
             values[field] = float(value)
         except ValueError as e:
-            raise InputError(f"--views: {field} wants a number, got {value!r}") from e
+            raise InputError(f"views: {field} wants a number, got {value!r}") from e
     first, second = (dataclasses.replace(c, **values) for c in PRESETS[name])
     widest = max(c.max_sigma * (c.p_blur > 0) for c in (first, second))
     if size and widest * size > MAX_SIGMA:  # else the op refuses the step that happens to draw it
         raise InputError(
-            f"--views: want max_sigma of at most {MAX_SIGMA / size:.3g} for views of {size} px, got"
+            f"views: want max_sigma of at most {MAX_SIGMA / size:.3g} for views of {size} px, got"
             f" {widest:g}"
         )
     return first, second

@@ -1,6 +1,7 @@
 """Views: what the presets draw, batches that depend on nothing but the seed, nearby pairs."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from sslus.ssl import loader as loaders
 from sslus.ssl.loader import Batch, Loader
 from sslus.ssl.views import PRESETS, ViewConfig, draw, parse, whole
 from sslus.ssl.views import picture as picture_of
+from sslus.tools.cli import main
 
 CPU = torch.device("cpu")
 
@@ -296,8 +298,19 @@ def test_a_picture_of_views(store, tmp_path):
     picture_of(one, "ultrasound", tmp_path / "new" / "one.png", num=6, size=48, seed=0)
     width, height = Image.open(tmp_path / "new" / "one.png").size
     assert height == 3 * 50 - 2 and 48 < width < 48 + 60
-    wrong = subprocess.run([*command, "--preset", "x"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("Error: --views 'x'")
+
+
+def test_wrong_views_are_told_before_the_store_is_built(store, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(store.frames.filename.parent.parent, shards, ignore=lambda *_: ["store"])
+    for line in (
+        ["views", "--preset", "x"],
+        ["train", "--run", str(tmp_path / "run"), "--views", "x"],
+    ):
+        assert main([*line, str(shards)]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("Error: views 'x': want one of ultrasound")
+    assert not (shards / "store").exists()
 
 
 def test_a_picture_for_which_the_disk_has_no_room(store, small_disk):

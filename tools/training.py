@@ -64,6 +64,7 @@ def _train(run: Path, asked: dict) -> loop.TrainResult:
     recorded = loop.open_run(run, resume, world)
     if recorded is None:
         settings, method_config = of_new_run(asked, recipe)
+        settings.resolved(world.device, num_frames=2**40)  # raises before the store is built
         shards = asked.get("shards", SHARDS)
     elif recipe != "default":
         raise InputError("--recipe: a resumed run already has its values; leave the option out")

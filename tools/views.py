@@ -42,6 +42,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     import shlex
 
     from sslus.engine.errors import InputError
+    from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
     from sslus.engine.stream import is_url
     from sslus.tools.screen import argument, progress, summary
@@ -50,12 +51,14 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
         raise InputError("--frames and --image-size: want at least 1")
     if is_url(shards):
         raise InputError(f"{shards}: want a folder of shards, not a URL; copy them to a disk first")
+    read_manifest(Path(shards))  # PyTorch takes longer to import than to see what is wrong here
+
+    from sslus.ssl import methods
+    from sslus.ssl.views import PRESETS, parse, picture
+
+    parse(preset, image_size)  # the frame store takes longer still
     with progress("frame store", "frames") as report:
         store = FrameStore.open(Path(shards), report=report)
-
-    from sslus.ssl import methods  # imports PyTorch, which takes longer than to see what is wrong
-    from sslus.ssl.views import PRESETS, picture
-
     within = max_seconds if pairs == "nearby" else None
     picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]
