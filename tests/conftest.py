@@ -130,6 +130,18 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards(clips, tmp_path_factory) -> Path:
+    """The clips in shards of 32 x 32 with their labels, and their frame store."""
+    from sslus.engine.shard import Settings, shard
+    from sslus.engine.store import FrameStore
+
+    out, settings = tmp_path_factory.mktemp("shards") / "shards", Settings(size=32, stride=2)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    FrameStore.open(out)
+    return out
+
+
 def run_rank(rank: int, work, *args) -> None:
     """In the new process, where importing this file has called `mend_index`."""
     work(rank, *args)

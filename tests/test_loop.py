@@ -40,14 +40,6 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    settings = ShardSettings(size=32, stride=2)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
-    return out
-
-
 def run_train(shards, run, settings=SMALL, resume=False, **options):
     return train(
         shards, settings, HEAD, run, device="cpu", threads=1, resume=resume,

@@ -14,9 +14,6 @@ import torch
 from click.testing import CliRunner
 
 from sslus.engine.errors import InputError
-from sslus.engine.shard import Settings as ShardSettings
-from sslus.engine.shard import shard
-from sslus.engine.store import FrameStore
 from sslus.ssl import checkpoints, methods
 from sslus.ssl.evaluate import evaluate
 from sslus.ssl.train import Settings, train
@@ -62,15 +59,6 @@ class Method(nn.Module):
 '''
 SMALL = "--backbone test_resnet --image-size 32 --batch-size 16 --device cpu --threads 1".split()
 pytestmark = pytest.mark.usefixtures("no_curves")
-
-
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    settings = ShardSettings(size=32, stride=2)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
-    FrameStore.open(out)
-    return out
 
 
 @pytest.fixture

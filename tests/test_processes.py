@@ -16,9 +16,6 @@ from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslus.engine.shard import Settings as ShardSettings
-from sslus.engine.shard import shard
-from sslus.engine.store import FrameStore
 from sslus.ssl import checkpoints
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
@@ -35,15 +32,6 @@ OPTIONS = [
     *f"--max-steps {STEPS} --optimizer sgd --lr 3e-5 --log-every 1 --checkpoint-every 5".split(),
     *"--device cpu --threads 1".split(),
 ]
-
-
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    settings = ShardSettings(size=32, stride=2)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
-    FrameStore.open(out)
-    return out
 
 
 def start(shards, run, *more):
