@@ -13,7 +13,7 @@ from sslus.engine.errors import InputError
 from sslus.kernels.ranks import Ranks, group_name
 from sslus.ssl.heads import joint_sum
 from sslus.ssl.loader import Views
-from sslus.ssl.methods import Output
+from sslus.ssl.methods import Output, checked
 
 
 class DualTask(nn.Module):
@@ -34,7 +34,7 @@ class DualTask(nn.Module):
         return self.method.backbone
 
     def forward(self, views: Views) -> Output:
-        loss, terms, features, others = self.method(views)
+        loss, terms, features, others = checked(self.method(views), self.method)
         logits = self.classifier(features).float()
         total = F.cross_entropy(logits, views.labels, ignore_index=-1, reduction="sum")
         labelled = Ranks.named(group_name(None)).sum_((views.labels >= 0).sum())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslus.ssl.loader import Views
+from sslus.ssl.methods import checked
 from sslus.ssl.optimizers import set_lr
 from sslus.ssl.state import State
 
@@ -87,7 +88,8 @@ class Step:
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
                 ):
-                    loss, terms, *features = self.model(views)
+                    out = self.model(views)
+                loss, terms, *features = checked(out, self.state.method)
                 # The gradients of the ranks add up to that of the joint loss, but DDP averages
                 # them: the factor makes up for that.
                 (loss * (world.size / s.accumulate)).backward()

@@ -198,10 +198,29 @@ def test_options_and_recipes_of_a_file(file, shards, capsys):
     assert "--variance is an option of --method vicreg" in capsys.readouterr().err
 
 
-def test_a_mistake_in_a_file_is_not_said_to_be_ours_alone(file, shards, capsys):
-    file.write_text(COSINE.replace("num_features, config", "num_features + 1, config"))
-    assert begin(shards) == 70
-    assert "a bug in sslus or in the method's file" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "old, new, at, said",
+    [
+        ("num_features, config", "num_features + 1, config", "za, zb = ", "RuntimeError: mat1 and"),
+        ("super().__init__()", "super().__init__(1)", "super()", "TypeError: "),
+        ("+= 1", "+= None", "self.num_steps +=", "TypeError: unsupported operand"),
+        ("return Output", "", "def forward", "forward: want an Output of sslus.ssl.methods, got N"),
+        ("Output(loss,", "Output(loss.detach(),", "def forward", "forward: the loss has no grad"),
+        ("sum(1).mean() + 0.01", "sum(1) + 0.01", "def forward", "forward: want a loss of shape"),
+        (".mean().detach()", ".mean().item()", "def forward", "forward: want terms that are tens"),
+        ("detach()}, ha", "detach()}, loss", "def forward", "forward: want the backbone's feature"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_line(old, new, at, said, file, shards, capsys):
+    text = COSINE.replace(old, new)
+    file.write_text(text)
+    (line,) = [i for i, x in enumerate(text.splitlines(), start=1) if x.strip().startswith(at)]
+    for dual in ("0", "1"):
+        code = begin(shards, "--dual-task", dual)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"Error: {file.resolve()}, line {line}: {said}")
+        assert code == (1 if at == "def forward" else 70)
+        assert (code == 70) == ("a bug in sslus or in the method's file" in error)
 
 
 @pytest.mark.parametrize("name", ["encoder", "deeper.backbone"])

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import click
@@ -96,10 +97,16 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
     def fail_as_bug(e: BaseException) -> int:
-        own = any(arg.endswith(".py") for arg in argv)  # train --method FILE.py
+        # Those of train --method FILE.py, of which the deepest frame is where to look.
+        named = (arg.removeprefix("--method=") for arg in argv if arg.endswith(".py"))
+        own = [str(Path(arg).resolve()) for arg in named]
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in own]
+        where = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
         whose = "sslus or in the method's file" if own else "sslus"
         return fail(
-            f"{type(e).__name__}: {e} (a bug in {whose}: set SSLUS_DEBUG=1 for the traceback)", 70
+            f"{where}{type(e).__name__}: {e}"
+            f" (a bug in {whose}: set SSLUS_DEBUG=1 for the traceback)",
+            70,
         )
 
     for name in ("stdout", "stderr"):

@@ -36,6 +36,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import sys
@@ -58,6 +59,28 @@ class Output(NamedTuple):
     terms: dict[str, Tensor]  # its parts, each (), detached, for the log
     features: Tensor  # (B, F), the backbone's features of the first view, not detached
     others: Tensor | None = None  # (B, F), those of the second view, if the backbone sees it
+
+
+def checked(out: Output, method: nn.Module) -> Output:
+    """What the method's forward returned; raises InputError if nothing can be learned from it."""
+    if not isinstance(out, Output):
+        why = f"want an Output of sslus.ssl.methods, got {_kind(out)}"
+    elif not isinstance(out.loss, Tensor) or out.loss.ndim:
+        why = f"want a loss of shape (), got {_kind(out.loss)}"
+    elif not out.loss.requires_grad:
+        why = "the loss has no gradient: it was detached, or computed without one"
+    elif wrong := [t for t in out.terms.values() if not isinstance(t, Tensor) or t.ndim]:
+        why = f"want terms that are tensors of shape (), got {_kind(wrong[0])}"
+    elif not isinstance(out.features, Tensor) or out.features.ndim != 2:
+        why = f"want the backbone's features, (B, F), got {_kind(out.features)}"
+    else:
+        return out
+    code = inspect.unwrap(type(method).forward).__code__
+    raise InputError(f"{code.co_filename}, line {code.co_firstlineno}: forward: {why}")
+
+
+def _kind(x) -> str:
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def names() -> list[str]:
