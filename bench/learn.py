@@ -7,6 +7,12 @@ frames; a linear probe, with no patient in both training and test data, evaluate
 as many draws of labels and folds as --draws says. Writes learn/table.md (see `NOTE`) and
 learn/results.json, with every draw. If stopped, the same command resumes with the run that was in
 progress; with other --draws or --fractions, it evaluates the finished runs again.
+
+The draws depend on the videos' ids, and so on the key of the shards. Tables can be compared if they
+are made from the same shards:
+
+    python bench/learn.py --shards learn/shards --labels videos/labels.csv -o later/ \\
+        --methods vicreg my_method.py
 """
 
 import argparse
@@ -39,10 +45,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("videos", type=Path, help="folder of videos")
+    parser.add_argument("videos", type=Path, nargs="?", help="folder of videos")
+    parser.add_argument("--shards", type=Path, help="shards to use, instead of making some")
     parser.add_argument("--labels", type=Path, required=True, help="path,label,patient")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for all results")
-    parser.add_argument("--methods", nargs="+", default=methods.names(), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", default=methods.names(), metavar="METHOD",
+        help="names, and paths of .py files with methods of your own",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument("--draws", type=int, default=12, help="draws of labels and folds")
@@ -52,13 +62,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fractions", default="1,10,100", help="percent of the labels")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.videos is None) == (args.shards is None):
+        parser.error("want a folder of videos, or --shards")
+    return args
 
 
-def one(args, shards: Path, method: str, seed: int) -> list[dict]:
+def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
     """Train and evaluate. Returns a line for each share of the labels and each backbone: the
-    trained one and a random one."""
-    run = args.out / f"{method}-{seed}"
+    trained one and a random one, whose results are in `shared` for the other methods."""
+    name = methods.name_of(method)
+    run = args.out / f"{name}-{seed}"
     values, config = methods.recipe(method, "default")
     settings = Settings(
         method=method, seed=seed, max_steps=args.steps, backbone=args.backbone,
@@ -75,7 +89,9 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
         lines = json.loads(done.read_text())
         if {(x.get("draws"), x["percent"]) for x in lines} == {(args.draws, p) for p in percents}:
             return lines
-    judged = evaluate(run, args.labels, percents=percents, num_seeds=args.draws, device=args.device)
+    judged = evaluate(
+        run, args.labels, percents=percents, num_seeds=args.draws, device=args.device, shared=shared
+    )
     lines = [
         {
             "method": row.backbone, "seed": seed, "percent": row.percent,
@@ -83,11 +99,11 @@ def one(args, shards: Path, method: str, seed: int) -> list[dict]:
             "loss": result.metrics[-1]["loss"], "draws": args.draws,
             "macro_f1_of_draws": row.macro_f1_of_seeds,
         }
-        for row in judged.rows if row.backbone in (method, RANDOM)
+        for row in judged.rows if row.backbone in (name, RANDOM)
     ]  # fmt: skip
     with atomic_file(done, "w") as f:
         json.dump(lines, f)
-    print(f"{method}, seed {seed}: {time.monotonic() - start:,.0f} s", file=sys.stderr)
+    print(f"{name}, seed {seed}: {time.monotonic() - start:,.0f} s", file=sys.stderr)
     return lines
 
 
@@ -122,14 +138,16 @@ def table(lines: list[dict]) -> str:
 
 def main() -> int:
     args = arguments()
-    shards = args.out / "shards"
+    shards = args.shards or args.out / "shards"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        shard([args.videos], shards, ShardSettings(), labels=args.labels)
+        if args.videos:
+            shard([args.videos], shards, ShardSettings(), labels=args.labels)
         lines = []
         for seed in range(args.seeds):
+            shared = {}
             for method in args.methods:
-                lines += one(args, shards, method, seed)
+                lines += one(args, shards, method, seed, shared)
                 with atomic_file(args.out / "results.json", "w") as f:
                     json.dump(lines, f, indent=1)
                 with atomic_file(args.out / "table.md", "w") as f:

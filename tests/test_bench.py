@@ -420,28 +420,60 @@ def test_a_gain_is_held_against_the_draws_and_the_seeds(monkeypatch):
     assert "| +0.300 ± 0.200 |" in one
 
 
-def test_a_finished_run_is_judged_again_if_other_lines_are_wanted(tmp_path, monkeypatch):
+@pytest.fixture
+def judged(monkeypatch):
+    """bench/learn.py's evaluations, without any training: (run, percents, draws, shared)."""
     monkeypatch.syspath_prepend(BENCH)
     import learn
 
-    judged = []
+    calls = []
 
-    def evaluate(run, labels, *, percents, num_seeds, device):
+    def evaluate(run, labels, *, percents, num_seeds, device, shared):
         (run / "evaluation").mkdir(parents=True, exist_ok=True)
-        judged.append((percents, num_seeds))
+        calls.append((run.name, percents, num_seeds, shared))
         scores = {"macro_f1": 0.5, "balanced_accuracy": 0.5, "macro_f1_of_seeds": [0.5]}
-        rows = [SimpleNamespace(backbone="vicreg", percent=p, **scores) for p in percents]
+        names = run.name.rpartition("-")[0], learn.RANDOM, "majority class"
+        rows = [
+            SimpleNamespace(backbone=name, percent=p, **scores) for name in names for p in percents
+        ]
         return SimpleNamespace(rows=rows)
 
     monkeypatch.setattr(learn, "evaluate", evaluate)
     monkeypatch.setattr(
         learn, "train", lambda *_, **__: SimpleNamespace(metrics=[{"step": 1, "loss": 1.0}])
     )
+    return calls
+
+
+def test_a_finished_run_is_judged_again_if_other_lines_are_wanted(tmp_path, judged, monkeypatch):
+    import learn
+
     for fractions, draws in [("10,100", "2"), ("100,10", "2"), ("1,10", "2"), ("1,10", "3")]:
         options = ["videos", "--labels", "x", "-o", str(tmp_path)]
         monkeypatch.setattr(
             sys, "argv", ["learn.py", *options, "--fractions", fractions, "--draws", draws]
         )
-        lines = learn.one(learn.arguments(), tmp_path, "vicreg", 0)
-        assert [x["percent"] for x in lines] == sorted(map(float, fractions.split(",")))
-    assert judged == [([10.0, 100.0], 2), ([1.0, 10.0], 2), ([1.0, 10.0], 3)]
+        lines = learn.one(learn.arguments(), tmp_path, "vicreg", 0, {})
+        assert [x["percent"] for x in lines] == 2 * sorted(map(float, fractions.split(",")))
+    assert [x[1:3] for x in judged] == [([10.0, 100.0], 2), ([1.0, 10.0], 2), ([1.0, 10.0], 3)]
+
+
+def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged, monkeypatch):
+    import learn
+
+    page = (BENCH.parent / "ssl" / "README.md").read_text()
+    own = page[page.index("```python\n") :].split("```")[1].removeprefix("python\n")
+    (tmp_path / "my_method.py").write_text(own)
+    options = f"--labels x -o {tmp_path} --methods {tmp_path}/my_method.py vicreg --seeds 2"
+    monkeypatch.setattr(sys, "argv", ["learn.py", *options.split()])
+    with pytest.raises(SystemExit):  # neither videos nor shards
+        learn.main()
+    used = []
+    train = learn.train
+    monkeypatch.setattr(learn, "train", lambda shards, *a, **k: used.append(shards) or train())
+    monkeypatch.setattr(sys, "argv", ["learn.py", *options.split(), "--shards", "mine"])
+    assert learn.main() == 0 and used == [Path("mine")] * 4
+    assert [x[0] for x in judged] == ["my_method-0", "vicreg-0", "my_method-1", "vicreg-1"]
+    assert [x[3] is judged[0][3] for x in judged] == [True, True, False, False]
+    table = (tmp_path / "table.md").read_text()
+    assert "| my_method | 0.500 | +0.000 ± 0.000 |" in table and "| random init |" in table
