@@ -17,10 +17,12 @@ A named implementation that cannot run raises ValueError; there is no fallback.
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -60,10 +62,17 @@ class Op:
     num_batched: int | None = None  # the first num_batched tensors hold rows of the batch; or all
     wide: bool = False  # kernels return gradients in float32, whatever the dtype of the inputs
     fused: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
+    inputs: dict[str, object] = field(default_factory=dict, init=False, repr=False)  # and defaults
+    numbers: dict[str, type] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.name in OPS:
             raise ValueError(f"op {self.name!r} is already registered")
+        for name, parameter in inspect.signature(self.reference).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                self.numbers[name] = parameter.annotation
+            else:
+                self.inputs[name] = parameter.default
         for which in ("cpu", "gpu"):
             if implementation := getattr(self, which):
                 self.fused[which] = _register(self, which, implementation)
@@ -110,8 +119,9 @@ class Op:
     ) -> Tensor:
         """The loss, shape (), float32 unless the tensors are float64, by the implementation
         `which` (one of CHOICES). group: the ranks that share the batch; None means all ranks.
-        Raises ValueError if it cannot run."""
-        x, scalars = tensors[0], self.defaults | scalars
+        Raises TypeError for what is no tensor or number, and ValueError if it cannot run."""
+        tensors, scalars = self._arguments(tensors, self.defaults | scalars)
+        x = tensors[0]
         _check_choice(which)
         if which == "auto":
             which = self.choose(*tensors)
@@ -135,6 +145,33 @@ class Op:
                 joined = (t if t is None else ranks.join_with_gradient(t) for t in batched)
                 tensors = *joined, *tensors[len(batched) :]
             return self.reference(*tensors, **scalars)
+
+    def _arguments(self, tensors: tuple, scalars: dict) -> tuple[tuple[Tensor | None, ...], dict]:
+        """The tensors, None where one is left out, and the scalars. Tensors may be among these."""
+        given = dict(zip(self.inputs, tensors, strict=False)) | scalars
+        found = tuple(given.get(name) for name in self.inputs)
+        rest = {name: x for name, x in given.items() if name not in self.inputs}
+        if torch.compiler.is_compiling():
+            return found, rest
+        pairs = zip(found, self.inputs.values(), strict=True)
+        if (
+            len(tensors) > len(self.inputs)
+            or rest.keys() != self.numbers.keys()
+            or not all(isinstance(x, Tensor) or x is default for x, default in pairs)
+        ):
+            optional = (f"{x}=None" if default is None else x for x, default in self.inputs.items())
+            by_name = f", and by name {', '.join(self.numbers)}" if self.numbers else ""
+            kinds = [type(x).__name__ for x in tensors]
+            others = {name: x for name, x in scalars.items() if name not in self.defaults}
+            kinds += [f"{name}={type(x).__name__}" for name, x in others.items()]
+            raise TypeError(
+                f"{self.name}: want the tensors {', '.join(optional)}{by_name};"
+                f" got {', '.join(kinds) or 'nothing'}"
+            )
+        for name, x in rest.items():
+            if self.numbers[name] is float and not isinstance(x, Real | Tensor):
+                raise TypeError(f"{self.name}: want a number as {name}, got {x!r}")
+        return found, rest
 
 
 def _check_choice(which: str) -> None:

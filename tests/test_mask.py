@@ -337,6 +337,15 @@ def test_what_cannot_be_masked_is_refused():
     for hole, rest in [(0, 1), (1, -1), (np.inf, 0), (1, np.inf), (np.nan, 0), (1, np.nan)]:
         with pytest.raises(ValueError, match="hole > 0 and rest >= 0"):
             masked_mse(x, x, ids, PATCHES, hole=hole, rest=rest)
+    for wrong in ((x.numpy(), ids, PATCHES), (x, [0, 1], PATCHES), (x, None, PATCHES)):
+        for masking in (mask_fill, draw_mask, lambda x, *rest: masked_mse(x, x, *rest)):
+            with pytest.raises(TypeError, match="mask: want tensors of images, targets and ids"):
+                masking(*wrong)
+    with pytest.raises(TypeError, match="mask: want a Mask, got str"):
+        mask_fill(x, ids, "patches")
+    with pytest.raises(ValueError, match=r"want two tensors \(B, 1, H, W\)"):
+        draw_mask(x[:, 0], ids, PATCHES)
+    assert torch.equal(*(sample_ids(x, seed=1, epoch=2) for x in (ids, ids.numpy())))
     assert "mask_fill" in MAPS and "masked_mse" in OPS
 
 

@@ -57,6 +57,9 @@ def views(
     are NaN or outside the range in PARAMS. Tables on a GPU are not checked, which would wait for
     the GPU: call check_params before sending them there.
     """
+    if not all(isinstance(t, Tensor) for t in (frames, index, params)):
+        kinds = ", ".join(type(t).__name__ for t in (frames, index, params))
+        raise TypeError(f"views: want the tensors frames, index and params, got {kinds}")
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"views: want a size of at least 1 x 1, got {height} x {width}")

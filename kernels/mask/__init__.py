@@ -70,6 +70,8 @@ FIELDS = tuple(f.name for f in dataclasses.fields(Mask))
 
 
 def _constants(mask: Mask) -> dict[str, object]:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask: want a Mask, got {type(mask).__name__}")
     return {name: getattr(mask, name) for name in FIELDS}  # torch 2.11 does not compile vars(mask)
 
 
@@ -85,11 +87,13 @@ def sample_ids(samples: Tensor, *, seed: int, epoch: int | Tensor) -> Tensor:
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
     z ^= z >> 31
-    return (samples.long() + epoch * 2**40) ^ (z - (z >> 63 << 64))  # as a signed number
+    samples = torch.as_tensor(samples).long()
+    return (samples + epoch * 2**40) ^ (z - (z >> 63 << 64))  # as a signed number
 
 
 def draw_mask(target: Tensor, ids: Tensor, mask: Mask) -> Tensor:
     """The pixels that `mask_fill` and `masked_mse` hide: (B, H, W) bool. For visualisation."""
+    _check(target, target, ids, exact_too=True)
     return reference.mask(target, ids, **_constants(mask))
 
 
@@ -110,7 +114,7 @@ def mask_fill(
     Raises ValueError for wrong dtypes or shapes, and for more than 1024 cells.
     """
     target = x if target is None else target
-    _check(x, target, ids, (torch.float32, torch.bfloat16))
+    _check(x, target, ids)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Compiled kernels refuse strided input, so it is copied explicitly, here.
     _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **_constants(mask), fill=fill)
@@ -136,14 +140,17 @@ def masked_mse(
 
     Raises ValueError for wrong dtypes or shapes, hole <= 0, rest < 0, or either not finite.
     """
-    exact = torch.float64 in (prediction.dtype, target.dtype)
-    types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)
-    _check(prediction, target, ids, types)
+    _check(prediction, target, ids, exact_too=True)
     return _loss(prediction, target, ids, group=group, **_constants(mask), hole=hole, rest=rest)
 
 
-def _check(x: Tensor, target: Tensor, ids: Tensor, types: tuple[torch.dtype, ...]) -> None:
+def _check(x: Tensor, target: Tensor, ids: Tensor, *, exact_too: bool = False) -> None:
+    if not all(isinstance(t, Tensor) for t in (x, target, ids)):
+        kinds = ", ".join(type(t).__name__ for t in (x, target, ids))
+        raise TypeError(f"mask: want tensors of images, targets and ids, got {kinds}")
     reference.check(x, target, ids)
+    exact = exact_too and torch.float64 in (x.dtype, target.dtype)
+    types = (torch.float64,) if exact else (torch.float32, torch.bfloat16)
     # Not float16, in which a gradient of 1 / (B H W) would underflow.
     if x.dtype not in types or target.dtype not in types:
         names = ", ".join(str(t) for t in types)

@@ -5,8 +5,8 @@
       + covariance * (c(za) + c(zb))          c(z) = sum_{i != j} cov(z)_ij^2 / D
 
 za, zb: (N, D) float; variance and covariance over the N rows of all ranks, unbiased (N - 1).
-An optional third tensor (N,) weights the distance of each pair: with weight 0 a pair counts in the
-statistics but is not pulled together, for example for frames far apart in time.
+An optional third tensor (N,), a constant, weights the distance of each pair: with weight 0 a pair
+counts in the statistics but is not pulled together, for example for frames far apart in time.
 
 The shape selects one of two exact forms, neither of which stores a D x D matrix: Gram (N < D,
 3.25 N^2 D multiplications) and tiled (N >= D, 3.25 N D^2; 4 on a GPU, which computes all of C);
