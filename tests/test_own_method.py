@@ -78,6 +78,16 @@ def begin(shards, *more):
 RESUME = ["train", "--resume", "--run", "runs/my_cosine"]
 
 
+def test_the_page_that_shows_a_method_is_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.py").touch()
+    assert main(["train", "--method", "a.py"]) == 1
+    page = Path(re.search(r"\(see Your own method in (.*)\)", capsys.readouterr().err)[1])
+    assert EXAMPLE in page.read_text()
+    result = CliRunner().invoke(sslus, ["train", "--help"])
+    assert str(page) in "".join(result.output.split())
+
+
 def test_a_file_trains_resumes_bit_for_bit_and_is_not_needed_afterwards(
     file, shards, clips, capsys
 ):

@@ -20,7 +20,7 @@ class TrainCommand(click.Command):
         method = next(p for p in self.params if p.name == "method")
         method.help = (
             f"{', '.join(methods.names())}; or {ALL}: in turn, equally many steps each; or the path"
-            " of a .py file with a method of your own."
+            f" of a .py file with a method of your own, as shown in {methods.PAGE}"
         )
         if (name := _named(args)) != ALL:
             module = methods.load(name)
@@ -255,7 +255,7 @@ def command(ctx, run, gpus, **given):
     config.json and checkpoints. Ctrl-C or SIGTERM saves and stops; --resume continues.
 
     `sslus train --method NAME --help` also lists the options of the method NAME. NAME may be the
-    path of a .py file with a loss of your own: ssl/README.md shows one.
+    path of a .py file with a loss of your own.
 
     \b
     sslus train --method vicreg                         a run with the defaults

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from sslus.engine.errors import InputError
 
 RECIPES = ("default", "paper", "study")
+PAGE = Path(__file__).parents[1] / "README.md"  # is installed, and shows a method of your own
 
 
 class Output(NamedTuple):
@@ -159,7 +160,7 @@ def _run_file(path: Path, code: bytes) -> ModuleType:
         and hasattr(method, "after_step"),
     }
     if lacks := [what for what, there in wanted.items() if not there]:
-        raise InputError(f"{path}: lacks {'; '.join(lacks)} (see ssl/README.md, Your own method)")
+        raise InputError(f"{path}: lacks {'; '.join(lacks)} (see Your own method in {PAGE})")
     return module
 
 
