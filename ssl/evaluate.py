@@ -8,9 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,12 @@ from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, finetune, predictions
 from sslus.ssl.features import RANDOM, Stage, build, features_of_both
+from sslus.ssl.linear import INVERSE_REGULARISATION, MAX_ITERATIONS, probe
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, votes
-from sslus.ssl.predictions import Guess, Videos, auroc, of_videos
-from sslus.ssl.report import PROTOCOLS, Evaluation, Row, draw, markdown
+from sslus.ssl.predictions import Guess, Videos
+from sslus.ssl.report import PROTOCOLS, Evaluation, draw, markdown
 from sslus.ssl.runs import Run, check
+from sslus.ssl.scores import Task, rows
 from sslus.ssl.splits import (
     LabelledFrames,
     copies,
@@ -39,30 +39,12 @@ from sslus.ssl.splits import (
 from sslus.ssl.versions import versions
 from sslus.ssl.world import pick_device
 
-# Chosen once, for standardised features, and the same for every backbone: tuning it on the test
-# folds would bias the result, and an inner search would take ten times as many fits.
-INVERSE_REGULARISATION = 0.01
-MAX_ITERATIONS = 1000
-
-MAJORITY = "majority class"
-
 SETTINGS = {
     "linear": {
         "inverse_regularisation": INVERSE_REGULARISATION, "max_iterations": MAX_ITERATIONS,
     },
     "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one fit is trained and tested on, as positions in LabelledFrames."""
-
-    backbone: str
-    percent: float
-    seed: int
-    train: np.ndarray  # (n,) int64, a share of the training part
-    test: np.ndarray  # (T,) int64
 
 
 def evaluate(
@@ -146,7 +128,7 @@ def evaluate(
             with stage(name, "fits") as report, threadpool_limits(threads):
                 guesses, slow = _fit_all(protocol, tasks, frames, features, shared, report)
             about = SETTINGS[protocol]
-        rows, videos = _rows(frames, tasks, guesses, deals)
+        table, videos = rows(frames, tasks, guesses, deals)
 
         notes += _warnings(source, store, frames, tasks)
         if slow:
@@ -162,7 +144,7 @@ def evaluate(
         result = Evaluation(
             protocol=protocol,
             settings=about,
-            rows=rows,
+            rows=table,
             out=folder,
             shards=shards,
             names=frames.names,
@@ -183,47 +165,6 @@ def _alone_in(out: Path) -> Iterator[None]:
     busy = "another `sslus evaluate` is writing here; wait for it, or choose another folder with -o"
     with alone(out / ".lock", f"{out}: {busy}"):
         yield
-
-
-def probe(
-    x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Predictions of a logistic regression, (T,) int64, their probabilities, (T, num_classes)
-    float64, and whether it converged.
-
-    x_train: (n, F) float32; y_train: (n,) int64; x_test: (T, F) float32. A class missing in
-    y_train has the probability 0.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    if len(np.unique(y_train)) == 1:  # the other classes have no patient in this fold
-        guess = np.full(len(x_test), y_train[0])
-        return guess, np.eye(num_classes)[guess], True
-    # In float64: a constant feature, summed in float32, would have a wrong mean and a nonzero
-    # deviation, and dividing by that rounding error would blow it up.
-    mean, std = (f(x_train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
-    scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-12), 1 / np.maximum(std, 1e-30), 0)
-    mean, scale = mean.astype(x_train.dtype), scale.astype(x_train.dtype)
-    model = LogisticRegression(
-        C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=MAX_ITERATIONS
-    )
-    # A fit is hundreds of products of small matrices, which a second BLAS thread slows down.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((x_train - mean) * scale, y_train)
-    x_test = (x_test - mean) * scale
-    probability = np.zeros((len(x_test), num_classes))
-    # In float64: float32 rounds what is nearly certain to 1, which would be ties for the AUROC.
-    probability[:, model.classes_] = model.predict_proba(x_test.astype(np.float64))
-    return model.predict(x_test), probability, int(np.max(model.n_iter_)) < MAX_ITERATIONS
-
-
-def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Macro-F1, balanced accuracy and per-class F1 of a confusion matrix (truth, prediction)."""
-    hit, truth, guess = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    f1 = 2 * hit / np.maximum(truth + guess, 1)
-    return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
 
 
 def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterator[Task]:
@@ -299,96 +240,6 @@ def _finetune(
         logits, num = finetune.finetune(jobs, starts, pictures, settings, cache, shared, report)
     softmax = [torch.from_numpy(each).double().softmax(1).numpy() for each in logits]
     return [Guess(x.argmax(1), p) for x, p in zip(logits, softmax, strict=True)], num
-
-
-def _rows(
-    frames: LabelledFrames, tasks: list[Task], guesses: list[Guess], deals
-) -> tuple[list[Row], list[Videos]]:
-    """The table: folds of a seed pooled, grouped by backbone, the majority class last. And what
-    the backbones predicted for each video."""
-    num_classes, num_seeds = len(frames.names), len(deals)
-    cells: dict[tuple[str, float], list] = {}
-    for t, guess in zip(tasks, guesses, strict=True):
-        cells.setdefault((t.backbone, t.percent), []).append((t, guess))
-    cells[MAJORITY, 100.0] = []
-    for seed, pairs in enumerate(deals):
-        for train, test in pairs:
-            # One class for all folds: a fold's majority in training is rare in its test part.
-            seen = train if frames.test is not None else slice(None)
-            guess = np.full(len(test), np.bincount(frames.y[seen]).argmax())
-            task = Task(MAJORITY, 100.0, seed, train, test)
-            cells[MAJORITY, 100.0].append((task, Guess(guess, np.eye(num_classes)[guess])))
-    tested = np.concatenate([test for _, test in deals[0]])
-    rows, all_videos = [], []
-    for (name, p), found in cells.items():
-        used = [
-            [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
-        ]
-        num_train_videos, num_train_patients = np.mean(used, axis=0).tolist()
-        confusions, per_class, of_seeds = [], [], []
-        for seed in range(1 if _is_one_fit(found) else num_seeds):
-            mine = [(t, guess) for t, guess in found if t.seed == seed]
-            test = np.concatenate([t.test for t, _ in mine])
-            guess = Guess(*map(np.concatenate, zip(*(guess for _, guess in mine), strict=True)))
-            y, videos = frames.y[test], of_videos(name, p, seed, frames, test, guess.probability)
-            if name != MAJORITY:
-                all_videos.append(videos)
-            confusions.append(_confusion(y, guess.y, num_classes))
-            f1, accuracy, f1_of_classes = scores(confusions[-1])
-            per_class.append(f1_of_classes)
-            f1_of_videos, *_ = scores(_confusion(videos.y, videos.guess, num_classes))
-            of_seeds.append(
-                {
-                    "macro_f1": f1,
-                    "macro_f1_per_video": f1_of_videos,
-                    "balanced_accuracy": accuracy,
-                    "auroc": auroc(y, guess.probability),
-                    "auroc_per_video": auroc(videos.y, videos.probability),
-                }
-            )
-        values = {key: [each[key] for each in of_seeds] for key in of_seeds[0]}
-        count = len(of_seeds)
-        rows.append(
-            Row(
-                backbone=name,
-                percent=p,
-                **{key: float(np.mean(v)) for key, v in values.items()},
-                **{
-                    f"{key}_std": float(np.std(v, ddof=1)) if count > 1 else None
-                    for key, v in values.items()
-                },
-                num_seeds=count,
-                num_train_videos=num_train_videos,
-                num_train_patients=num_train_patients,
-                num_test_frames=len(tested),
-                num_test_videos=len(np.unique(frames.video[tested])),
-                num_test_patients=len(np.unique(frames.patient[tested])),
-                per_class_f1=dict(
-                    zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)
-                ),
-                confusion=np.mean(confusions, axis=0).tolist(),
-                macro_f1_of_seeds=values["macro_f1"],
-            )
-        )
-    return rows, all_videos
-
-
-def _confusion(y: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
-    """(classes, classes) int64 counts; rows: truth, columns: prediction."""
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (y, guess), 1)
-    return confusion
-
-
-def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:
-    """Whether every seed's (task, guess) is the same, as with a fixed split and all labels: then
-    the fits are one fit, whose repetition says nothing about its spread."""
-    first, guess = found[0]
-    return all(
-        np.array_equal(t.train, first.train) and np.array_equal(t.test, first.test)
-        and np.array_equal(g.y, guess.y) and np.allclose(g.probability, guess.probability)
-        for t, g in found
-    )  # fmt: skip
 
 
 def _warnings(

@@ -12,8 +12,9 @@ from torch import nn
 
 from sslus.engine.errors import InputError
 from sslus.engine.store import FrameStore
-from sslus.ssl.evaluate import probe, scores
+from sslus.ssl.linear import probe
 from sslus.ssl.neighbours import knn
+from sslus.ssl.scores import scores
 from sslus.ssl.splits import LabelledFrames, folds, testable
 from sslus.ssl.views import whole
 

@@ -31,9 +31,11 @@ from sslus.ssl import (
     evaluate,
     features,
     finetune,
+    linear,
     online,
     predictions,
     report,
+    scores,
     splits,
     views,
 )
@@ -297,15 +299,15 @@ def test_probe_standardises_on_the_training_part_and_weighs_classes():
     x = rng.normal(size=(200, 3)).astype(np.float32) * [1, 1000, 1]
     x[:, 0] += 2 * y
     x[:, 2] = 7.0  # constant where it is trained
-    guess, probability, converged = evaluate.probe(x, y, x, 2)
+    guess, probability, converged = linear.probe(x, y, x, 2)
     assert converged and (guess[y == 1] == 1).mean() > 0.6  # unweighted: hardly any
     assert np.array_equal(probability.argmax(1), guess)
     # Nothing of the test part decides anything: a row alone is judged as among others.
-    assert all(evaluate.probe(x, y, x[i : i + 1], 2)[0] == guess[i] for i in (0, 100, 199))
+    assert all(linear.probe(x, y, x[i : i + 1], 2)[0] == guess[i] for i in (0, 100, 199))
     moved = x + np.float32([0, 0, 1e4])  # what is constant in training counts for nothing
-    assert np.array_equal(evaluate.probe(x, y, moved, 2)[0], guess)
+    assert np.array_equal(linear.probe(x, y, moved, 2)[0], guess)
     scaled = np.float32([1e-3, 10, 1])
-    assert (evaluate.probe(x * scaled, y, x * scaled, 2)[0] == guess).mean() > 0.99
+    assert (linear.probe(x * scaled, y, x * scaled, 2)[0] == guess).mean() > 0.99
 
 
 def test_a_constant_feature_counts_for_nothing_whatever_its_value():
@@ -313,8 +315,8 @@ def test_a_constant_feature_counts_for_nothing_whatever_its_value():
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 2500)
     x = np.float32([y + 0.5 * rng.normal(size=5000), np.full(5000, 0.1)]).T.copy()
-    guess, *_ = evaluate.probe(x, y, x, 2)
-    assert np.array_equal(evaluate.probe(x, y, x + np.float32([0, 1]), 2)[0], guess)
+    guess, *_ = linear.probe(x, y, x, 2)
+    assert np.array_equal(linear.probe(x, y, x + np.float32([0, 1]), 2)[0], guess)
 
 
 @pytest.mark.parametrize("learned", [[0, 2], [1, 3, 4], [3]])
@@ -323,7 +325,7 @@ def test_a_class_that_was_not_learned_has_no_probability(learned):
     rng = np.random.default_rng(0)
     y = np.resize(learned, 90)
     x = (np.eye(5)[y] + 0.2 * rng.normal(size=(90, 5))).astype(np.float32)
-    guess, probability, _ = evaluate.probe(x, y, x, 5)
+    guess, probability, _ = linear.probe(x, y, x, 5)
     assert probability.shape == (90, 5)
     assert set(np.flatnonzero(probability.sum(0))) == set(learned)
     np.testing.assert_allclose(probability.sum(1), 1)
@@ -334,13 +336,13 @@ def test_what_is_nearly_certain_is_not_a_tie():
     """As it would be in float32, where both frames have the probability 1."""
     y = np.repeat([0, 1], 50)
     x = y[:, None].astype(np.float32)
-    _, (one, other), _ = evaluate.probe(x, y, np.float32([[25], [26]]), 2)
+    _, (one, other), _ = linear.probe(x, y, np.float32([[25], [26]]), 2)
     assert 1 - 1e-7 < one[1] < other[1]
 
 
 def test_scores_by_hand():
     confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])
-    f1, accuracy, per_class = evaluate.scores(confusion)
+    f1, accuracy, per_class = scores.scores(confusion)
     assert per_class == pytest.approx([16 / 19, 6 / 9, 0])
     assert f1 == pytest.approx((16 / 19 + 6 / 9) / 3)
     assert accuracy == pytest.approx((0.8 + 0.75) / 3)
@@ -356,7 +358,7 @@ def test_the_scores_are_those_of_the_predictions(
     def hard(rows):
         return [row | {"label": odd[int(row["patient"][1:]) // 4]} for row in rows]
 
-    of_frames, rows = {}, evaluate._rows
+    of_frames, rows = {}, evaluate.rows
 
     def spied(frames, tasks, guesses, deals):
         for t, guess in zip(tasks, guesses, strict=True):
@@ -365,7 +367,7 @@ def test_the_scores_are_those_of_the_predictions(
             part.append((frames.y[t.test], guess.probability))
         return rows(frames, tasks, guesses, deals)
 
-    monkeypatch.setattr(evaluate, "_rows", spied)
+    monkeypatch.setattr(evaluate, "rows", spied)
     judged = evaluate.evaluate(
         run, rewrite(videos, tmp_path, hard), out=tmp_path / "out", protocol=protocol,
         percents=(10, 100), num_seeds=2, steps=2, device="cpu",
@@ -410,11 +412,11 @@ def test_the_scores_are_those_of_the_predictions(
 
 
 def pooled(frames, probability, seeds=(0,)):
-    """What _rows makes of the probabilities of frames that are all tested at once."""
+    """What rows makes of the probabilities of frames that are all tested at once."""
     every = np.arange(len(frames))
-    tasks = [evaluate.Task("one", 100.0, seed, every, every) for seed in seeds]
+    tasks = [scores.Task("one", 100.0, seed, every, every) for seed in seeds]
     guesses = [predictions.Guess(p.argmax(1), p) for p in probability]
-    return evaluate._rows(frames, tasks, guesses, [[(every, every)]] * len(seeds))
+    return scores.rows(frames, tasks, guesses, [[(every, every)]] * len(seeds))
 
 
 def test_frames_of_a_video_are_averaged():

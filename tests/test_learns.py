@@ -27,8 +27,8 @@ from sslus.kernels.mask import mask_fill, masked_mse, sample_ids
 from sslus.kernels.ntxent import ntxent_loss
 from sslus.kernels.vicreg import vicreg_loss
 from sslus.ssl import backbones, methods
-from sslus.ssl.evaluate import probe, scores
 from sslus.ssl.features import settle_batch_norm
+from sslus.ssl.linear import probe
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import (
     Output,
@@ -40,6 +40,7 @@ from sslus.ssl.methods import (
     simclr,
     vicreg,
 )
+from sslus.ssl.scores import scores
 from sslus.ssl.train import Settings, train
 from sslus.ssl.views import draw, parse
 

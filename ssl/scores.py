@@ -1,0 +1,119 @@
+"""From the predictions for each fold to the rows of the table."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sslus.ssl.predictions import Guess, Videos, auroc, of_videos
+from sslus.ssl.report import Row
+from sslus.ssl.splits import LabelledFrames
+
+MAJORITY = "majority class"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one fit is trained and tested on, as positions in LabelledFrames."""
+
+    backbone: str
+    percent: float
+    seed: int
+    train: np.ndarray  # (n,) int64, a share of the training part
+    test: np.ndarray  # (T,) int64
+
+
+def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Macro-F1, balanced accuracy and per-class F1 of a confusion matrix (truth, prediction)."""
+    hit, truth, guess = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = 2 * hit / np.maximum(truth + guess, 1)
+    return float(f1.mean()), float((hit / np.maximum(truth, 1)).mean()), f1
+
+
+def rows(
+    frames: LabelledFrames, tasks: list[Task], guesses: list[Guess], deals
+) -> tuple[list[Row], list[Videos]]:
+    """The table: folds of a seed pooled, grouped by backbone, the majority class last. And what
+    the backbones predicted for each video."""
+    num_classes, num_seeds = len(frames.names), len(deals)
+    cells: dict[tuple[str, float], list] = {}
+    for t, guess in zip(tasks, guesses, strict=True):
+        cells.setdefault((t.backbone, t.percent), []).append((t, guess))
+    cells[MAJORITY, 100.0] = []
+    for seed, pairs in enumerate(deals):
+        for train, test in pairs:
+            # One class for all folds: a fold's majority in training is rare in its test part.
+            seen = train if frames.test is not None else slice(None)
+            guess = np.full(len(test), np.bincount(frames.y[seen]).argmax())
+            task = Task(MAJORITY, 100.0, seed, train, test)
+            cells[MAJORITY, 100.0].append((task, Guess(guess, np.eye(num_classes)[guess])))
+    tested = np.concatenate([test for _, test in deals[0]])
+    table, all_videos = [], []
+    for (name, p), found in cells.items():
+        used = [
+            [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
+        ]
+        num_train_videos, num_train_patients = np.mean(used, axis=0).tolist()
+        confusions, per_class, of_seeds = [], [], []
+        for seed in range(1 if _is_one_fit(found) else num_seeds):
+            mine = [(t, guess) for t, guess in found if t.seed == seed]
+            test = np.concatenate([t.test for t, _ in mine])
+            guess = Guess(*map(np.concatenate, zip(*(guess for _, guess in mine), strict=True)))
+            y, videos = frames.y[test], of_videos(name, p, seed, frames, test, guess.probability)
+            if name != MAJORITY:
+                all_videos.append(videos)
+            confusions.append(_confusion(y, guess.y, num_classes))
+            f1, accuracy, f1_of_classes = scores(confusions[-1])
+            per_class.append(f1_of_classes)
+            f1_of_videos, *_ = scores(_confusion(videos.y, videos.guess, num_classes))
+            of_seeds.append(
+                {
+                    "macro_f1": f1,
+                    "macro_f1_per_video": f1_of_videos,
+                    "balanced_accuracy": accuracy,
+                    "auroc": auroc(y, guess.probability),
+                    "auroc_per_video": auroc(videos.y, videos.probability),
+                }
+            )
+        values = {key: [each[key] for each in of_seeds] for key in of_seeds[0]}
+        count = len(of_seeds)
+        table.append(
+            Row(
+                backbone=name,
+                percent=p,
+                **{key: float(np.mean(v)) for key, v in values.items()},
+                **{
+                    f"{key}_std": float(np.std(v, ddof=1)) if count > 1 else None
+                    for key, v in values.items()
+                },
+                num_seeds=count,
+                num_train_videos=num_train_videos,
+                num_train_patients=num_train_patients,
+                num_test_frames=len(tested),
+                num_test_videos=len(np.unique(frames.video[tested])),
+                num_test_patients=len(np.unique(frames.patient[tested])),
+                per_class_f1=dict(
+                    zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)
+                ),
+                confusion=np.mean(confusions, axis=0).tolist(),
+                macro_f1_of_seeds=values["macro_f1"],
+            )
+        )
+    return table, all_videos
+
+
+def _confusion(y: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
+    """(classes, classes) int64 counts; rows: truth, columns: prediction."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (y, guess), 1)
+    return confusion
+
+
+def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:
+    """Whether every seed's (task, guess) is the same, as with a fixed split and all labels: then
+    the fits are one fit, whose repetition says nothing about its spread."""
+    first, guess = found[0]
+    return all(
+        np.array_equal(t.train, first.train) and np.array_equal(t.test, first.test)
+        and np.array_equal(g.y, guess.y) and np.allclose(g.probability, guess.probability)
+        for t, g in found
+    )  # fmt: skip
