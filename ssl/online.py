@@ -14,7 +14,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.store import FrameStore
 from sslus.ssl.linear import probe
 from sslus.ssl.neighbours import knn
-from sslus.ssl.scores import scores
+from sslus.ssl.scores import confusion_matrix, scores
 from sslus.ssl.splits import LabelledFrames, folds, testable
 from sslus.ssl.views import whole
 
@@ -37,8 +37,7 @@ class Online:
         if not len(labelled):
             self.why_not = "the shards hold no labels; add them with sslus shard --labels"
             return
-        step = max(1, -(-len(labelled) // NUM_FRAMES))
-        index = labelled[::step]
+        index = labelled[:: -(-len(labelled) // NUM_FRAMES)]
         frames = LabelledFrames(
             index=index,
             y=store.label[index].astype(np.int64),
@@ -74,9 +73,7 @@ class Online:
             ("knn", guess),
             ("probe", probe(x[self.train], y[self.train], x[self.test], num)[0]),
         ):
-            confusion = np.zeros((num, num), np.int64)
-            np.add.at(confusion, (seen, predicted), 1)
-            found[f"{name}_macro_f1"] = scores(confusion)[0]
+            found[f"{name}_macro_f1"], *_ = scores(confusion_matrix(seen, predicted, num))
         return found
 
     @torch.no_grad()

@@ -22,6 +22,13 @@ class Task:
     test: np.ndarray  # (T,) int64
 
 
+def confusion_matrix(y: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
+    """(classes, classes) int64 counts; rows: truth, columns: prediction."""
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (y, guess), 1)
+    return confusion
+
+
 def scores(confusion: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Macro-F1, balanced accuracy and per-class F1 of a confusion matrix (truth, prediction)."""
     hit, truth, guess = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -61,10 +68,10 @@ def rows(
             y, videos = frames.y[test], of_videos(name, p, seed, frames, test, guess.probability)
             if name != MAJORITY:
                 all_videos.append(videos)
-            confusions.append(_confusion(y, guess.y, num_classes))
+            confusions.append(confusion_matrix(y, guess.y, num_classes))
             f1, accuracy, f1_of_classes = scores(confusions[-1])
             per_class.append(f1_of_classes)
-            f1_of_videos, *_ = scores(_confusion(videos.y, videos.guess, num_classes))
+            f1_of_videos, *_ = scores(confusion_matrix(videos.y, videos.guess, num_classes))
             of_seeds.append(
                 {
                     "macro_f1": f1,
@@ -99,13 +106,6 @@ def rows(
             )
         )
     return table, all_videos
-
-
-def _confusion(y: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
-    """(classes, classes) int64 counts; rows: truth, columns: prediction."""
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (y, guess), 1)
-    return confusion
 
 
 def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:

@@ -40,7 +40,7 @@ from sslus.ssl.methods import (
     simclr,
     vicreg,
 )
-from sslus.ssl.scores import scores
+from sslus.ssl.scores import confusion_matrix, scores
 from sslus.ssl.train import Settings, train
 from sslus.ssl.views import draw, parse
 
@@ -157,9 +157,7 @@ def recognises(backbone, pictures, store) -> float:
     fit, judged = (x[:, part].reshape(-1, x.shape[-1]) for part in (fitted, ~fitted))
     truth = np.tile(clip[~fitted], COPIES)
     guess, *_ = probe(fit, np.tile(clip[fitted], COPIES), judged, clip.max() + 1)
-    confusion = np.zeros((clip.max() + 1,) * 2, int)
-    np.add.at(confusion, (truth, guess), 1)
-    return scores(confusion)[0]
+    return scores(confusion_matrix(truth, guess, clip.max() + 1))[0]
 
 
 def trained(shards, settings, config, run):
