@@ -267,7 +267,7 @@ def _warnings(
         )
     tested = np.unique(np.concatenate([t.test for t in tasks]))
     num = np.count_nonzero(store.label[frames.index[tested]] >= 0)
-    if num and settings.get("dual_task") and store.digest == shards.get("digest"):
+    if num and settings["dual_task"] and store.digest == shards["digest"]:
         yield (
             f"the run learned the labels of {num} of the {len(tested)} frames that it is tested on"
             " (--dual-task), so its scores do not hold for new patients: train it on shards made"
@@ -283,15 +283,14 @@ def _warnings(
             f"{frames.num_without_frames} labelled videos gave no frame when they were sharded"
             " (see local/ledger.jsonl of the shards)"
         )
-    trained_on = shards.get("digest")
-    if trained_on and store.digest != trained_on:
+    if store.digest != shards["digest"]:
         yield (
-            f"the run was trained on other shards (digest {trained_on[:8]}; these have"
+            f"the run was trained on other shards (digest {shards['digest'][:8]}; these have"
             f" {store.digest[:8]}); if their frames were made with other options, such as --size,"
             " that changes the scores"
         )
-    done, steps = backbones.step_in(run.weights), settings.get("max_steps")
-    if done and steps and done < steps:
+    done, steps = backbones.step_in(run.weights), settings["max_steps"]
+    if done is not None and done < steps:
         yield f"the run is not finished: its backbone is from step {done} of {steps}"
 
 

@@ -8,6 +8,11 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.stream import is_url
 
+USED = {  # of config.json
+    "settings": ("method", "backbone", "image_size", "seed", "max_steps", "dual_task"),
+    "shards": ("path", "digest", "mean", "std"),
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -28,7 +33,9 @@ def read_run(run: Path) -> Run:
             )
     try:
         config = json.loads((run / "config.json").read_text())
-        config["settings"]["backbone"], config["shards"]["path"]  # KeyError if missing
+        for part, names in USED.items():
+            for name in names:
+                config[part][name]  # KeyError if missing
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"

@@ -14,6 +14,7 @@ import torch
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.manifest import Manifest
 from sslus.kernels.barlow import barlow_loss
+from sslus.ssl.runs import USED
 from sslus.tools import cli, screen
 
 OPTIONS = {
@@ -89,7 +90,8 @@ def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
     for folder in (run, shards / "local"):
         folder.mkdir(parents=True)
     (run / "backbone.safetensors").touch()
-    config = {"settings": {"backbone": "resnet18"}, "shards": {"path": str(shards)}}
+    config = {part: dict.fromkeys(names) for part, names in USED.items()}
+    config["shards"]["path"] = str(shards)
     (run / "config.json").write_text(json.dumps(config))
     Manifest({"size": 32}, 1, 1, 0.5, 0.5, [], {}, []).with_digest().write(shards)
     (shards / "local" / "ledger.jsonl").touch()

@@ -1041,6 +1041,11 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
             judge(good, run=damaged)
         assert "\n" not in str(e.value)
     config = json.loads((run / "config.json").read_text())
+    del config["settings"]["image_size"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"damaged \(KeyError: 'image_size'\).*train it again"):
+        judge(good, run=damaged)
+    config = json.loads((run / "config.json").read_text())
     config["shards"]["path"] = "https://example.org/shards"
     (damaged / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="org/shards: is a URL.*name them with --shards"):
