@@ -37,9 +37,18 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards. Raises InputError if it is missing or damaged."""
-    path = Path(folder) / NAME
+    folder = Path(folder)
     try:
-        content = json.loads(path.read_text())
+        return parse_manifest((folder / NAME).read_bytes(), folder / NAME)
+    except FileNotFoundError as e:
+        why = "no finished shards here" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {why}; make them with `sslus shard VIDEOS`") from e
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """The manifest in the content of the file `path`. Raises InputError if it is damaged."""
+    try:
+        content = json.loads(text)
         version = content.pop("format")
         if version != FORMAT:
             raise InputError(
@@ -47,9 +56,6 @@ def read_manifest(folder: Path) -> Manifest:
                 f" {FORMAT}); make the shards again: sslus shard --force"
             )
         manifest = Manifest(**content)
-    except FileNotFoundError as e:
-        why = "no finished shards here" if path.parent.is_dir() else "no such folder"
-        raise InputError(f"{path.parent}: {why}; make them with `sslus shard VIDEOS`") from e
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
         raise InputError(
             f"{path}: damaged ({e}); make the shards again: sslus shard --force"

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import mmap
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 from sslus.engine import manifest as manifests
 from sslus.engine.errors import InputError
 from sslus.engine.jpeg import decode as decode_jpeg
-from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.manifest import Manifest, parse_manifest, read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.tar import Archive, Sample
 
@@ -98,13 +97,8 @@ class StreamStore:
         where = str(where)
         if not is_url(where):
             return StreamStore(where, read_manifest(Path(where)), why)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / manifests.NAME).write_bytes(_fetch(where, manifests.NAME))
-            try:
-                manifest = read_manifest(Path(folder))
-            except InputError as e:
-                raise InputError(str(e).replace(folder, where.rstrip("/"))) from e
-        return StreamStore(where, manifest, why)
+        text, path = _fetch(where, manifests.NAME), f"{where.rstrip('/')}/{manifests.NAME}"
+        return StreamStore(where, parse_manifest(text, path), why)
 
     def __len__(self) -> int:
         return self.manifest.num_frames

@@ -667,15 +667,18 @@ def test_what_may_not_be_read_is_no_reason_to_replace_it(clips, tmp_path, monkey
         return shard([clips / "u.mp4"], tmp_path / "out", SMALL, device="cpu", jobs=1)
 
     again()
-    read = Path.read_text
 
-    def refused(path, *args, **kwargs):
-        if path.name == name:
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *args, **kwargs)
+    def refused(read):
+        def instead(path, *args, **kwargs):
+            if path.name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(path, *args, **kwargs)
+
+        return instead
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", refused)  # root may read everything
+        for read in ("read_text", "read_bytes"):  # root may read everything
+            patch.setattr(Path, read, refused(getattr(Path, read)))
         for name in ("manifest.json", "request.json", "ledger.jsonl"):
             with pytest.raises(PermissionError, match=name):
                 again()
