@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslus.engine.errors import InputError
+from sslus.engine.manifest import REMEDY
 
 COLUMNS = ("path", "label", "patient", "split")
 SPLITS = {  # as they may be written
@@ -144,9 +145,7 @@ def _ids(path: Path) -> dict[Path, str]:
         ) from e
     except (ValueError, TypeError, KeyError) as e:
         why = f"a line has no {e}" if isinstance(e, KeyError) else e
-        raise InputError(
-            f"{path}: damaged ({why}); make the shards again: sslus shard --force"
-        ) from e
+        raise InputError(f"{path}: damaged ({why}); {REMEDY}") from e
 
 
 def _moved(places: list[Path], labels: Path, ids: dict[Path, str]) -> list[Path]:

@@ -10,6 +10,7 @@ from sslus.engine.errors import InputError
 
 FORMAT = 1
 NAME = "manifest.json"
+REMEDY = "make the shards again: sslus shard --force"
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,11 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
         if version != FORMAT:
             raise InputError(
                 f"{path}: made by another version of sslus (format {version}, this one reads"
-                f" {FORMAT}); make the shards again: sslus shard --force"
+                f" {FORMAT}); {REMEDY}"
             )
         manifest = Manifest(**content)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"{path}: damaged ({e}); make the shards again: sslus shard --force"
-        ) from e
+        raise InputError(f"{path}: damaged ({e}); {REMEDY}") from e
     if manifest.with_digest().digest != manifest.digest:
-        raise InputError(
-            f"{path}: was changed after it was written; make the shards again: sslus shard --force"
-        )
+        raise InputError(f"{path}: was changed after it was written; {REMEDY}")
     return manifest

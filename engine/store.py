@@ -24,13 +24,12 @@ from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.lock import lock
-from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.manifest import REMEDY, Manifest, read_manifest
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20  # per task: writing many frames at once costs a third less than singly
 SYNC_BYTES = 16 << 20  # synced in the background, so that little is left for the last fsync
 OTHER_FILES = 512  # more than a training process opens beside the shards
-REMEDY = "make the shards again: sslus shard --force"
 COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
 
 

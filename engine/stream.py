@@ -23,7 +23,7 @@ import numpy as np
 from sslus.engine import manifest as manifests
 from sslus.engine.errors import InputError
 from sslus.engine.jpeg import decode as decode_jpeg
-from sslus.engine.manifest import Manifest, parse_manifest, read_manifest
+from sslus.engine.manifest import REMEDY, Manifest, parse_manifest, read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.tar import Archive, Sample
 
@@ -199,7 +199,7 @@ class Reader:
         if len(data) != entry["bytes"]:
             raise InputError(
                 f"{name}: has {len(data)} bytes, but the manifest says {entry['bytes']}; it was cut"
-                " off or replaced. Copy it again, or make the shards again: sslus shard --force"
+                f" off or replaced. Copy it again, or {REMEDY}"
             )
         if number not in self.checked:  # only once: it costs a twentieth of the decoding
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
@@ -215,8 +215,7 @@ class Reader:
             return self.label[json.loads(bytes(shard.part(sample.json)))["label"]]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(
-                f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e});"
-                " make the shards again: sslus shard --force"
+                f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e}); {REMEDY}"
             ) from e
 
     def _decode(self, shards: list, samples: list):
@@ -296,10 +295,7 @@ def _decode_one(shard: Archive, sample: Sample, out: np.ndarray) -> None:
     try:
         decode_jpeg(shard.part(sample.jpg), out)
     except ValueError as e:
-        raise InputError(
-            f"{shard.name}: {sample.key}.jpg is damaged ({e}); make the shards again:"
-            " sslus shard --force"
-        ) from e
+        raise InputError(f"{shard.name}: {sample.key}.jpg is damaged ({e}); {REMEDY}") from e
 
 
 def _has_dali() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
+from sslus.engine.manifest import REMEDY
 
 BLOCK = 512
 RECORD = 10240  # the length of an archive is a multiple of this
@@ -89,8 +90,7 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
                 members[words[i]] = offset, size
                 if offset + size > length:
                     raise InputError(
-                        f"{shard}: shorter than its index says; it was truncated or replaced."
-                        " Make the shards again: sslus shard --force"
+                        f"{shard}: shorter than its index says: truncated or replaced; {REMEDY}"
                     )
             key = words[3].partition(".")[0]
             samples.append((key, members))
@@ -99,13 +99,9 @@ def read_index(shard: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     except InputError:
         raise
     except OSError as e:
-        raise InputError(
-            f"{e.filename}: {e.strerror}; make the shards again: sslus shard --force"
-        ) from e
+        raise InputError(f"{e.filename}: {e.strerror}; {REMEDY}") from e
     except (ValueError, IndexError) as e:
-        raise InputError(
-            f"{path}: not a {INDEX_VERSION} index; make the shards again: sslus shard --force"
-        ) from e
+        raise InputError(f"{path}: not a {INDEX_VERSION} index; {REMEDY}") from e
     return samples
 
 
@@ -128,7 +124,7 @@ class Archive:
         offset = 0
 
         def damaged(why: str) -> InputError:
-            return InputError(f"{name}: {why}; make the shards again: sslus shard --force")
+            return InputError(f"{name}: {why}; {REMEDY}")
 
         while offset + BLOCK <= len(data) and data[offset]:
             raw, _, _ = bytes(data[offset : offset + NAME_BYTES]).partition(b"\0")
