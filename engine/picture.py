@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from sslus.engine import video
-from sslus.engine.errors import InputError
 from sslus.engine.prepare import rgb_luma, rgba_luma
 from sslus.engine.region import Luma
 from sslus.engine.video import PyavBackend, VideoError, VideoInfo
@@ -90,8 +89,6 @@ def _opened(path: Path) -> Iterator:
             Image.open(f, formats=FORMATS) as picture,
         ):
             yield picture
-    except InputError:
-        raise
     except UnidentifiedImageError as e:  # names an address in memory
         raise VideoError(path, "not a readable picture, or cut off at its start") from e
     except Exception as e:  # of a dozen kinds, SyntaxError among them
