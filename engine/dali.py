@@ -50,7 +50,7 @@ def why_not(device: str) -> str | None:
     return None
 
 
-def _encoder(device: str, threads: int = 1):
+def _encoder(device: str):
     """nvImageCodec's JPEG encoder, which needs all that DALI needs: driver, packages and CUDA.
 
     Raises InputError, which says what is missing and what to do. CUDA may not start although it is
@@ -74,7 +74,7 @@ def _encoder(device: str, threads: int = 1):
     try:
         return codec.Encoder(
             device_id=0 if gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=threads,
+            max_num_cpu_threads=1,
             backends=[codec.Backend(k) for k in kinds],
         )
     except RuntimeError as e:
@@ -84,7 +84,7 @@ def _encoder(device: str, threads: int = 1):
 
 
 class DaliBackend:
-    """DALI on one GPU (`device="cuda"`) or on the CPU (`device="cpu"`, `threads` threads).
+    """DALI on one GPU (`device="cuda"`) or on the CPU (`device="cpu"`, one thread).
 
     NVDEC gives the decoder's own luma plane, as PyAV does, so their prepared frames differ only by
     rounding, at most one grey level. DALI's CPU decoder gives only RGB: just as close where the
@@ -96,16 +96,15 @@ class DaliBackend:
 
     name = "dali"
 
-    def __init__(self, device: str = "cpu", threads: int = 1):
+    def __init__(self, device: str):
         try:
-            self._encoder = _encoder(device, threads)
+            self._encoder = _encoder(device)
         except InputError as e:
             raise InputError(f"dali: {e}") from e
         import nvidia.dali
 
         self._dali = nvidia.dali
         self._gpu = device == "cuda"
-        self._threads = threads
 
     def refuses(self, info: VideoInfo) -> str | None:
         """Why this device cannot decode such a file, or None if it can."""
@@ -182,7 +181,7 @@ class DaliBackend:
         device = "gpu" if self._gpu else "cpu"
         pipe = self._dali.Pipeline(
             batch_size=1,
-            num_threads=self._threads,
+            num_threads=1,
             device_id=0 if self._gpu else None,
             prefetch_queue_depth=1,  # the reader decodes ahead itself; more would waste work
         )

@@ -328,8 +328,8 @@ def test_a_backend_makes_one_encoder(monkeypatch):
     pytest.importorskip("nvidia.dali")
     made, encoder = [], codec.Encoder
     monkeypatch.setattr(codec, "Encoder", lambda **how: made.append(how) or encoder(**how))
-    DaliBackend("cpu", threads=2)
-    assert [how["max_num_cpu_threads"] for how in made] == [2]
+    DaliBackend("cpu")
+    assert [how["max_num_cpu_threads"] for how in made] == [1]
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
