@@ -97,13 +97,18 @@ def _ready() -> None:
 
 
 def _start(start: Callable, arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     start(*arguments)
 
 
+def follow_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end when the parent does, since one
+    killed by SIGKILL cannot stop its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
 def _end_with_parent() -> None:
-    """End this worker with its parent: one killed by SIGKILL cannot stop its workers itself."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

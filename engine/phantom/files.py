@@ -6,9 +6,7 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.phantom.clips import VERSION, Clip, Settings, clips
 from sslus.engine.phantom.film import Film
-from sslus.engine.workers import uninterrupted
+from sslus.engine.workers import follow_parent, uninterrupted
 
 
 def write_clip(settings: Settings, clip: Clip, folder: Path) -> int:
@@ -113,7 +111,7 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
     yield write_clip(settings, missing[0], out)
     todo = iter(missing[1:])
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(missing) - 1), multiprocessing.get_context("spawn"), _worker_starts
+        min(jobs, len(missing) - 1), multiprocessing.get_context("spawn"), follow_parent
     )
 
     def submit(number: int) -> set[concurrent.futures.Future]:
@@ -132,13 +130,6 @@ def _write_all(settings, missing, out, jobs) -> Iterator[int]:
             for future in done:
                 working |= submit(1)
                 yield future.result()
-
-
-def _worker_starts() -> None:
-    """The parent handles Ctrl-C; a worker ends after its clip, or when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextlib.contextmanager
