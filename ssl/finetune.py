@@ -164,7 +164,6 @@ def _names(
         key.update(f" {job.seed} {job.num_classes} {len(job.train)} ".encode())
         for array in (job.train, job.y, job.test):
             key.update(array.astype(np.int64).tobytes())
-        # Not "predictions-", under which earlier versions kept classes instead of logits.
         names.append(f"logits-{key.hexdigest()[:16]}.npy")
     return names
 

@@ -22,6 +22,7 @@ from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import Agreement
 
 CURVES_EVERY_SECONDS = 120.0  # drawing takes about a second
+TIME_IS_UP = 1000  # in place of a signal's number, and the number of none
 
 
 class Loop:
@@ -91,13 +92,13 @@ class Loop:
                     self.log.add_line(state.step, epoch, lr, state.take_window(), features)
                 if self.report and self.world.is_main:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.log.note)
-                stop = agreed(signals.seen or (_TIME_IS_UP if self.time_is_up() else 0))
+                stop = agreed(signals.seen or (TIME_IS_UP if self.time_is_up() else 0))
                 look = self.look_is_due()
                 if state.step % self.options.checkpoint_every == 0 or done or stop or look:
                     self.checkpoint()
-                if stop == _TIME_IS_UP and not done:
+                if stop == TIME_IS_UP and not done:
                     break
-                if stop and stop != _TIME_IS_UP and (look or not done):
+                if stop and stop != TIME_IS_UP and (look or not done):
                     self.stopped(stop, agreed)
                 if look:
                     self.look(signals, agreed)
@@ -246,6 +247,3 @@ class Loop:
 
     def draw(self) -> None:
         curves.draw(checkpoints.read_metrics(self.run / "metrics.jsonl"), self.run / "curves.png")
-
-
-_TIME_IS_UP = 1000  # not the number of any signal

@@ -1,4 +1,4 @@
-"""The training loop: frame store -> two views -> backbone -> method -> run folder.
+"""One training run, from the shards to its folder; the loop itself is in loop.py.
 
 runs/<name>/config.json             every setting, the shards' digest, versions
             metrics.jsonl           one line every `log_every` steps
