@@ -14,10 +14,10 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.stream import is_url
 from sslus.ssl import methods
-from sslus.ssl import train as loop
 from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store
 from sslus.ssl.settings import WHERE, Options, how, of_new_run, of_resumed_run, recorded_how
+from sslus.ssl.train import TrainResult, open_run, train
 from sslus.ssl.world import enter
 from sslus.tools.cli import EXIT_CODE_FILE
 from sslus.tools.screen import argument, progress, summary, tell
@@ -50,7 +50,7 @@ def train_one(run: Path, asked: dict) -> None:
         summary(_rows(result), warnings=result.warnings, next_command=going)
 
 
-def _train(run: Path, asked: dict) -> loop.TrainResult:
+def _train(run: Path, asked: dict) -> TrainResult:
     """One run."""
     resume, recipe = asked.get("resume", False), asked.get("recipe", "default")
     where, options = how(asked, recorded_how(run) if resume else None)
@@ -61,7 +61,7 @@ def _train(run: Path, asked: dict) -> loop.TrainResult:
             "--gpus: there is no GPU here that PyTorch can use (`sslus doctor` says why); add"
             " --device cpu to start processes without GPUs"
         )
-    recorded = loop.open_run(run, resume, world)
+    recorded = open_run(run, resume, world)
     if recorded is None:
         settings, method_config = of_new_run(asked, recipe)
         settings.resolved(world.device, num_frames=2**40)  # raises before the store is built
@@ -80,7 +80,7 @@ def _train(run: Path, asked: dict) -> loop.TrainResult:
             )
     # Only the first process shows its progress.
     with progress("train", "samples") if _is_main() else contextlib.nullcontext() as report:
-        return loop.train(
+        return train(
             shards,
             settings,
             method_config,
