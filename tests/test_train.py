@@ -22,8 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan
-from sslus.engine.shard import Settings as ShardSettings
-from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, checkpoints, cores, health
 from sslus.ssl.loop import Options
@@ -40,13 +38,6 @@ HEAD = vicreg.Config(projector="32-32")
 TIMINGS = ("samples_per_second", "data_wait")
 OPTIONS = {f.name for f in dataclasses.fields(Options)}
 pytestmark = pytest.mark.usefixtures("no_curves")  # but for the run that nothing disturbs
-
-
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    shard([clips], out, ShardSettings(size=32, stride=2), device="cpu", jobs=1)
-    return out
 
 
 @pytest.fixture(scope="module")
