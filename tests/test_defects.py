@@ -14,7 +14,7 @@ Each has a test that fails on it: here, or where the thing is tested anyway.
 - weights of which nothing matches: test_train.py::test_initial_weights_are_checked
 - resume that repeats an epoch and drops schedule and RNG: test_train.py::test_sigterm_...,
   ::test_sigkill_..., ::test_a_resumed_run_draws_...; with a teacher or a queue:
-  test_resume_is_exact_with_what_a_method_keeps
+  test_resume_is_exact
 - a decoder for one size of the input, and an inpainting loss over the whole image:
   test_reconstruction.py
 - frames of mixed sizes that do not fit into a batch: test_mixed_sizes_become_one

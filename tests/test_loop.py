@@ -25,7 +25,7 @@ from sslus.ssl.dual import DualTask
 from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
-from sslus.ssl.online import Online, knn
+from sslus.ssl.online import Online
 from sslus.ssl.optimizers import OPTIMIZERS, default_lr, make
 from sslus.ssl.state import State
 from sslus.ssl.step import Snapshot, Step, choose, total_norm
@@ -278,15 +278,6 @@ def test_a_kill_between_a_checkpoint_and_its_names_costs_neither(shards, tmp_pat
         lambda folder: (folder / "best.json").read_text(),
     ))  # fmt: skip
     assert names[0] == names[1] >= {"step-00000004.pt"} and best[0] == best[1]
-
-
-def test_knn_follows_the_near_ones():
-    g = np.random.default_rng(0)
-    centres = g.normal(size=(3, 8))
-    y = np.repeat(np.arange(3), 40)
-    x = (centres[y] + 0.3 * g.normal(size=(120, 8))) * g.uniform(0.1, 10, (120, 1))
-    query = centres[[2, 0, 1]] * 7
-    assert knn(x.astype(np.float32), y, query.astype(np.float32), 3).tolist() == [2, 0, 1]
 
 
 def test_the_time_limit_saves_and_resume_ends_the_run(shards, tmp_path, capsys):

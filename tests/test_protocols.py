@@ -187,16 +187,6 @@ def test_what_was_interrupted_goes_on_with_the_same_bytes(toy, tmp_path):
     assert told[0] == (6, 9, "") and files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_what_earlier_versions_kept_is_not_read(toy, tmp_path):
-    """They kept the predicted classes, under the same digest."""
-    (name,) = finetune._names([job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS)
-    np.save(tmp_path / name.replace("logits", "predictions"), np.zeros(20, np.int64))
-    (logits,), _ = finetune.finetune(
-        [job(toy)], {"toy": toy.start}, toy.pictures, SETTINGS, tmp_path, {}, lambda *a: None
-    )
-    assert logits.shape == (20, 2) and len(list(tmp_path.iterdir())) == 2
-
-
 def test_on_a_full_disk_no_training_seems_finished(toy, small_disk):
     (small_disk / "filler").write_bytes(bytes(4 << 20))
     with pytest.raises(OSError, match="No space left"):
