@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import json
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,34 @@ def shards(clips, tmp_path_factory) -> Path:
     shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
     FrameStore.open(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def many_shards(clips, tmp_path_factory) -> Path:
+    """Every frame of the clips at 64 x 64, in several shards, with labels. Not to be changed."""
+    from sslus.engine.shard import Settings, shard
+
+    out = tmp_path_factory.mktemp("many") / "shards"
+    settings = Settings(size=64, stride=1, frames_per_shard=30)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    """by_hand(shards): image and json of each frame, in their order, read without this code."""
+    import simplejpeg
+
+    def read(shards: Path) -> list[tuple[np.ndarray, dict]]:
+        found = []
+        for path in sorted(shards.glob("*.tar")):
+            with tarfile.open(path) as archive:
+                parts = [archive.extractfile(member).read() for member in archive]
+            for jpeg, facts in zip(parts[::2], parts[1::2], strict=True):
+                found.append((simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0], json.loads(facts)))
+        return found
+
+    return read
 
 
 def run_rank(rank: int, work, *args) -> None:

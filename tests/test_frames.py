@@ -1,12 +1,9 @@
 """Frames as a Dataset: what is in the shards, each frame once, in workers too."""
 
-import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -27,22 +24,15 @@ def shards(clips, tmp_path):
     return tmp_path / "shards"
 
 
-def by_hand(shards) -> dict[bytes, dict]:
+@pytest.fixture
+def facts(shards, by_hand) -> dict[bytes, dict]:
     """The json of each frame, by its pixels: no two are the same."""
-    found = {}
-    for path in shards.glob("*.tar"):
-        with tarfile.open(path) as tar:
-            files = {name: tar.extractfile(name).read() for name in tar.getnames()}
-        for name in files:
-            if name.endswith(".jpg"):
-                pixels = simplejpeg.decode_jpeg(files[name], "GRAY").tobytes()
-                found[pixels] = json.loads(files[name.replace(".jpg", ".json")])
-    return found
+    return {image.tobytes(): fact for image, fact in by_hand(shards)}
 
 
 @pytest.mark.filterwarnings("error")  # that the memory map cannot be written to
-def test_a_frame_is_what_the_shards_hold(shards):
-    frames, want = Frames(shards), by_hand(shards)
+def test_a_frame_is_what_the_shards_hold(shards, facts):
+    frames, want = Frames(shards), facts
     names, store = [*frames.store.label_names, None], frames.store
     assert len(frames) == len(want) > 90 and names == ["left", "right", None]
     patients, seen = {}, set()
@@ -72,8 +62,8 @@ class OnlyBatches(Frames):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_every_frame_once(method, shards):
-    frames, want = OnlyBatches(shards, negative), by_hand(shards)
+def test_workers_give_every_frame_once(method, shards, facts):
+    frames, want = OnlyBatches(shards, negative), facts
     assert len(pickle.dumps(frames)) < 1000  # without the frames
     loader = DataLoader(
         Subset(frames, np.arange(len(frames))), batch_size=16, shuffle=True, num_workers=2,

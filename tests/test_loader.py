@@ -26,11 +26,8 @@ PRESETS = parse("barlowtwins,p_speckle=0.5,speckle=0.2")
 
 
 @pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    settings = Settings(size=64, stride=1, frames_per_shard=30)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
-    return out
+def shards(many_shards):
+    return many_shards
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
-import simplejpeg
 
 from sslus.engine import region
 from sslus.engine.errors import InputError
@@ -55,18 +53,14 @@ def full_range(clip) -> np.ndarray:
     return np.stack([f.luma for f in decode(clip)])
 
 
-def stored(out) -> dict[tuple[str, int], np.ndarray]:
-    """The frames of shards, by video and frame number."""
-    frames = {}
-    for path in out.glob("*.tar"):
-        with tarfile.open(path) as archive:
-            read = {m.name: archive.extractfile(m).read() for m in archive}
-        for name in (n for n in read if n.endswith(".json")):
-            facts = json.loads(read[name])
-            jpeg = read[name.replace(".json", ".jpg")]
-            image = simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0]
-            frames[facts["video"], facts["frame"]] = image
-    return frames
+@pytest.fixture
+def stored(by_hand):
+    """stored(shards): the frames by video and frame number."""
+
+    def read(shards) -> dict[tuple[str, int], np.ndarray]:
+        return {(facts["video"], facts["frame"]): image for image, facts in by_hand(shards)}
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -74,7 +68,9 @@ def stored(out) -> dict[tuple[str, int], np.ndarray]:
     [("libx264", "yuv420p", {"crf": "30", "g": "10"}), ("mpeg4", "yuv420p", {"qmax": "12"}),
      ("mjpeg", "yuvj420p", {})],
 )  # fmt: skip
-def test_what_moves_is_kept_and_text_is_not(tmp_path, clip, pattern, codec, pixel_format, options):
+def test_what_moves_is_kept_and_text_is_not(
+    tmp_path, clip, stored, pattern, codec, pixel_format, options
+):
     frames = screens(pattern)
     path = clip(tmp_path / "a.avi", frames, codec=codec, pixel_format=pixel_format, options=options)
     decoded = full_range(path)
@@ -161,14 +157,14 @@ def test_frozen_and_repeated_frames_tell_nothing(pattern):
     assert not (inside & (written() > 0)).any()
 
 
-def test_short_clips_have_a_region(tmp_path, clip, pattern):
+def test_short_clips_have_a_region(tmp_path, clip, stored, pattern):
     path = clip(tmp_path / "a.avi", screens(pattern, 2), codec="mjpeg", pixel_format="yuvj420p")
     out = tmp_path / "shards"
     shard([path], out, Settings(size=64, stride=1, region="auto"), device="cpu", jobs=1)
     assert len(stored(out)) == 2
 
 
-def test_a_box_is_a_crop_of_the_upright_image(tmp_path, clip, pattern):
+def test_a_box_is_a_crop_of_the_upright_image(tmp_path, clip, stored, pattern):
     path = clip(tmp_path / "a.mp4", pattern(6, 96, 128))
     turned = tmp_path / "turned.mp4"
     turn(path, turned)
@@ -238,7 +234,7 @@ def command(*arguments):
     )
 
 
-def test_a_frame_of_another_size_is_left_out(tmp_path, clip, pattern):
+def test_a_frame_of_another_size_is_left_out(tmp_path, clip, stored, pattern):
     """Its ultrasound is elsewhere. The two videos are joined, as MPEG allows."""
     options = {"codec": "mpeg1video", "rate": 25}
     first = clip(tmp_path / "a.mpg", screens(pattern, 12), **options)
@@ -301,7 +297,7 @@ def test_specks_are_no_motion(pattern):
     assert moving(frames) is None
 
 
-def test_another_screen_is_left_out(tmp_path, clip, pattern):
+def test_another_screen_is_left_out(tmp_path, clip, stored, pattern):
     """A page with the patient's data, then the examination, then another layout, whose text is
     where ultrasound was."""
     from PIL import Image, ImageDraw

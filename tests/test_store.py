@@ -1,7 +1,6 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
 import errno
-import json
 import resource
 import signal
 import subprocess
@@ -28,24 +27,12 @@ def shards(clips, tmp_path):
     return tmp_path / "shards"
 
 
-def by_hand(shards) -> dict[tuple[str, int], tuple[np.ndarray, dict]]:
-    found = {}
-    for path in shards.glob("*.tar"):
-        data = path.read_bytes()
-        for _, members in tar.read_index(path):
-            jpg, fact = (data[o : o + n] for o, n in (members["jpg"], members["json"]))
-            fact = json.loads(fact)
-            image = simplejpeg.decode_jpeg(jpg, "GRAY")[..., 0]
-            found[fact["video"], fact["frame"]] = image, fact
-    return found
-
-
-def test_store_holds_the_shards_frames_in_order(shards, monkeypatch):
+def test_store_holds_the_shards_frames_in_order(shards, by_hand, monkeypatch):
     monkeypatch.setattr("sslus.engine.store.CHUNK_BYTES", 7 * 64 * 64)  # several, the last shorter
     monkeypatch.setattr("sslus.engine.store.SYNC_BYTES", 15 * 64 * 64)
     seen = []
     store = FrameStore.open(shards, report=lambda done, total, note: seen.append((done, total)))
-    want = by_hand(shards)
+    want = {(fact["video"], fact["frame"]): (x, fact) for x, fact in by_hand(shards)}
     assert len(store) == len(want) and store.size == 64 and store.frames.dtype == np.uint8
     keys = [(store.video_ids[v], int(f)) for v, f in zip(store.video, store.frame, strict=True)]
     assert keys == sorted(want)

@@ -1,7 +1,6 @@
 """Streaming shards: an order that is arithmetic, frames as in the shards, errors of one line."""
 
 import hashlib
-import json
 import pickle
 import re
 import shutil
@@ -21,29 +20,10 @@ from sslus.engine.shard import Settings, shard
 from sslus.engine.stream import Reader, StreamPlan, StreamStore, is_url
 
 
-@pytest.fixture(scope="module")
-def made(clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    settings = Settings(size=64, stride=1, frames_per_shard=30)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
-    return out
-
-
 @pytest.fixture
-def shards(made, tmp_path, monkeypatch):
+def shards(many_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "WAITS_SECONDS", (0, 0))
-    return shutil.copytree(made, tmp_path / "shards")
-
-
-def by_hand(shards) -> tuple[np.ndarray, list[str]]:
-    frames, labels = [], []
-    for path in sorted(shards.glob("*.tar")):
-        data = path.read_bytes()
-        for _, members in tar.read_index(path):
-            jpg, facts = (data[o : o + n] for o, n in (members["jpg"], members["json"]))
-            frames.append(simplejpeg.decode_jpeg(jpg, "GRAY")[..., 0])
-            labels.append(json.loads(facts)["label"])
-    return np.stack(frames), labels
+    return shutil.copytree(many_shards, tmp_path / "shards")
 
 
 def read(where, indices=None, **options) -> np.ndarray:
@@ -100,8 +80,9 @@ def test_a_plan_mixes_a_buffer_and_ranks_read_their_own_shards():
     assert set.union(*read_by) == set(range(256))
 
 
-def test_frames_and_labels_are_the_shards(shards):
-    frames, labels = by_hand(shards)
+def test_frames_and_labels_are_the_shards(shards, by_hand):
+    frames, facts = zip(*by_hand(shards), strict=True)
+    frames, labels = np.stack(frames), [fact["label"] for fact in facts]
     store = StreamStore.open(shards)
     manifest = read_manifest(shards)
     assert len(store) == len(frames) == manifest.num_frames and store.size == 64
@@ -172,7 +153,7 @@ def test_members_of_other_kinds_are_never_opened(shards):
     np.testing.assert_array_equal(read(shards), frames)
 
 
-def test_damage_is_one_line_that_names_shard_and_member(shards, made):
+def test_damage_is_one_line_that_names_shard_and_member(shards, many_shards):
     path = sorted(shards.glob("*.tar"))[0]
     name, offset, length = first(shards, "jpg")
     facts, at, _ = first(shards, "json")
@@ -211,7 +192,7 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, made):
         assert str(path) in str(e.value) and "\n" not in str(e.value)
         assert str(e.value).endswith("make the shards again: sslus shard --force")
         shutil.rmtree(shards)
-        shutil.copytree(made, shards)
+        shutil.copytree(many_shards, shards)
 
     whole = path.read_bytes()
     for data, words in [
@@ -247,8 +228,8 @@ def test_folders_are_no_urls(tmp_path):
     assert is_url("s3://bucket/shards") and is_url("https://host/shards/")
 
 
-def test_urls_are_folders_elsewhere(shards, made):
-    frames = read(made)
+def test_urls_are_folders_elsewhere(shards, many_shards):
+    frames = read(many_shards)
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     for path in [*shards.glob("*.tar"), shards / "manifest.json"]:
@@ -294,7 +275,7 @@ def test_a_protocol_that_is_not_installed_says_what_to_install(monkeypatch):
         StreamStore.open("s3://b/s")
 
 
-def test_over_http(shards, made):
+def test_over_http(shards, many_shards):
     pytest.importorskip("aiohttp")
     handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
     handler.log_message = lambda *_: None
@@ -302,18 +283,18 @@ def test_over_http(shards, made):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         where = f"http://127.0.0.1:{server.server_port}"
-        np.testing.assert_array_equal(read(where), read(made))
+        np.testing.assert_array_equal(read(where), read(many_shards))
     finally:
         server.shutdown()
         server.server_close()
 
 
-def test_dali_decodes_what_simplejpeg_does(made):
+def test_dali_decodes_what_simplejpeg_does(many_shards, by_hand):
     """The pipeline of the GPU, here with DALI's decoder on the CPU."""
     pytest.importorskip("nvidia.dali")
-    frames, _ = by_hand(made)
+    frames = np.stack([frame for frame, _ in by_hand(many_shards)])
     jpegs = []
-    for path in sorted(made.glob("*.tar"))[:2]:
+    for path in sorted(many_shards.glob("*.tar"))[:2]:
         data = memoryview(path.read_bytes())
         jpegs += [data[o : o + n] for o, n in (m["jpg"] for _, m in tar.read_index(path))]
     decode = stream._GpuDecoder(1, device="cpu")
@@ -322,6 +303,6 @@ def test_dali_decodes_what_simplejpeg_does(made):
         assert np.abs(got.astype(int) - frames[part]).max() <= 1
 
 
-def test_a_gpu_without_dali_reads_as_the_cpu_does(made, monkeypatch):
+def test_a_gpu_without_dali_reads_as_the_cpu_does(many_shards, monkeypatch):
     monkeypatch.setattr(stream, "_has_dali", lambda: False)
-    np.testing.assert_array_equal(read(made, device="cuda"), read(made))
+    np.testing.assert_array_equal(read(many_shards, device="cuda"), read(many_shards))
