@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sslus.engine.phantom import Settings as PhantomSettings
-from sslus.engine.phantom import synth
+from sslus.engine.phantom.clips import Settings as PhantomSettings
+from sslus.engine.phantom.files import synth
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore

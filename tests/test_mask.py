@@ -159,7 +159,8 @@ def test_only_the_sector_is_hidden(kind):
 
 
 def test_the_sector_of_a_phantom_frame():
-    from sslus.engine.phantom import Clip, Film, Settings
+    from sslus.engine.phantom.clips import Clip, Settings
+    from sslus.engine.phantom.film import Film
 
     film = Film(Settings(seed=0, size=224), Clip(0, "x.mp4", "4CH", "p02"))
     frame = torch.from_numpy(np.array(next(iter(film)))).float()

@@ -15,23 +15,14 @@ from scipy import ndimage
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.labels import read_labels
-from sslus.engine.phantom import (
-    MACHINES,
-    NAMES,
-    PLANES,
-    SECTIONS,
-    Clip,
-    Film,
-    Patient,
-    Sector,
-    Settings,
-    clips,
-    overlay,
-    synth,
-)
+from sslus.engine.phantom.anatomy import NAMES, SECTIONS
+from sslus.engine.phantom.clips import PLANES, Clip, Settings, clips
 from sslus.engine.phantom.compiled import compiled
-from sslus.engine.phantom.film import random_complex
-from sslus.engine.phantom.machines import _scan_convert
+from sslus.engine.phantom.files import synth
+from sslus.engine.phantom.film import Film, random_complex
+from sslus.engine.phantom.machines import MACHINES, Sector, _scan_convert
+from sslus.engine.phantom.overlay import overlay
+from sslus.engine.phantom.patients import Patient
 from sslus.tools.cli import main
 
 TINY = Settings(videos=6, patients=3, seed=5, size=96, seconds=(0.2, 0.3))
@@ -354,7 +345,7 @@ def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
 def test_as_many_processes_as_cores_that_may_be_used(tmp_path, monkeypatch):
     jobs = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
-    monkeypatch.setattr("sslus.engine.phantom.synth", lambda *args: jobs.append(args[2]) or 0)
+    monkeypatch.setattr("sslus.engine.phantom.files.synth", lambda *args: jobs.append(args[2]) or 0)
     assert main(["synth", str(tmp_path)]) == 0 and jobs == [1]
 
 

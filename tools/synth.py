@@ -43,7 +43,8 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     sslus synth videos/
     sslus synth small/ --videos 10 --patients 5 --size 256 --seconds 1 2
     """
-    from sslus.engine.phantom import PLANES, Settings, synth
+    from sslus.engine.phantom.clips import PLANES, Settings
+    from sslus.engine.phantom.files import synth
     from sslus.tools.screen import argument, count, progress, summary
 
     settings = Settings(videos, patients, seed, size, seconds)

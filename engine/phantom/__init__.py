@@ -18,16 +18,3 @@ reference are used: the probe's (x to the right, z down, origin on the probe's f
 (x to its left, y to its front, origin in the middle of the section) and the heart's (p from the
 crux to the apex, q from the septum to the left ventricle, in heart lengths).
 """
-
-from sslus.engine.phantom.anatomy import NAMES, SECTIONS
-from sslus.engine.phantom.clips import PLANES, Clip, Settings, clips
-from sslus.engine.phantom.files import synth
-from sslus.engine.phantom.film import Film
-from sslus.engine.phantom.machines import MACHINES, Sector
-from sslus.engine.phantom.overlay import overlay
-from sslus.engine.phantom.patients import Patient
-
-__all__ = [
-    "MACHINES", "NAMES", "PLANES", "SECTIONS", "Clip", "Film", "Patient", "Sector", "Settings",
-    "clips", "overlay", "synth",
-]  # fmt: skip
