@@ -29,9 +29,9 @@ from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.ssl import methods
 from sslus.ssl.evaluate import evaluate
+from sslus.ssl.features import RANDOM
 from sslus.ssl.train import Settings, train
 
-RANDOM = "random init"
 NOTE = """
 Macro-F1: mean over training seeds and draws of labels and folds. Gain: the mean difference to
 random weights of the same seed in the same draw ± its standard error, which is the root of
@@ -87,7 +87,7 @@ def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
     done = run / "evaluation" / "lines.json"
     if done.exists():
         lines = json.loads(done.read_text())
-        if {(x.get("draws"), x["percent"]) for x in lines} == {(args.draws, p) for p in percents}:
+        if {(x["draws"], x["percent"]) for x in lines} == {(args.draws, p) for p in percents}:
             return lines
     judged = evaluate(
         run, args.labels, percents=percents, num_seeds=args.draws, device=args.device, shared=shared

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 from harness import QUALITY, SIZE, Bench, Work, copy_bytes, read_files
 
 
@@ -112,7 +113,6 @@ def against_dali(bench: Bench) -> None:
 
 def dicom_clip(path: Path, frames: list, syntax: str) -> Path:
     """A colour clip, as ultrasound machines write it; frames: (H, W, 3) uint8 each."""
-    import numpy as np
     import simplejpeg
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
@@ -167,8 +167,6 @@ def pydicom_pillow(path: Path, height: int, width: int) -> int:
 
 def against_pydicom(bench: Bench) -> None:
     """For information: every frame, scaled to the size of the shards."""
-    import numpy as np
-
     from sslus.engine.video import decode
 
     clip = bench.clips("libx264", "mp4", 1)[0]
