@@ -255,7 +255,7 @@ def refuse_changes(run: Path, old: dict, new: dict) -> None:
     ]
     if file := _changed_file(old, new["method_file"]):
         changed.append(file)
-    if old["shards"].get("streamed", False) != new["shards"]["streamed"]:
+    if old["shards"]["streamed"] != new["shards"]["streamed"]:
         changed.append("frames were streamed or not (--tier), which changes order and views")
     if old["shards"]["digest"] != new["shards"]["digest"]:
         changed.append(f"the shards are not those of {old['shards']['path']}")

@@ -73,7 +73,7 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     # Resume only a run that this very torchrun (the parent process in all its attempts) has begun.
     # The first process decides: on other machines the parent has another process id.
-    again = restarted and why is None and recorded and recorded.get("launcher") == os.getppid()
+    again = restarted and why is None and recorded and recorded["launcher"] == os.getppid()
     resume = resume or bool(world.gather(torch.tensor(bool(again)))[0])
     if why and (resume or recorded is None):
         raise InputError(f"{why}; start another run with --run DIR")
