@@ -9,9 +9,11 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import numpy as np
 import pytest
 import simplejpeg
+from fsspec.implementations.local import LocalFileSystem
 
 from sslus.engine import stream, tar
 from sslus.engine.errors import InputError
@@ -230,7 +232,6 @@ def test_folders_are_no_urls(tmp_path):
 
 def test_urls_are_folders_elsewhere(shards, many_shards):
     frames = read(many_shards)
-    fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     for path in [*shards.glob("*.tar"), shards / "manifest.json"]:
         memory.pipe(f"/shards-of-the-test/{path.name}", path.read_bytes())
@@ -248,8 +249,7 @@ def test_urls_are_folders_elsewhere(shards, many_shards):
 
 
 def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypatch):
-    fsspec = pytest.importorskip("fsspec")
-    calls, cat = [], fsspec.implementations.local.LocalFileSystem.cat_file
+    calls, cat = [], LocalFileSystem.cat_file
 
     def fails(self, path, *args, **kwargs):
         calls.append(path)
@@ -257,7 +257,7 @@ def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypat
             raise ConnectionResetError("reset by\nthe peer")
         return cat(self, path, *args, **kwargs)
 
-    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "cat_file", fails)
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
     where = f"file://{shards}"
     with pytest.raises(InputError, match="shard-000002.tar: cannot be read .*: reset by\\)") as e:
         read(where)  # the manifest came at the third attempt
@@ -265,8 +265,6 @@ def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypat
 
 
 def test_a_protocol_that_is_not_installed_says_what_to_install(monkeypatch):
-    fsspec = pytest.importorskip("fsspec")
-
     def missing(url):
         raise ImportError("Install s3fs to access S3")
 
