@@ -20,7 +20,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.store import FrameStore
 from sslus.ssl import backbones, finetune, predictions
-from sslus.ssl.features import RANDOM, Stage, build, features_of_both
+from sslus.ssl.features import RANDOM, Pictures, Stage, build, features_of_both
 from sslus.ssl.linear import INVERSE_REGULARISATION, MAX_ITERATIONS, probe
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, votes
 from sslus.ssl.predictions import Guess, Videos
@@ -227,8 +227,7 @@ def _finetune(
 ) -> tuple[list[Guess], int]:
     """Each task's predictions, and how many trainings that took."""
     starts = {name: build(run, name) for name in dict.fromkeys(t.backbone for t in tasks)}
-    size, shards = run.config["settings"]["image_size"], run.config["shards"]
-    pictures = finetune.Pictures(store, size, shards["mean"], shards["std"], device)
+    pictures = Pictures.of(run, store, device)
     index, num_classes = frames.index, len(frames.names)
     jobs = [
         finetune.Job(

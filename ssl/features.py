@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,28 @@ SETTLED_BY = 1024  # most frames from which a random backbone gets its BatchNorm
 Stage = Callable[[str, str], contextlib.AbstractContextManager]
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Whole frames as input for the backbone of a run, normalised as in training."""
+
+    store: FrameStore
+    size: int
+    mean: float
+    std: float
+    device: torch.device
+
+    @classmethod
+    def of(cls, run: Run, store: FrameStore, device: torch.device) -> "Pictures":
+        shards = run.config["shards"]
+        size = run.config["settings"]["image_size"]
+        return cls(store, size, shards["mean"], shards["std"], device)
+
+    def __call__(self, index: np.ndarray) -> torch.Tensor:
+        """(n, 1, size, size) float32 on `device`; index: (n,) into the store."""
+        frames = self.store.frames[index]
+        return views.whole(frames, self.size, self.mean, self.std).to(self.device)
+
+
 def features_of_both(
     run: Run,
     store: FrameStore,
@@ -42,12 +65,13 @@ def features_of_both(
 
     They are kept in the folder `cache`; shared: see `read_kept`.
     """
+    pictures = Pictures.of(run, store, device)
     num, features, used = len(frames), {}, set()
     with stage("features", "frames") as report:
         for i, name in enumerate([run.config["settings"]["method"], RANDOM]):
             features[name], path = _features(
-                build(run, name), name == RANDOM, store, frames.index, run.config, device, cache,
-                shared, lambda done, i=i: report(i * num + done, 2 * num, ""),
+                build(run, name), name == RANDOM, run.config["settings"]["backbone"], pictures,
+                frames.index, cache, shared, lambda done, i=i: report(i * num + done, 2 * num, ""),
             )  # fmt: skip
             used.add(path)
     for old in set(cache.glob("features-*.npy")) - used:  # of weights or labels before these
@@ -90,31 +114,22 @@ def settle_batch_norm(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> N
     backbone.eval()
 
 
-def _frames(store: FrameStore, index: np.ndarray, config: dict, device: torch.device):
-    """(n, 1, h, w) float32: whole frames at the run's size, normalised as in training."""
-    shards = config["shards"]
-    size = config["settings"]["image_size"]
-    return views.whole(store.frames[index], size, shards["mean"], shards["std"]).to(device)
-
-
 def _features(
     backbone: nn.Module,
     unsettled: bool,
-    store: FrameStore,
+    name: str,
+    pictures: Pictures,
     index: np.ndarray,
-    config: dict,
-    device: torch.device,
     cache: Path,
     shared: dict,
     report: Callable[[int], None],
 ) -> tuple[np.ndarray, Path]:
     """(n, F) float32, the frozen backbone's output for each frame; and the file in `cache`.
 
-    unsettled: its BatchNorm gets the statistics of these frames first.
+    unsettled: its BatchNorm gets the statistics of these frames first. name: timm's.
     """
-    name, size = (config["settings"][k] for k in ("backbone", "image_size"))
-    mean, std = config["shards"]["mean"], config["shards"]["std"]
-    facts = f"{store.digest} {name} {size} {mean} {std} {device.type} {unsettled}"
+    p = pictures
+    facts = f"{p.store.digest} {name} {p.size} {p.mean} {p.std} {p.device.type} {unsettled}"
     key = hashlib.sha256(facts.encode())
     key.update(json.dumps(versions()).encode())
     key.update(index.astype(np.int64).tobytes())
@@ -124,17 +139,17 @@ def _features(
     if known is not None and known.ndim == 2 and len(known) == len(index):
         report(len(index))
         return known, path
-    backbone.to(device)
+    backbone.to(p.device)
     if unsettled:
         seen = index[:: -(-len(index) // SETTLED_BY)]
         batches = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
-        settle_batch_norm(backbone, (_frames(store, part, config, device) for part in batches))
+        settle_batch_norm(backbone, map(pictures, batches))
     # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
     backbone.eval().to(memory_format=torch.channels_last)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(index), FEATURE_BATCH):
-            x = _frames(store, index[start : start + FEATURE_BATCH], config, device)
+            x = pictures(index[start : start + FEATURE_BATCH])
             parts.append(backbone(x).float().cpu().numpy())
             report(min(start + FEATURE_BATCH, len(index)))
     features = np.concatenate(parts)

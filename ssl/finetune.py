@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan
-from sslus.engine.store import FrameStore
 from sslus.kernels.augment import views
 from sslus.ssl import backbones, optimizers
-from sslus.ssl.features import keep, read_kept
+from sslus.ssl.features import Pictures, keep, read_kept
 from sslus.ssl.memory import keep_freed_memory
 from sslus.ssl.signals import Signals
 from sslus.ssl.versions import versions
-from sslus.ssl.views import ViewConfig, draw, parse, whole
+from sslus.ssl.views import ViewConfig, draw, parse
 from sslus.ssl.world import pays_bf16
 
 BATCH_SIZE = 32
@@ -77,31 +76,6 @@ class Job:
     train: np.ndarray  # (n,) int64 indices into the frame store
     y: np.ndarray  # (n,) int64 classes of `train`
     test: np.ndarray  # (T,) int64 indices into the frame store
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Frames as input for the backbone, (B, 1, size, size) float32 on `device`."""
-
-    store: FrameStore
-    size: int
-    mean: float
-    std: float
-    device: torch.device
-
-    def whole(self, frames: np.ndarray) -> Tensor:
-        """Whole frames, as for the probe."""
-        pictures = whole(self.store.frames[frames], self.size, self.mean, self.std)
-        return pictures.to(self.device)
-
-    def views(self, frames: np.ndarray, epoch: np.ndarray, preset: ViewConfig, seed: int) -> Tensor:
-        """Augmented views, different for a frame in every epoch; epoch: (B,)."""
-        table = draw(preset, frames, 0, epoch, seed, self.store.size, self.size)
-        pictures = torch.from_numpy(np.ascontiguousarray(self.store.frames[frames]))
-        inputs = pictures, torch.arange(len(frames)), torch.from_numpy(table)
-        # Computed on the device: it receives uint8 frames, not float32 views.
-        inputs = (t.to(self.device) for t in inputs)
-        return views(*inputs, size=self.size, mean=self.mean, std=self.std)
 
 
 def finetune(
@@ -195,7 +169,7 @@ def tune(
     parts = []
     with torch.inference_mode():
         for first in range(0, len(job.test), TEST_BATCH):
-            x = pictures.whole(job.test[first : first + TEST_BATCH])
+            x = pictures(job.test[first : first + TEST_BATCH])
             parts.append(model(x).float().cpu().numpy())
             tick(s.steps)
     logits = np.concatenate(parts)
@@ -222,7 +196,7 @@ def _train(
     at, epoch = batches(len(job.train), s.batch_size, s.steps, job.seed)
     total = torch.zeros((), device=device)  # the sum of the losses, in which a NaN persists
     for step in range(s.steps):
-        x = pictures.views(job.train[at[step]], epoch[step], preset, job.seed)
+        x = augmented(pictures, job.train[at[step]], epoch[step], preset, job.seed)
         y = torch.from_numpy(job.y[at[step]]).to(device)
         rate = optimizers.learning_rate(step, s.steps, s.warmup_steps, s.lr, s.lr * s.final_lr)
         optimizers.set_lr(optimizer, rate)
@@ -241,6 +215,19 @@ def _train(
                 " again, with a lower --lr"
             )
         tick(done)
+
+
+def augmented(
+    pictures: Pictures, frames: np.ndarray, epoch: np.ndarray, preset: ViewConfig, seed: int
+) -> Tensor:
+    """Views of the frames, different for a frame in every epoch; frames, epoch: (B,)."""
+    p = pictures
+    table = draw(preset, frames, 0, epoch, seed, p.store.size, p.size)
+    stored = torch.from_numpy(np.ascontiguousarray(p.store.frames[frames]))
+    inputs = stored, torch.arange(len(frames)), torch.from_numpy(table)
+    # Computed on the device: it receives uint8 frames, not float32 views.
+    inputs = (t.to(p.device) for t in inputs)
+    return views(*inputs, size=p.size, mean=p.mean, std=p.std)
 
 
 def class_weights(y: np.ndarray, num_classes: int) -> Tensor:

@@ -466,8 +466,10 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
 
     def compute(index, cache):
         cache.mkdir(exist_ok=True)
+        name = config["settings"]["backbone"]
+        pictures = features.Pictures.of(SimpleNamespace(config=config), store, torch.device("cpu"))
         return features._features(
-            backbone, False, store, index, config, torch.device("cpu"), cache, {}, lambda done: None
+            backbone, False, name, pictures, index, cache, {}, lambda done: None
         )[0]
 
     index = np.arange(80)
@@ -476,7 +478,7 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     alone = np.concatenate([compute(index[i : i + 1], tmp_path / "b") for i in range(5)])
     np.testing.assert_allclose(together[:5], alone, rtol=1e-4, atol=1e-6)
     with monkeypatch.context() as patch:
-        patch.setattr(features, "_frames", None)  # what is in the cache is not computed again
+        patch.setattr(views, "whole", None)  # what is in the cache is not computed again
         assert np.array_equal(compute(index, tmp_path / "a"), together)
     (cached,) = (tmp_path / "a").iterdir()
     for size in (0, 100, 2000):  # copied in part
@@ -486,7 +488,7 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
         next(backbone.parameters()).mul_(1.5)
     assert not np.array_equal(compute(index, tmp_path / "a"), together)  # other weights
     compute(index, tmp_path / "a")
-    monkeypatch.setattr(features, "_frames", None)
+    monkeypatch.setattr(views, "whole", None)
     compute(index, tmp_path / "a")  # from the cache, until anything else is other
     for part, key, value in (
         ("shards", "mean", 0.9), ("shards", "std", 0.9), ("settings", "image_size", 16),
@@ -774,7 +776,7 @@ def test_all_work_is_done_by_the_threads_that_are_asked_for(run, videos, tmp_pat
         monkeypatch.setattr(module, name, spied)
 
     for module, name in (
-        (evaluate, "probe"), (evaluate, "votes"), (features, "_frames"), (finetune, "tune"),
+        (evaluate, "probe"), (evaluate, "votes"), (views, "whole"), (finetune, "tune"),
     ):  # fmt: skip
         spy(module, name)
     command = f"evaluate {run} --labels {videos / 'labels.csv'} --fractions 100 --seeds 1 --steps 1"
@@ -783,7 +785,7 @@ def test_all_work_is_done_by_the_threads_that_are_asked_for(run, videos, tmp_pat
         for num in (3, 2):
             assert main([*command.split(), str(num)]) == 0
             shutil.rmtree(tmp_path)
-            assert {name for name, _ in met} == {"probe", "votes", "_frames", "tune"}
+            assert {name for name, _ in met} == {"probe", "votes", "whole", "tune"}
             assert all(pools == {num} for _, pools in met), met
             met.clear()
     finally:
