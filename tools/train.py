@@ -227,7 +227,7 @@ def _option(f, default) -> click.Option:
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Checkpoints to keep besides the newest and the best.",
+    help="How many of the last checkpoints to keep in checkpoints/, besides the best.",
 )
 @click.option(
     "--online-every",
