@@ -97,7 +97,7 @@ def test_equal_weights_make_equal_files(tmp_path):
         assert torch.equal(f.get_tensor("weight"), net.weight)
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path):
+def test_weights_that_do_not_fit_are_named():
     ours = backbones.build("test_vit", 64, seed=0)
     other = backbones.build("test_vit", 32, seed=1).state_dict()
     other.pop("norm.weight")

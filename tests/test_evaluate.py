@@ -129,7 +129,7 @@ def small(*classes):
     )
 
 
-def test_labels_join_by_source_file(frames, shards, videos):
+def test_labels_join_by_source_file(frames, shards):
     store = FrameStore.open(shards)
     assert len(frames) == len(store) == 18 * 6 and frames.num_unlabelled == 0
     assert frames.names == sorted(CLASSES)
@@ -902,7 +902,7 @@ def test_what_the_probe_learns_from_are_the_labels_that_are_kept(
     assert set(sizes) == {(18, 18)}  # three videos of six frames
 
 
-def test_a_fixed_split_is_kept(run, shards, videos, tmp_path):
+def test_a_fixed_split_is_kept(run, videos, tmp_path):
     def split(rows):
         return [row | {"split": "test" if int(row["patient"][1:]) < 3 else "train"} for row in rows]
 

@@ -156,7 +156,7 @@ def test_what_is_cut_off_is_refused(name, colour, tmp_path):
                 assert rest and kind in ("BMP", "TIFF", "WEBP"), (place, y.shape)
 
 
-def test_animations_are_videos_or_refused(colour, grey, tmp_path):
+def test_animations_are_videos_or_refused(colour, tmp_path):
     more = {"save_all": True, "append_images": [Image.fromarray(colour[::-1].copy())]}
     for name, kind in (("x.png", "PNG"), ("x.webp", "WEBP"), ("x.tif", "TIFF"), ("x.jpg", "MPO")):
         (tmp_path / name).write_bytes(encoded(colour, kind, **more))

@@ -262,7 +262,7 @@ def test_memory_is_used_again_but_never_while_somebody_looks(store):
     assert len(blocks) <= len(kept) + 5
 
 
-def test_the_tier_follows_size_and_wish(shards, store, monkeypatch, tmp_path):
+def test_the_tier_follows_size_and_wish(shards, store, monkeypatch):
     assert tier(store, CPU)[0] == "ram" and "fit into memory" in tier(store, CPU)[1]
     monkeypatch.setattr(FrameStore, "fits_in_memory", lambda self: False)
     assert tier(store, CPU) == ("disk", "0.8 MB of frames do not fit into memory")

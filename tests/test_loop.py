@@ -423,7 +423,7 @@ def test_a_signal_in_a_methods_last_step_stops_all_methods(shards, tmp_path, cap
     assert not (folder / methods.names()[1]).exists()
 
 
-def test_all_methods_keep_what_the_first_machine_chose(shards, tmp_path, capsys, monkeypatch):
+def test_all_methods_keep_what_the_first_machine_chose(shards, tmp_path, monkeypatch):
     folder = tmp_path / "all"
     base = ["train", str(shards), "--method", "all", "--run", str(folder)]
     small = "--device cpu --threads 1 --backbone test_resnet --image-size 32 --max-steps 1"

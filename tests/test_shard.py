@@ -402,7 +402,7 @@ def test_videos_that_vanish_on_the_way_are_not_left_out(clips, tmp_path, key):
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
-def test_few_open_files_are_enough(clip, pattern, tmp_path, key):
+def test_few_open_files_are_enough(clip, pattern, tmp_path):
     (tmp_path / "videos").mkdir()
     for i in range(40):
         clip(tmp_path / "videos" / f"{i}.mp4", pattern(2, 32, 32))
@@ -911,7 +911,7 @@ def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
-def test_full_disk(clip, pattern, tmp_path, small_disk):
+def test_full_disk(clip, tmp_path, small_disk):
     videos = tmp_path / "videos"
     videos.mkdir()
     rng = np.random.default_rng(0)
@@ -1015,7 +1015,7 @@ def test_a_task_is_tried_again_where_its_worker_died_before_it_came():
     assert isinstance(results[1], BrokenProcessPool) and (results[0], results[2]) == (2, 4)
 
 
-def test_changed_sources_are_seen(clips, pattern, clip, tmp_path):
+def test_changed_sources_are_seen(pattern, clip, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
     clip(videos / "x.mp4", pattern(10, 64, 64))

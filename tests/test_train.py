@@ -432,7 +432,7 @@ def test_collapse_is_named(shards, tmp_path, monkeypatch):
     assert "Warning: step 10" in said[-1]
 
 
-def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path, capsys):
+def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path):
     run = whole_run.run
     before = {p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name != "metrics.jsonl"}
     with pytest.raises(InputError, match="--resume continues it, --run DIR starts another"):

@@ -405,7 +405,7 @@ def test_of_several_videos_in_a_file_the_best_is_taken(counts, best, tmp_path):
     assert [f.luma.shape[0] for f in decode(path)] == [info.height] * 10
 
 
-def test_a_title_in_latin_1_does_no_harm(pattern, tmp_path):
+def test_a_title_in_latin_1_does_no_harm(tmp_path):
     import av
 
     path = tmp_path / "x.avi"
