@@ -22,10 +22,10 @@ import torch
 from sslus.engine.errors import InputError
 from sslus.engine.plan import Plan
 from sslus.ssl import methods, optimizers
-from sslus.ssl.step import WAYS
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import pays_bf16
 
+WAYS = ("eager", "compile", "graph")  # to execute an update, see ssl/step.py
 WHERE = {"device": "auto", "tier": "auto", "threads": None}  # and their defaults
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sslus.engine.errors import InputError
 from sslus.ssl import backbones, batchnorm, checkpoints, methods, optimizers
 from sslus.ssl.dual import DualTask
+from sslus.ssl.settings import Settings
 from sslus.ssl.world import World
 
 
@@ -38,16 +39,16 @@ class State:
     @classmethod
     def build(
         cls,
-        settings,
+        settings: Settings,
         method_config,
         world: World,
         num_classes: int = 0,
         grey: tuple[float, float] = (0.0, 1.0),
         initialise: Callable[[nn.Module], None] | None = None,
     ) -> "State":
-        """settings: resolved train.Settings. num_classes: number of labels in the shards. grey: the
-        mean and std (0 to 1) with which views are normalised. initialise: gives the backbone its
-        initial weights, before a method copies it as a teacher."""
+        """settings: resolved. num_classes: number of labels in the shards. grey: the mean and std
+        (0 to 1) with which views are normalised. initialise: gives the backbone its initial
+        weights, before a method copies it as a teacher."""
         s = settings
         backbone = backbones.build(s.backbone, s.image_size, s.seed)
         if initialise:

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import checked
 from sslus.ssl.optimizers import set_lr
+from sslus.ssl.settings import WAYS, Settings
 from sslus.ssl.state import State
+from sslus.ssl.world import World
 
-WAYS = ("eager", "compile", "graph")
 TRIAL_STEPS = 8
 
 
@@ -32,7 +33,7 @@ class Step:
     the last one, (1 or 2, B, F).
     """
 
-    def __init__(self, state: State, settings, way: str = "eager"):
+    def __init__(self, state: State, settings: Settings, way: str = "eager"):
         self.state, self.settings = state, settings
         self.device = state.world.device
         self.model: nn.Module = state.method
@@ -193,7 +194,7 @@ class Snapshot:
         state.window, state.window_names, state.window_steps, state.step = self.rest
 
 
-def possible(way: str, settings, world) -> str | None:
+def possible(way: str, settings: Settings, world: World) -> str | None:
     """Why the step cannot run in this way; None if it can."""
     if way == "graph" and world.device.type != "cuda":
         return "CUDA graphs need a GPU"
@@ -204,7 +205,9 @@ def possible(way: str, settings, world) -> str | None:
     return None
 
 
-def choose(state: State, settings, views: Callable[[], Views], say: Callable[[str], None]) -> Step:
+def choose(
+    state: State, settings: Settings, views: Callable[[], Views], say: Callable[[str], None]
+) -> Step:
     """The step, executed as `settings.step` says; "auto" times all ways for a few steps.
 
     views: makes one micro-batch. On the CPU "auto" is eager: compiling a ResNet-18 takes minutes,
