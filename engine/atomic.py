@@ -21,14 +21,15 @@ def sync_folder(folder: Path) -> None:
 def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO]:
     """A file that appears under `path` only when the block ends without an exception.
 
-    It is written as `<path>.tmp`, synced and renamed. On an exception the temporary file is
-    removed, and an earlier file at `path` stays as it was. Without `durable` nothing is synced:
-    this is safe if the process is killed, but after a power cut the file may exist with wrong
-    content, which its reader must detect. An OSError names `path`, if it names no file.
+    It is written as `<path>.tmp`, synced and renamed; text is UTF-8, whatever the machine's
+    encoding. On an exception the temporary file is removed, and an earlier file at `path` stays as
+    it was. Without `durable` nothing is synced: this is safe if the process is killed, but after a
+    power cut the file may exist with wrong content, which its reader must detect. An OSError names
+    `path`, if it names no file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open(mode) as f:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             if durable:

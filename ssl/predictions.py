@@ -84,5 +84,5 @@ def write(path: Path, parts: Iterable[Videos], ids: list[str], names: list[str])
                 [part.backbone, f"{part.percent:g}", part.seed]
                 + [ids[video], names[y], names[guess], num_frames, *probability.tolist()]
             )
-    with atomic_file(path) as f:  # not as text, whose encoding would be the machine's
-        f.write(text.getvalue().encode())
+    with atomic_file(path, "w") as f:
+        f.write(text.getvalue())

@@ -79,6 +79,16 @@ def test_what_cannot_be_told_is_no_failure(stream, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_written_does_not_depend_on_the_locale(tmp_path):
+    """Reports hold ± and the names of classes, which not every machine's encoding has."""
+    code = "import sys, pathlib, sslus.engine.atomic as a\n"
+    code += "with a.atomic_file(pathlib.Path(sys.argv[1]), 'w') as f: f.write('\\xb1\\u65e5')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    page = tmp_path / "report.md"
+    subprocess.run([sys.executable, "-c", code, page], env=os.environ | ascii_only, check=True)
+    assert page.read_bytes() == "±日".encode()
+
+
 def test_views_says_that_it_wants_a_folder(capsys):
     assert cli.main(["views", "s3://bucket/shards"]) == 1
     assert capsys.readouterr().err.startswith("Error: s3://bucket/shards: want a folder of shards")
