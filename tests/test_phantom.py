@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import av
 import numpy as np
@@ -340,6 +341,15 @@ def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
     assert "Traceback" not in stderr, stderr
     synth(out, TINY)
     assert digests(out) == digests(made)
+
+
+def test_a_worker_that_is_killed_is_no_bug_and_costs_one_clip(made, tmp_path, monkeypatch):
+    """As by the kernel, where memory runs out."""
+    monkeypatch.setattr("sslus.engine.phantom.files._worker_starts", partial(os._exit, 9))
+    with pytest.raises(InputError, match="a worker process was killed, .* with fewer --jobs"):
+        synth(tmp_path, TINY, jobs=2)
+    assert synth(tmp_path, TINY) == 5
+    assert digests(tmp_path) == digests(made)
 
 
 def test_as_many_processes_as_cores_that_may_be_used(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def synth(
     """Write all clips and `labels.csv` into `out`. Returns the number of clips that were missing.
 
     The bytes depend on `settings` alone, not on `jobs`. A folder left by an interrupted run with
-    the same settings is completed. Raises InputError for any other folder that is not empty, and
-    Interrupted after Ctrl-C or SIGTERM.
+    the same settings is completed. Raises InputError for any other folder that is not empty, or if
+    a worker process is killed, and Interrupted after Ctrl-C or SIGTERM.
     """
     out = Path(out)
     wanted = json.dumps({"phantom": VERSION, **asdict(settings)}, indent=1) + "\n"
@@ -91,6 +92,11 @@ def synth(
             " kept; the same command resumes from there",
             getattr(e, "signum", signal.SIGINT),
         ) from None
+    except BrokenProcessPool as e:
+        raise InputError(
+            f"synth {out}: a worker process was killed, perhaps for lack of memory; the same"
+            " command resumes, with fewer --jobs if need be"
+        ) from e
     with atomic_file(out / "labels.csv", "w") as f:
         f.write("path,label,patient\n")
         f.writelines(f"{c.name},{c.label},{c.patient}\n" for c in todo)
