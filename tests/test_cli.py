@@ -161,6 +161,7 @@ def test_an_empty_argument_is_not_the_current_folder(argument, debug, capsys, mo
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 40 bytes"),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
 def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):

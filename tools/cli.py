@@ -150,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
             return fail(f"{e.filename}: a file is in the way of a folder; name another one", 1)
         return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
     except Exception as e:
-        # PyTorch's allocators on the CPU and on a GPU have no common type.
-        if isinstance(e, MemoryError) or re.search("allocate memory|out of memory", str(e)):
+        # PyTorch's allocators on the CPU and on a GPU have no common type, and under `ulimit -v`
+        # its libraries may not even load.
+        little = "allocate memory|out of memory|failed to map segment"
+        if isinstance(e, MemoryError) or re.search(little, str(e)):
             less = LESS_MEMORY.get(argv[0], "") if argv else ""
             return fail(f"out of memory; {less}{less and ', or '}close other programs", 1)
         # The kernels know no InputError.
