@@ -60,20 +60,20 @@ def wait_for_step(process, run, step):
         time.sleep(0.02)
 
 
+def children(pid) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text().rpartition(") ")[2].split()
+        except OSError:
+            continue
+        if int(after_name[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
 def workers(process) -> list[int]:
     """The processes that torchrun, the only child of `process`, has started."""
-
-    def children(pid):
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                after_name = stat.read_text().rpartition(") ")[2].split()
-            except OSError:
-                continue
-            if int(after_name[1]) == pid:
-                found.append(int(stat.parent.name))
-        return found
-
     (torchrun,) = children(process.pid)
     return [
         pid for pid in children(torchrun)
@@ -91,7 +91,7 @@ def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):
     wait_for_step(process, run, again)
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, 143)
-    assert err.count("everything is saved") == 1
+    assert err.count("everything is saved") == 1 and "Traceback" not in err
     step = checkpoints.load(run / "checkpoint.pt")["step"]
     assert again <= step < STEPS
     out, err = finish(start(shards, run, "--gpus", "2", "--resume"))
@@ -103,6 +103,20 @@ def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):
     assert all(torch.equal(v, y["method"][k]) for k, v in x["method"].items())
     losses = [[(m["step"], m["loss"]) for m in lines(r)] for r in (run, runs / "undisturbed")]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_the_processes_have_begun(signum, shards, tmp_path):
+    """A terminal sends Ctrl-C to torchrun, which this process waits for."""
+    process = start(shards, tmp_path / "run", "--gpus", "2")
+    while not children(process.pid) or len(workers(process)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.2)  # torchrun loses processes if it hears of a signal while it starts them
+    os.kill(children(process.pid)[0] if signum == signal.SIGINT else process.pid, signum)
+    _, err = finish(process, 128 + signum)
+    assert "Traceback" not in err and err.count("Error: interrupted") == 1, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_all_is_one_line(shards, tmp_path):

@@ -1,4 +1,7 @@
-"""`sslus train --gpus N`: starts torchrun, without importing PyTorch itself."""
+"""`sslus train --gpus N`: starts torchrun, without importing PyTorch itself.
+
+As a module that is run, this is torchrun, but one that ends without a traceback on a signal.
+"""
 
 import contextlib
 import os
@@ -9,13 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from sslus.engine.errors import Interrupted
 from sslus.tools.cli import EXIT_CODE_FILE
 
 
 def torchrun(num: int) -> int:
     """Run this command line in `num` processes on this machine; return the exit code."""
     line = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num),
+        sys.executable, "-m", "sslus.tools.launch", "--nproc-per-node", str(num),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
         "--max-restarts", "3", "-m", "--", "sslus.tools", *sys.argv[1:],
     ]  # fmt: skip
@@ -34,4 +38,23 @@ def torchrun(num: int) -> int:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 process.terminate()
-        return int(code.read_text()) if code.exists() else process.returncode
+        if code.exists():
+            return int(code.read_text())
+        if process.returncode < 0:  # by a signal, before the processes had begun
+            raise Interrupted("interrupted", -process.returncode)
+        return process.returncode
+
+
+def _main() -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.run import main
+
+    try:
+        main()
+    except SignalException as e:  # the processes have told what they kept
+        signal.signal(e.sigval, signal.SIG_DFL)
+        signal.raise_signal(e.sigval)
+
+
+if __name__ == "__main__":
+    _main()
