@@ -179,6 +179,17 @@ def test_too_little_memory_is_no_bug(error, capsys, monkeypatch):
         assert capsys.readouterr().err.startswith(f"Error: out of memory; {what}")
 
 
+def test_another_process_that_was_killed_is_no_bug(capsys, monkeypatch):
+    def train(**kwargs):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer. GLHF!")
+
+    monkeypatch.setattr(cli.sslus, "main", train)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train"]) == 70  # so that torchrun starts all processes again
+    said = capsys.readouterr().err
+    assert said.startswith("Error: another process of this run has ended") and "GLHF" not in said
+
+
 @pytest.mark.parametrize("name", cli.LESS_MEMORY)
 def test_the_advice_for_too_little_memory_names_options_of_the_command(name):
     options = {o for p in cli.sslus.get_command(None, name).params for o in p.opts}

@@ -159,4 +159,9 @@ def main(argv: list[str] | None = None) -> int:
         # The kernels know no InputError.
         if "SSLUS_KERNELS" in os.environ and re.search("SSLUS_KERNELS|cannot run", str(e)):
             return fail(f"{e}; without SSLUS_KERNELS, sslus chooses one that can", 1)
+        # Who was killed, for lack of memory perhaps, cannot tell; gloo and NCCL notice. With 70,
+        # torchrun starts all processes again.
+        if "WORLD_SIZE" in os.environ and re.search("gloo|NCCL", str(e)):
+            why = str(e).partition(". ")[0]
+            return fail(f"another process of this run has ended or cannot be reached ({why})", 70)
         return fail_as_bug(e)
