@@ -20,7 +20,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
-from sslus.kernels.augment import views
+from sslus.kernels.augment import SMALLEST_STD, views
 from sslus.kernels.mask import sample_ids
 from sslus.ssl.memory import large_pages
 from sslus.ssl.views import ViewConfig, draw
@@ -70,7 +70,7 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
 
     tier: one of TIERS; "auto" streams URLs, and shards whose frames do not fit on the disk.
     options: rebuild, threads and report of FrameStore.open. Raises InputError if the tier or
-    `pairs` "nearby" is impossible, and the errors of FrameStore.open.
+    `pairs` "nearby" is impossible or all frames are blank, and the errors of FrameStore.open.
     """
     if tier not in TIERS:
         raise InputError(f"--tier {tier!r}: want one of {', '.join(TIERS)}")
@@ -89,16 +89,22 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         store = FrameStore.open(Path(shards), **options)
         if pairs == "nearby" and len(np.unique(store.video)) == len(store):
             raise InputError("--pairs nearby: no video has two frames; use --pairs same")
-        return store
-    if tier not in ("auto", "stream"):
+    elif tier not in ("auto", "stream"):
         raise InputError(f"--tier {tier}: {why}; use --tier stream, or copy the shards to a disk"
                          " with room")  # fmt: skip
-    if pairs == "nearby":
+    elif pairs == "nearby":
         raise InputError(
             f"--pairs nearby: frames are streamed ({why}), but those of a video are spread over all"
             " shards; use --pairs same, or copy the shards to a disk with room for the frames"
         )
-    return StreamStore.open(shards, why)
+    else:
+        store = StreamStore.open(shards, why)
+    if store.std < SMALLEST_STD:
+        raise InputError(
+            f"{shards}: all frames are blank, of one grey level, so there is nothing to learn; look"
+            " at them (sslus views), and make the shards again from other videos"
+        )
+    return store
 
 
 def _bytes(size: float) -> str:

@@ -305,3 +305,12 @@ def test_what_does_not_fit_on_the_disk_is_streamed(shards, tmp_path, monkeypatch
     with pytest.raises(InputError, match="--pairs nearby: frames are streamed .*--pairs same"):
         open_store(there, pairs="nearby")
     assert not (there / "store").exists()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "stream"])
+def test_from_blank_frames_nothing_can_be_learned(wanted, clip, tmp_path):
+    """They have no standard deviation, by which views are divided."""
+    clip(tmp_path / "blank.avi", np.full((6, 64, 64), 7, np.uint8))
+    shard([tmp_path], tmp_path / "out", Settings(size=32, stride=1), device="cpu", jobs=1)
+    with pytest.raises(InputError, match="out: all frames are blank"):
+        open_store(tmp_path / "out", wanted)
