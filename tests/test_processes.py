@@ -119,6 +119,18 @@ def test_stopped_before_the_processes_have_begun(signum, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("end, code", [("sys.exit(70)", 70), ("os.kill(os.getpid(), 9)", 137)])
+def test_what_fails_at_every_start_keeps_its_exit_code(end, code, tmp_path):
+    (tmp_path / "fails.py").write_text(f"import os, sys\n{end}\n")
+    line = "-m sslus.tools.launch --standalone --local-addr 127.0.0.1 --max-restarts 1"
+    done = subprocess.run(
+        [sys.executable, *line.split(), str(tmp_path / "fails.py")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("Error: a process was killed by signal 9") == (code == 137)
+
+
 def test_an_error_of_all_is_one_line(shards, tmp_path):
     last_counts = ("--gpus", "3", "--gpus", "2")
     _, err = finish(start(shards, tmp_path / "run", *last_counts, "--batch-size", "15"), 1)

@@ -1,6 +1,6 @@
 """`sslus train --gpus N`: starts torchrun, without importing PyTorch itself.
 
-As a module that is run, this is torchrun, but one that ends without a traceback on a signal.
+As a module that is run, this is torchrun, but one that ends without a traceback.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from sslus.engine.errors import Interrupted
-from sslus.tools.cli import EXIT_CODE_FILE
+from sslus.tools.cli import EXIT_CODE_FILE, LESS_MEMORY
+from sslus.tools.screen import tell
 
 
 def torchrun(num: int) -> int:
@@ -47,6 +48,7 @@ def torchrun(num: int) -> int:
 
 def _main() -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     try:
@@ -54,6 +56,15 @@ def _main() -> None:
     except SignalException as e:  # the processes have told what they kept
         signal.signal(e.sigval, signal.SIG_DFL)
         signal.raise_signal(e.sigval)
+    except ChildFailedError as e:  # after all restarts
+        _, failure = e.get_first_failure()
+        if failure.exitcode >= 0:  # it has told why
+            sys.exit(failure.exitcode)
+        tell(
+            f"Error: a process was killed by signal {-failure.exitcode} again and again, perhaps"
+            f" for lack of memory; {LESS_MEMORY['train']}"
+        )
+        sys.exit(128 - failure.exitcode)
 
 
 if __name__ == "__main__":
