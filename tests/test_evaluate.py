@@ -42,6 +42,7 @@ from sslus.ssl import (
 from sslus.ssl.methods import vicreg
 from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main
+from sslus.tools.evaluate import _print
 
 CLASSES = ("dark", "bright", "striped")
 
@@ -658,6 +659,21 @@ def test_several_runs_are_compared(run, videos, tmp_path, capsys):
     assert main(["evaluate", str(run), str(tmp_path), *tail]) == 1
     shown = capsys.readouterr()
     assert "has no config.json" in shown.err and not shown.out  # told before the first one runs
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_narrow_terminal_shows_every_runs_name(columns, monkeypatch, capsys):
+    names = ["runs/all/barlowtwins", "runs/all/inpainting", "runs/x[lr=1]", "runs/[/]:x:"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    score = "0.123 ± 0.010"
+    _print(
+        ["run", "protocol", "labels", "macro-F1", "random init", "AUROC"],
+        [[name, "linear", "100 %", *[score] * 3] for name in names],
+    )
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    width = next(line for line in lines if "linear" in line).index("linear")
+    assert "".join(line[:width].strip() for line in lines).endswith("".join(names))
 
 
 def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkeypatch):

@@ -167,11 +167,14 @@ def _print(header: list[str], cells: list[list[str]]) -> None:
 
     from sslus.tools.screen import tell
 
-    shown = Table(*header, box=box.SIMPLE_HEAD, collapse_padding=True)
+    shown = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in header:
+        shown.add_column(name, overflow="fold")  # an ellipsis would hide which run it is
     for row in cells:
         shown.add_row(*row)
-    # A log or a pipe has no width of its own; 80 columns would break every row.
-    console = Console()
+    # Runs may be called a[lr=1] or :x:, which is neither style nor an emoji. A log or a pipe has no
+    # width of its own; 80 columns would break every row.
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160
     with console.capture() as captured:
