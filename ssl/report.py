@@ -20,6 +20,7 @@ SCORES = {  # of the table, in words
     " mean probabilities of the videos, averaged over the classes that have both positives and"
     " negatives among the tested videos; AUROC over frames is in results.json.",
 }
+MOST_WRITTEN = 30  # classes whose confusion matrix is drawn with numbers
 
 
 @dataclass(frozen=True)
@@ -171,30 +172,32 @@ def _in_words(result: Evaluation) -> list[str]:
 
 
 def draw(result: Evaluation, path: Path) -> None:
-    """The confusion matrices of the two backbones at the largest share, side by side."""
+    """The confusion matrices of the two backbones at the largest share, side by side; of more than
+    MOST_WRITTEN classes without numbers in the cells."""
     from matplotlib.figure import Figure
 
     backbones_rows = result.rows[:-1]  # the last is the majority class
     largest = max(row.percent for row in backbones_rows)
     shown = [row for row in backbones_rows if row.percent == largest]
     k = len(result.names)
-    figure = Figure(figsize=(2 * (2.2 + 0.8 * k), 1.8 + 0.8 * k), layout="constrained")
+    side = 0.8 * min(k, MOST_WRITTEN)  # inches: a matrix of 100 classes would take 8 GB to draw
+    small = {"fontsize": min(10, 30 * side / k), "parse_math": False}  # no $ starts math mode
+    figure = Figure(figsize=(2 * (2.2 + side), 1.8 + side), layout="constrained")
     for axes, row in zip(figure.subplots(1, len(shown)), shown, strict=True):
         counts = np.array(row.confusion)
         part = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(k, k):
+        for i, j in np.ndindex(k, k) if k <= MOST_WRITTEN else ():
             axes.text(
                 j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
                 color="white" if part[i, j] > 0.5 else "black",
             )  # fmt: skip
-        # A dollar sign in a class name must not start math mode.
-        axes.set_xticks(range(k), result.names, rotation=45, ha="right", parse_math=False)
+        axes.set_xticks(range(k), result.names, rotation=45, ha="right", **small)
         sums = counts.sum(axis=1)
         axes.set_yticks(
             range(k),
             [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)],
-            parse_math=False,
+            **small,
         )
         axes.set_xlabel("prediction")
         axes.set_ylabel("truth")

@@ -661,6 +661,20 @@ def test_several_runs_are_compared(run, videos, tmp_path, capsys):
     assert "has no config.json" in shown.err and not shown.out  # told before the first one runs
 
 
+@pytest.mark.parametrize("num", [2, 30, 300])
+def test_a_confusion_matrix_of_many_classes_can_be_drawn(num, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    row = SimpleNamespace(backbone="x", percent=100.0, confusion=np.eye(num), macro_f1=1.0)
+    result = SimpleNamespace(rows=[row] * 3, names=[f"class {i}" for i in range(num)])
+    report.draw(result, tmp_path / "confusion.png")
+    inches = figures[0].get_size_inches()
+    assert inches.prod() * 150**2 < 2e8  # pixels
+    cell = 72 * inches[1] / num  # points, for two lines of text
+    assert all(2 * label.get_fontsize() < cell for label in figures[0].axes[0].get_yticklabels())
+    assert len(figures[0].axes[0].texts) == (num**2 if num < 31 else 0)
+
+
 @pytest.mark.parametrize("columns", ["60", "80"])
 def test_a_narrow_terminal_shows_every_runs_name(columns, monkeypatch, capsys):
     names = ["runs/all/barlowtwins", "runs/all/inpainting", "runs/x[lr=1]", "runs/[/]:x:"]
