@@ -94,11 +94,12 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
             try:
                 found.append(json.loads(line))
-            except ValueError as e:
+                found[-1]["step"]  # each has one
+            except (ValueError, KeyError, TypeError) as e:
                 raise InputError(f"{path}, line {number}: damaged ({e}); delete the line") from e
     return found
 

@@ -654,8 +654,9 @@ def test_a_damaged_config_is_one_line(shards, tmp_path, capsys, text):
     assert err.count("\n") == 1 and "config.json" in err
 
 
-def test_a_damaged_line_of_metrics_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+@pytest.mark.parametrize("line", [b'{"st', b"\xff", b"5", b"[1]", b'{"loss": 1}', b"\0\0"])
+def test_a_damaged_line_of_metrics_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(InputError, match="metrics.jsonl, line 2: damaged"):
         checkpoints.read_metrics(tmp_path / "metrics.jsonl")
 
