@@ -98,11 +98,16 @@ class FrameStore:
         a read-only file system. `threads` decode (default: one per core); `report(done, total,
         note)` counts frames. Raises InputError if the shards are unfinished, damaged or of another
         version, if the store belongs to other shards and `rebuild` is not given, or if one must be
-        built where nothing can be written; OSError on a full disk.
+        built where nothing can be written or a link is; OSError on a full disk.
         """
         shards = Path(shards)
         manifest = read_manifest(shards)
         folder = Path(folder) if folder else shards / "store"
+        if folder.is_symlink() and (rebuild or not folder.exists()):
+            raise InputError(
+                f"{folder}: is a link, which a new frame store would replace; remove it, and once"
+                " the store is built, move it to the other disk and link it again"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         if (rebuild or not folder.exists()) and not os.access(folder.parent, os.W_OK):
             raise InputError(

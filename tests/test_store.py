@@ -48,6 +48,21 @@ def test_store_holds_the_shards_frames_in_order(shards, by_hand, monkeypatch):
         store.frames[0, 0, 0] = 1
 
 
+def test_a_store_on_another_disk_is_used_but_never_replaced(shards, tmp_path):
+    FrameStore.open(shards)
+    elsewhere, link = tmp_path / "store", shards / "store"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    assert len(FrameStore.open(shards)) and link.is_symlink()
+    with pytest.raises(InputError, match="store: is a link, .* remove it"):
+        FrameStore.open(shards, rebuild=True)
+    assert (elsewhere / "store.json").exists() and link.is_symlink()
+    elsewhere.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="store: is a link, .* remove it"):
+        FrameStore.open(shards)
+    assert link.is_symlink() and not list(shards.glob(".store*"))
+
+
 def test_store_is_built_once_even_by_several_at_a_time(shards):
     calls = []
     with ThreadPoolExecutor(4) as pool:
