@@ -94,6 +94,14 @@ def test_views_says_that_it_wants_a_folder(capsys):
     assert capsys.readouterr().err.startswith("Error: s3://bucket/shards: want a folder of shards")
 
 
+@pytest.mark.parametrize("out", [".", "folder"])
+def test_views_says_that_it_wants_a_file(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["views", "shards", "-o", out]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: -o {out}: is a folder; name a file")
+
+
 def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
     """Which takes seconds."""
     run, shards, labels = tmp_path / "run", tmp_path / "shards", tmp_path / "labels.csv"

@@ -51,6 +51,8 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
         raise InputError("--frames and --image-size: want at least 1")
     if is_url(shards):
         raise InputError(f"{shards}: want a folder of shards, not a URL; copy them to a disk first")
+    if out.is_dir():
+        raise InputError(f"-o {out}: is a folder; name a file in it, such as views.png")
     read_manifest(Path(shards))  # PyTorch takes longer to import than to see what is wrong here
 
     from sslus.ssl import methods
