@@ -466,6 +466,14 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     assert "frames were streamed or not" in capsys.readouterr().err
 
 
+def test_one_process_tells_of_its_run_whatever_its_rank(shards, tmp_path, capsys, monkeypatch):
+    """A scheduler may have left a RANK in the environment."""
+    monkeypatch.setenv("RANK", "3")
+    small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 1 --device cpu"
+    assert main(["train", str(shards), *small.split(), "--run", str(tmp_path / "run")]) == 0
+    assert "Next: sslus evaluate" in capsys.readouterr().out
+
+
 def test_the_next_command_can_be_pasted():
     assert _evaluate("my runs/a", "x") == "sslus evaluate 'my runs/a' --labels labels.csv"
     assert " --shards shards/ " in _evaluate("a", "s3://x/shards")  # a URL has no local/
