@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, after everything worth keeping has been written.
+    """Ctrl-C, SIGTERM or SIGHUP, after everything worth keeping has been written.
 
     The message says what was kept and how to continue. The command line exits with
     128 + `signum`. Like KeyboardInterrupt, it is not an Exception, so `except Exception` does

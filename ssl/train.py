@@ -116,7 +116,7 @@ def train(
 
     shards: a folder or a URL; tier: where its frames are kept, see sslus.ssl.loader.
     On the CPU the result depends only on the settings, the seed and the numbers of threads and
-    processes, bit for bit, even across interruptions: SIGTERM and Ctrl-C save and raise
+    processes, bit for bit, even across interruptions: Ctrl-C, SIGTERM, SIGHUP save and raise
     Interrupted, a killed run loses the steps since the last checkpoint, and `resume` continues
     either. The `settings` of a resumed run must be those of its config.json. `options` change what
     is logged and kept, not the result. If torchrun has started several processes, all must call

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -661,24 +663,46 @@ def test_a_damaged_line_of_metrics_is_named(line, tmp_path):
         checkpoints.read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_ctrl_c_of_the_command(shards, tmp_path):
-    """The real thing: a process, a signal, an exit code, one line."""
-    run = tmp_path / "run"
+def endless(shards, run, **how) -> subprocess.Popen:
+    """`sslus train` as a process; returns once it has begun to train."""
     options = "--backbone test_resnet --image-size 32 --batch-size 16 --epochs 9999 --log-every 1"
     process = subprocess.Popen(
         [sys.executable, "-m", "sslus.tools", "train", str(shards), "--run", str(run)]
         + options.split() + ["--projector", "16", "--device", "cpu", "--threads", "1"],
-        stderr=subprocess.PIPE, text=True,
+        **how,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not checkpoints.read_metrics(run / "metrics.jsonl"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    return process
+
+
+def test_ctrl_c_of_the_command(shards, tmp_path):
+    """The real thing: a process, a signal, an exit code, one line."""
+    run = tmp_path / "run"
+    process = endless(shards, run, stderr=subprocess.PIPE, text=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"everything is saved. Continue with: sslus train --resume --run {run}" in err
     assert len(err.splitlines()[-1]) > 60 and "Traceback" not in err
+    assert checkpoints.load(run / "checkpoint.pt")["step"] >= 1
+
+
+def test_a_lost_terminal_saves(shards, tmp_path):
+    """The system sends SIGHUP, and whatever is written to the terminal then fails."""
+    run, (terminal, end) = tmp_path / "run", os.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = endless(shards, run, stdin=end, stdout=end, stderr=end, preexec_fn=own_terminal)
+    os.close(end)
+    os.close(terminal)
+    assert process.wait(60) == 128 + signal.SIGHUP
     assert checkpoints.load(run / "checkpoint.pt")["step"] >= 1
 
 

@@ -54,7 +54,8 @@ def sslus():
     machine can do.
 
     Exit codes: 0 done; 1 error; 2 wrong usage; 3 done, but some input was refused; 70 internal
-    error (SSLUS_DEBUG=1 shows the traceback); 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
+    error (SSLUS_DEBUG=1 shows the traceback); 130 stopped by Ctrl-C; 143 by SIGTERM; 129
+    by the loss of the terminal.
     """
 
 

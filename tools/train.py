@@ -252,7 +252,8 @@ def command(ctx, run, gpus, **given):
     folder, they are decoded once, into a frame store beside the shards.
 
     Writes to the folder of the run: backbone.safetensors (the result), curves.png, metrics.jsonl,
-    config.json and checkpoints. Ctrl-C or SIGTERM saves and stops; --resume continues.
+    config.json and checkpoints. Ctrl-C, SIGTERM or a closed terminal (SIGHUP)
+    saves and stops; --resume continues.
 
     `sslus train --method NAME --help` also lists the options of the method NAME. NAME may be the
     path of a .py file with a loss of your own.
