@@ -44,8 +44,14 @@ def keep(path: Path, step: int, num: int, score: tuple[str, float] | None) -> No
     for old in later + kept[: -num or None]:
         old.unlink()
     best = folder / "best.json"
-    before = json.loads(best.read_text()) if best.exists() else {}
-    if score is not None and (before.get("of") != score[0] or score[1] > before["score"]):
+    try:
+        before = json.loads(best.read_text()) if best.exists() else {}
+        better = score is not None and (before.get("of") != score[0] or score[1] > before["score"])
+    except (ValueError, AttributeError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{best}: damaged ({e}); delete it, and the next checkpoint is best"
+        ) from e
+    if better:
         _link(path, folder / "best.pt")
         with atomic_file(best, "w") as f:
             json.dump({"step": step, "of": score[0], "score": score[1]}, f)

@@ -663,6 +663,17 @@ def test_a_damaged_line_of_metrics_is_named(line, tmp_path):
         checkpoints.read_metrics(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.parametrize(
+    "text", ["", "5", "null", '{"of": "-loss"}', '{"of": "-loss", "score": ""}']
+)
+def test_a_damaged_score_of_the_best_is_named(text, tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    checkpoints.keep(tmp_path / "checkpoint.pt", 1, 2, ("-loss", -1.0))
+    (tmp_path / "checkpoints" / "best.json").write_text(text)
+    with pytest.raises(InputError, match="best.json: damaged .*; delete it"):
+        checkpoints.keep(tmp_path / "checkpoint.pt", 2, 2, ("-loss", -2.0))
+
+
 def endless(shards, run, **how) -> subprocess.Popen:
     """`sslus train` as a process; returns once it has begun to train."""
     options = "--backbone test_resnet --image-size 32 --batch-size 16 --epochs 9999 --log-every 1"

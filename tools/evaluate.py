@@ -38,7 +38,7 @@ import click
     help="Where features are computed and backbones fine-tuned; auto: on a GPU if there is one.",
 )  # fmt: skip
 @click.option(
-    "--threads", type=click.IntRange(min=1),
+    "--threads", type=click.IntRange(1, 1024),
     help="CPU threads, for all that is computed.  [default: all cores]",
 )  # fmt: skip
 def command(run, labels, protocol, fractions, seeds, steps, out, shards, device, threads):

@@ -211,7 +211,7 @@ def _option(f, default) -> click.Option:
     help="With several GPUs: BatchNorm statistics over all of them, or of each separately.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1),
+    "--threads", type=click.IntRange(1, 1024),
     help="CPU threads; on the CPU, no more than there are free cores.  [default: all cores]",
 )  # fmt: skip
 @click.option(
