@@ -50,6 +50,8 @@ from torch import Tensor, nn
 from sslus.engine.errors import InputError
 
 RECIPES = ("default", "paper", "study")
+# Names in a line of metrics.jsonl.
+TAKEN = {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_second", "data_wait"}
 PAGE = Path(__file__).parents[1] / "README.md"  # is installed, and shows a method of your own
 
 
@@ -72,6 +74,8 @@ def checked(out: Output, method: nn.Module) -> Output:
         why = "the loss has no gradient: it was detached, or computed without one"
     elif wrong := [t for t in out.terms.values() if not isinstance(t, Tensor) or t.ndim]:
         why = f"want terms that are tensors of shape (), got {_kind(wrong[0])}"
+    elif taken := TAKEN & out.terms.keys():
+        why = f"a term named {min(taken)!r} would hide what the log says under this name"
     elif not isinstance(out.features, Tensor) or out.features.ndim != 2:
         why = f"want the backbone's features, (B, F), got {_kind(out.features)}"
     else:
