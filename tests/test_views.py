@@ -11,7 +11,6 @@ import torch
 
 from sslus.engine.errors import InputError
 from sslus.engine.plan import nearby
-from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 from sslus.kernels import _cpu
 from sslus.kernels.augment import COLUMNS, PARAMS, check_params, identity, views
@@ -25,10 +24,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def store(clips, tmp_path_factory) -> FrameStore:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    shard([clips], out, Settings(size=64, stride=2), device="cpu", jobs=1)
-    return FrameStore.open(out)
+def store(many_shards) -> FrameStore:
+    return FrameStore.open(many_shards)
 
 
 def test_philox_known_answers():
