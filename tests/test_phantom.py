@@ -345,7 +345,7 @@ def test_ctrl_c_while_the_workers_start_is_one_line(made, tmp_path):
 
 def test_a_worker_that_is_killed_is_no_bug_and_costs_one_clip(made, tmp_path, monkeypatch):
     """As by the kernel, where memory runs out."""
-    monkeypatch.setattr("sslus.engine.phantom.files._worker_starts", partial(os._exit, 9))
+    monkeypatch.setattr("sslus.engine.phantom.files.follow_parent", partial(os._exit, 9))
     with pytest.raises(InputError, match="a worker process was killed, .* with fewer --jobs"):
         synth(tmp_path, TINY, jobs=2)
     assert synth(tmp_path, TINY) == 5
