@@ -2,8 +2,8 @@
 //
 // Every result needs pixels at its own positions, so a vector of results must gather them. avx.h
 // uses byte shuffles as a look-up table: 8 results from a window of 16 or 32 pixels, or 32 results
-// from 64 or 128. On other processors, or if the results need more pixels, 16 rows are transposed, so
-// that a column of theirs is a vector and gathering becomes a load from another address. The
+// from 64 or 128. On other processors, or if the results need more pixels, 16 rows are transposed,
+// so that a column of theirs is a vector and gathering becomes a load from another address. The
 // results are the same.
 #pragma once
 #include "augment/avx.h"

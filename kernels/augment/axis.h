@@ -55,7 +55,7 @@ struct Axis {
   const int16_t* weights;
   // The same for look_up: a group of results uses the `reach` pixels from windows[o / group] on.
   // Reach 16 or 32: groups of 8; the low byte of places[o] is 0x70 + the position of first[o].
-  // Reach 64 or 128: groups of 32; places[o] is the position. kNever: a group's pixels are too many.
+  // Reach 64 or 128: groups of 32; places[o] is the position. kNever: a group has too many pixels.
   int64_t reach;
   const int32_t* windows;
   const int16_t* places;
