@@ -16,13 +16,16 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 
 
-def build(name: str, image_size: int, seed: int) -> nn.Module:
+def build(name: str, image_size: int, seed: int, zero_init_residual: bool = False) -> nn.Module:
     """The backbone `name` for (B, 1, image_size, image_size) -> (B, F), F = `num_features`.
 
-    Its random weights depend only on (name, image_size, seed); the caller's random state is not
-    changed. Residual blocks start with what they compute, as torchvision's do: timm would multiply
-    it by 0, and an untrained ResNet-18 would see less than a tenth of the pixels. Raises InputError
-    for unknown names and impossible sizes.
+    zero_init_residual: residual blocks of ResNets and their like add nothing to their input at
+    first, as the last BatchNorm in each has weight 0 (Goyal et al. 2017, arXiv:1706.02677, section
+    5.1). Other models have no such choice. An untrained ResNet-18 then sees less than a tenth of
+    the pixels.
+
+    Random weights depend only on these arguments; the caller's random state is not changed. Raises
+    InputError for unknown names and impossible sizes.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -32,7 +35,8 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
         )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            model = _created(name, seed, in_chans=1, **_options(name, image_size))
+            options = {"in_chans": 1, **_options(name, image_size)}
+            model = _created(name, seed, zero_init_residual, options)
             width = model.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1]
         except (AssertionError, RuntimeError, ValueError) as e:
             why = str(e) or "the size does not suit it"  # an assertion may say nothing
@@ -41,10 +45,10 @@ def build(name: str, image_size: int, seed: int) -> nn.Module:
     return model.train()
 
 
-def _created(name: str, seed: int, **options) -> nn.Module:
+def _created(name: str, seed: int, zero_init_residual: bool, options: dict) -> nn.Module:
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, zero_init_last=False, **options)
+        return timm.create_model(name, zero_init_last=zero_init_residual, **options)
     except TypeError:  # ResNets and their like take it, other models have nothing to set to 0
         torch.manual_seed(seed)
         return timm.create_model(name, **options)

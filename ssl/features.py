@@ -81,8 +81,9 @@ def features_of_both(
 
 def build(run: Run, name: str) -> nn.Module:
     """The backbone of the run or, for RANDOM, the same with random weights from the run's seed."""
-    settings = run.config["settings"]
-    backbone = backbones.build(settings["backbone"], settings["image_size"], settings["seed"])
+    s = run.config["settings"]
+    zero = s.get("zero_init_residual", False)  # runs of earlier versions do not record it
+    backbone = backbones.build(s["backbone"], s["image_size"], s["seed"], zero)
     if name == RANDOM:
         return backbone
     try:

@@ -48,6 +48,7 @@ class Settings:
     method: str = "vicreg"  # or the path of a .py file, see ssl/methods/__init__.py
     backbone: str | None = None  # resnet50 on CUDA, resnet18 on the CPU
     init: str = "random"  # random, imagenet, or a file of weights
+    zero_init_residual: bool = False  # residual blocks add nothing at first: backbones.build
     image_size: int | None = None  # side of a view in pixels: 224 on CUDA, 96 on the CPU
     batch_size: int | None = None  # frames over all ranks: 256 on CUDA, 64 on the CPU
     accumulate: int = 1  # batches per step, whose gradients are averaged

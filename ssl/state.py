@@ -50,7 +50,7 @@ class State:
         (0 to 1) with which views are normalised. initialise: gives the backbone its initial
         weights, before a method copies it as a teacher."""
         s = settings
-        backbone = backbones.build(s.backbone, s.image_size, s.seed)
+        backbone = backbones.build(s.backbone, s.image_size, s.seed, s.zero_init_residual)
         if initialise:
             initialise(backbone)
         torch.manual_seed(s.seed + 1)  # + 1: the backbone has used the seed itself

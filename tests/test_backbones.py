@@ -158,16 +158,16 @@ def test_an_untrained_backbone_sees_the_whole_image(name):
     assert (x.grad != 0).float().mean() > 0.99
 
 
-def test_random_weights_are_timms():
-    for name in ("resnet18", "test_vit", "test_efficientnet"):
-        ours = backbones.build(name, 64, seed=3).state_dict()
-        torch.manual_seed(3)
-        options = backbones._options(name, 64)
-        theirs = timm.create_model(name, in_chans=1, **options).state_dict()
-        differ = {k for k in theirs if not torch.equal(ours[k], theirs[k])}
-        assert all(k.endswith("bn2.weight") for k in differ) and bool(differ) == (
-            name == "resnet18"
-        )
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_efficientnet"])
+def test_random_weights_are_timms(name):
+    torch.manual_seed(3)
+    options = backbones._options(name, 64)
+    theirs = timm.create_model(name, in_chans=1, **options).state_dict()
+    ours, zeroed = (backbones.build(name, 64, 3, zero).state_dict() for zero in (False, True))
+    assert all(torch.equal(zeroed[k], theirs[k]) for k in theirs)  # timm's own default
+    differ = {k for k in theirs if not torch.equal(ours[k], theirs[k])}
+    last = {k for k in theirs if name == "resnet18" and k.endswith("bn2.weight")}
+    assert differ == last and all((ours[k] == 1).all() for k in last)
 
 
 def test_backbones_that_cannot_take_the_size_are_refused_when_built():

@@ -126,11 +126,11 @@ def test_bfloat16_features_get_a_float32_loss(name):
 
 # From the papers, and from the study's public scripts (their file's name: METHOD-train.py).
 LARGE = {"backbone": "resnet50", "image_size": 224, "optimizer": "lars"}
-STUDY = {"backbone": "resnet50", "image_size": 256}
+STUDY = {"backbone": "resnet50", "image_size": 256, "zero_init_residual": False}
 VALUES = {
     ("simclr", "paper"): LARGE | {
         "lr": 6.4, "weight_decay": 1e-4, "batch_size": 4096, "epochs": 800, "final_lr": 0,
-        "temperature": 0.1, "projector": "2048-2048-128",
+        "temperature": 0.1, "projector": "2048-2048-128", "zero_init_residual": True,
     },
     ("simclr", "study"): STUDY | {
         "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-4, "batch_size": 160, "epochs": 10,
@@ -139,6 +139,7 @@ VALUES = {
     ("moco", "paper"): LARGE | {
         "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "batch_size": 256, "epochs": 800,
         "warmup_steps": 0, "temperature": 0.2, "queue": 65536, "momentum": 0.999,
+        "zero_init_residual": False,
     },
     ("moco", "study"): STUDY | {
         "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "batch_size": 288, "epochs": 20,
@@ -147,7 +148,7 @@ VALUES = {
     },
     ("byol", "paper"): LARGE | {
         "lr": 3.2, "weight_decay": 1.5e-6, "batch_size": 4096, "epochs": 1000,
-        "momentum": 0.996, "projector": "4096-256", "predictor": 4096,
+        "momentum": 0.996, "projector": "4096-256", "predictor": 4096, "zero_init_residual": True,
     },
     ("byol", "study"): STUDY | {
         "optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6, "batch_size": 160, "epochs": 10,
@@ -156,6 +157,7 @@ VALUES = {
     ("vicreg", "paper"): LARGE | {
         "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,
         "projector": "8192-8192-8192", "invariance": 25, "variance": 25, "covariance": 1,
+        "zero_init_residual": True,
     },
     ("vicreg", "study"): STUDY | {
         "optimizer": "lars", "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,
@@ -163,7 +165,7 @@ VALUES = {
     },
     ("barlowtwins", "paper"): LARGE | {
         "lr": 1.6, "weight_decay": 1.5e-6, "batch_size": 2048, "epochs": 1000,
-        "projector": "8192-8192-8192", "off_diagonal": 0.0051,
+        "projector": "8192-8192-8192", "off_diagonal": 0.0051, "zero_init_residual": True,
     },
     ("barlowtwins", "study"): STUDY | {
         "optimizer": "lars", "lr": 1.6, "weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000,

@@ -91,6 +91,12 @@ def _option(f, default) -> click.Option:
     help="Initial weights: random, timm's ImageNet weights, or those in FILE.",
 )  # fmt: skip
 @click.option(
+    "--zero-init-residual/--no-zero-init-residual",
+    default=None,
+    help="Whether residual blocks (of ResNets) add nothing at first; --init FILE or imagenet"
+    " overrides it.  [default: the recipe's]",
+)
+@click.option(
     "--image-size", type=int, help="Side of a view in pixels.  [default: 96 CPU, 224 CUDA]"
 )
 @click.option(

@@ -53,6 +53,7 @@ RECIPES = {
         "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
         "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
         "views": "barlowtwins", "projector": "8192-8192-8192", "scale": 0.024,
+        "zero_init_residual": True,
     },
     "study": {
         "backbone": "resnet50", "image_size": 256, "batch_size": 2048, "epochs": 1000,

@@ -46,12 +46,12 @@ class Config:
 RECIPES = {
     # The paper's 0.996 is for 1000 epochs; its appendix uses 0.99 for 100 and 300.
     "default": {"views": "ultrasound"},
-    # Section 3.2; views: appendix B, table 6.
+    # Section 3.2; views: appendix B, table 6; how blocks start: the ResNet of Haiku, which it uses.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 1000,
         "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1.5e-6, "warmup_epochs": 10,
         "final_lr": 0.0, "views": "barlowtwins", "projector": "4096-256", "predictor": 4096,
-        "momentum": 0.996,
+        "momentum": 0.996, "zero_init_residual": True,
     },
     "study": {
         "backbone": "resnet50", "image_size": 256, "batch_size": 160, "epochs": 10,

@@ -41,11 +41,12 @@ RECIPES = {
     "default": {"views": "ultrasound"},
     # Version 2, section 3: learning rate 0.1 sqrt(4096) = 6.4, warm-up for 5 % of 800 epochs,
     # weight decay 1e-4, a projector as wide as the features. Views: appendix A of version 1.
-    # Temperature: the authors' code.
+    # Temperature, and how blocks start: the authors' code.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 4096, "epochs": 800,
         "optimizer": "lars", "base_lr": 0.4, "weight_decay": 1e-4, "warmup_epochs": 40,
         "final_lr": 0.0, "views": "simclr", "projector": "2048-2048-128", "temperature": 0.1,
+        "zero_init_residual": True,
     },
     "study": {
         "backbone": "resnet50", "image_size": 256, "batch_size": 160, "epochs": 10,

@@ -43,7 +43,7 @@ RECIPES = {
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
         "optimizer": "lars", "base_lr": 0.2, "weight_decay": 1e-6, "warmup_epochs": 10,
-        "views": "barlowtwins", "projector": "8192-8192-8192",
+        "views": "barlowtwins", "projector": "8192-8192-8192", "zero_init_residual": True,
     },
     "study": {
         "backbone": "resnet50", "image_size": 256, "batch_size": 2048, "epochs": 1000,
