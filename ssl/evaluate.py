@@ -241,6 +241,10 @@ def _finetune(
     return [Guess(x.argmax(1), p) for x, p in zip(logits, softmax, strict=True)], num
 
 
+def _some(items: list[str], joint: str = ", ", num: int = 4) -> str:
+    return joint.join(items[:num] + ["..."] * (len(items) > num))
+
+
 def _warnings(
     run: Run, store: FrameStore, frames: LabelledFrames, tasks: list[Task]
 ) -> Iterator[str]:
@@ -253,7 +257,7 @@ def _warnings(
     ]
     if unseen:
         yield (
-            f"class {', '.join(unseen)}: some folds have no training patient with it, which"
+            f"class {_some(unseen)}: some folds have no training patient with it, which"
             " lowers its scores; it has too few patients, or they share other classes: label more"
         )
     same = copies(store, frames)
@@ -262,7 +266,7 @@ def _warnings(
             f"{sum(map(len, same))} videos are {len(same)} videos under several patients, who may"
             " be on both sides of the split, which raises all scores: give each one patient in"
             " labels.csv (local/ledger.jsonl of the shards has the names of"
-            f" {', '.join(' = '.join(ids) for ids in same[:3])}{', ...' if same[3:] else ''})"
+            f" {_some([_some(ids, ' = ') for ids in same])})"
         )
     tested = np.unique(np.concatenate([t.test for t in tasks]))
     num = np.count_nonzero(store.label[frames.index[tested]] >= 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,6 +47,7 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
     fixed = any(row.split for row in rows.values())
     names = sorted({row.label for row in rows.values()})
     patients = sorted({row.patient for row in rows.values()})
+    class_of, number_of = ({x: i for i, x in enumerate(each)} for each in (names, patients))
     place = {video_id: i for i, video_id in enumerate(store.video_ids)}
     of_video = {place[video]: row for video, row in rows.items() if video in place}
     used = [video for video, row in of_video.items() if row.split != "val"]
@@ -60,9 +62,9 @@ def label_frames(store: FrameStore, shards: Path, labels: Path) -> LabelledFrame
 
     return LabelledFrames(
         index=index,
-        y=column(lambda row: names.index(row.label)),
+        y=column(lambda row: class_of[row.label]),
         video=video,
-        patient=column(lambda row: patients.index(row.patient)),
+        patient=column(lambda row: number_of[row.patient]),
         test=column(lambda row: row.split == "test").astype(bool) if fixed else None,
         names=names,
         num_unlabelled=len(store.video_ids) - len(of_video),
@@ -198,14 +200,17 @@ def _deal_once(of_class: list[np.ndarray], k: int, rng: np.random.Generator) -> 
 def share(frames: LabelledFrames, train: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """The part of `train` whose labels a share of `percent` keeps; see `evaluate`."""
     rng = np.random.default_rng([seed, len(train)])
-    order = rng.permutation(np.unique(frames.patient[train]))
+    order = rng.permutation(np.unique(frames.patient[train])).tolist()
+    all_videos, first = np.unique(frames.video[train], return_index=True)
+    whose = defaultdict(list)  # the videos of a class and patient, in ascending order
+    facts = (all_videos, frames.y[train[first]], frames.patient[train[first]])
+    for video, c, patient in zip(*(x.tolist() for x in facts), strict=True):
+        whose[c, patient].append(video)
     kept = []
     for c in range(len(frames.names)):
-        of_class = train[frames.y[train] == c]
         videos = []
         for patient in order:
-            own = np.unique(frames.video[of_class[frames.patient[of_class] == patient]])
-            videos.extend(rng.permutation(own).tolist())
+            videos.extend(rng.permutation(whose.get((c, patient), [])).tolist())
         # Exact fractions: as floats, 7 % of 100 is a little more than 7, and 8 would be kept.
         kept.extend(videos[: math.ceil(Fraction(str(percent)) * len(videos) / 100)])
     return train[np.isin(frames.video[train], kept)]
