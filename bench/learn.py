@@ -34,10 +34,11 @@ from sslus.ssl.train import Settings, train
 
 NOTE = """
 Macro-F1: mean over training seeds and draws of labels and folds. Gain: the mean difference to
-random weights of the same seed in the same draw ± its standard error, which is the root of
-(variance of the seeds' mean gains / seeds + variance of the draws' mean gains / draws); with one
-seed or one draw, without that term. The draws are the same for all methods and seeds, and are of
-the same videos: the methods' errors are not independent, and other videos may differ by more.
+the random weights that the run began with, in the same draw, ± its standard error, which is the
+root of (variance of the seeds' mean gains / seeds + variance of the draws' mean gains / draws);
+with one seed or one draw, without that term. The draws are the same for all methods and seeds,
+and are of the same videos: the methods' errors are not independent, and other videos may differ
+by more.
 """
 
 
@@ -60,6 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=None)
     parser.add_argument("--fractions", default="1,10,100", help="percent of the labels")
+    parser.add_argument(
+        "--zero-init-residual", action=argparse.BooleanOptionalAction, default=None,
+        help="default: each method's",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -70,10 +75,12 @@ def arguments() -> argparse.Namespace:
 
 def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
     """Train and evaluate. Returns a line for each share of the labels and each backbone: the
-    trained one and a random one, whose results are in `shared` for the other methods."""
+    trained one and the random one that it began as, which other methods may share."""
     name = methods.name_of(method)
     run = args.out / f"{name}-{seed}"
     values, config = methods.recipe(method, "default")
+    if args.zero_init_residual is not None:
+        values["zero_init_residual"] = args.zero_init_residual
     settings = Settings(
         method=method, seed=seed, max_steps=args.steps, backbone=args.backbone,
         image_size=args.image_size, batch_size=args.batch_size, **values,
@@ -92,9 +99,11 @@ def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
     judged = evaluate(
         run, args.labels, percents=percents, num_seeds=args.draws, device=args.device, shared=shared
     )
+    start_of = RANDOM + (", blocks at 0" if settings.zero_init_residual else "")
     lines = [
         {
-            "method": row.backbone, "seed": seed, "percent": row.percent,
+            "method": name if row.backbone == name else start_of, "start": start_of,
+            "seed": seed, "percent": row.percent,
             "macro_f1": row.macro_f1, "balanced_accuracy": row.balanced_accuracy,
             "loss": result.metrics[-1]["loss"], "draws": args.draws,
             "macro_f1_of_draws": row.macro_f1_of_seeds,
@@ -122,16 +131,18 @@ def gain(trained: np.ndarray, random: np.ndarray) -> tuple[float, float | None]:
 def table(lines: list[dict]) -> str:
     percents = sorted({x["percent"] for x in lines})
     found = {(x["method"], x["percent"], x["seed"]): x["macro_f1_of_draws"] for x in lines}
+    start = {x["method"]: x.get("start", RANDOM) for x in lines}  # older rows lack it
     header = ["backbone", *(f"{p:g} % of labels | gain" for p in percents)]
     rows = [header, ["---"] * (1 + 2 * len(percents))]
     for method in dict.fromkeys(x["method"] for x in lines):
         row = [method]
         for p in percents:
             seeds = sorted(s for m, q, s in found if (m, q) == (method, p))
-            own, random = (np.array([found[m, p, s] for s in seeds]) for m in (method, RANDOM))
+            pair = (method, start[method])
+            own, random = (np.array([found[m, p, s] for s in seeds]) for m in pair)
             mean, error = gain(own, random)
             gained = f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
-            row += [f"{own.mean():.3f}", "" if method == RANDOM else gained]
+            row += [f"{own.mean():.3f}", "" if method == start[method] else gained]
         rows.append(row)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + NOTE
 

@@ -407,15 +407,18 @@ def test_a_gain_is_held_against_the_draws_and_the_seeds(monkeypatch):
     assert means.mean() == pytest.approx(0.1, abs=0.003)
     assert np.mean(errors**2) == pytest.approx(means.var(), rel=0.1)
 
-    def lines(seed, trained, random):
-        each = {"percent": 10.0, "seed": seed}
+    def lines(seed, trained, random, method="vicreg", start="random init"):
+        each = {"percent": 10.0, "seed": seed, "start": start}
         return [
             {"method": name, "macro_f1_of_draws": values, **each}
-            for name, values in (("vicreg", trained), (learn.RANDOM, random))
+            for name, values in ((method, trained), (start, random))
         ]
 
-    rows = learn.table(lines(0, [0.5, 0.7], [0.4, 0.2]) + lines(1, [0.6, 0.8], [0.3, 0.1]))
+    found = lines(0, [0.5, 0.7], [0.4, 0.2]) + lines(1, [0.6, 0.8], [0.3, 0.1])
+    other = lines(0, [0.9, 0.9], [0.1, 0.1], "moco", "of another kind")
+    rows = learn.table(found + other)
     assert "| vicreg | 0.650 | +0.400 ± 0.224 |\n| random init | 0.250 |  |\n" in rows
+    assert "| moco | 0.900 | +0.800 ± 0.000 |\n| of another kind | 0.100 |  |\n" in rows
     one = learn.table(lines(0, [0.5, 0.7], [0.4, 0.2]))  # one seed, of which nothing is known
     assert "| +0.300 ± 0.200 |" in one
 
