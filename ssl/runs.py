@@ -3,15 +3,19 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.stream import is_url
 
-USED = {  # of config.json
-    "settings": ("method", "backbone", "image_size", "seed", "max_steps", "dual_task"),
-    "shards": ("path", "digest", "mean", "std"),
-}
+USED = {  # of config.json, and of which type
+    "settings": {
+        "method": str, "backbone": str, "image_size": int, "seed": int, "max_steps": int,
+        "dual_task": float,
+    },
+    "shards": {"path": str, "digest": str, "mean": float, "std": float},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,14 @@ class Run:
     path: Path
     config: dict
     weights: bytes  # of backbone.safetensors
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise TypeError for a value of another type: a config.json may have been edited by hand."""
+    kinds = get_args(kind) or (kind,)  # of `int | None`
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise TypeError(f"{name} is {value!r:.40}, not {wanted}")
 
 
 def read_run(run: Path) -> Run:
@@ -33,10 +45,10 @@ def read_run(run: Path) -> Run:
             )
     try:
         config = json.loads((run / "config.json").read_text())
-        for part, names in USED.items():
-            for name in names:
-                config[part][name]  # KeyError if missing
-    except (ValueError, KeyError, TypeError) as e:
+        for part, kinds in USED.items():
+            for name, kind in kinds.items():
+                check_type(name, config[part][name], kind)  # KeyError if missing
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(
             f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
             " train it again"

@@ -22,11 +22,13 @@ import torch
 from sslus.engine.errors import InputError
 from sslus.engine.plan import Plan
 from sslus.ssl import methods, optimizers
+from sslus.ssl.runs import check_type
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import pays_bf16
 
 WAYS = ("eager", "compile", "graph")  # to execute an update, see ssl/step.py
 WHERE = {"device": "auto", "tier": "auto", "threads": None}  # and their defaults
+WHERE_KINDS = {"device": str, "tier": str, "threads": int | None}
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max
 CHOICES = {
@@ -206,11 +208,14 @@ def how(asked: dict, recorded: dict | None = None) -> tuple[dict, Options]:
 
 
 def recorded_how(run: Path) -> dict:
-    """What `how` was when a run last started; {} if that cannot be read."""
+    """What `how` was when a run last started; {} if that cannot be read, which train.open_run
+    reports. Raises InputError for values of a wrong type."""
     try:
-        return dict(json.loads((run / "config.json").read_text())["how"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # train.open_run reports what is wrong with it
+        found = dict(json.loads((run / "config.json").read_text())["how"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    _check_types(found, WHERE_KINDS | _kinds(Options))
+    return found
 
 
 def settings_from(config: dict, method: str | None = None) -> tuple[Settings, object]:
@@ -230,10 +235,25 @@ def settings_from(config: dict, method: str | None = None) -> tuple[Settings, ob
             if changed := _changed_file(config, methods.about_file(method)):
                 raise InputError(f"--resume: {changed}; put it back, or start another --run DIR")
             values["method"] = method
-        module = methods.load(values["method"])
-        return Settings(**values), module.Config(**config["method_config"])
-    except (KeyError, TypeError) as e:
-        raise InputError(f"config.json of the run: written by another version ({e})") from e
+        module, own = methods.load(values["method"]), dict(config["method_config"])
+        settings, method_config = Settings(**values), module.Config(**own)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"config.json of the run: written by another version ({e}); start another --run DIR"
+        ) from e
+    _check_types(values, _kinds(Settings))
+    _check_types(own, _kinds(module.Config))
+    return settings, method_config
+
+
+def _check_types(values: dict, kinds: dict[str, type]) -> None:
+    try:
+        for name in values.keys() & kinds.keys():
+            check_type(name, values[name], kinds[name])
+    except TypeError as e:
+        raise InputError(
+            f"config.json of the run: damaged ({e}); put it back, or start another --run DIR"
+        ) from e
 
 
 def check_config(method_config) -> None:
@@ -288,4 +308,8 @@ def _part(values: dict, names) -> dict:
 
 
 def _names(kind) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
+    return list(_kinds(kind))
+
+
+def _kinds(kind) -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(kind)}

@@ -31,6 +31,7 @@ from sslus.ssl.loader import Store, open_store, plan_of
 from sslus.ssl.loader import tier as tier_of
 from sslus.ssl.loop import Loop
 from sslus.ssl.memory import keep_freed_memory
+from sslus.ssl.runs import check_type
 from sslus.ssl.settings import Options, Settings, check_config, refuse_changes
 from sslus.ssl.state import State
 from sslus.ssl.step import possible
@@ -66,9 +67,13 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
         recorded["settings"]["method"]
         if recorded["format"] != FORMAT:
             why = f"{run} was started by another version of sslus and cannot be continued exactly"
+        else:
+            check_type("method_config", recorded["method_config"], dict)
+            for name, kind in {"path": str, "digest": str, "streamed": bool}.items():
+                check_type(name, recorded["shards"][name], kind)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         why = f"{run / 'config.json'} is damaged ({type(e).__name__}: {e})"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     # Resume only a run that this very torchrun (the parent process in all its attempts) has begun.

@@ -108,7 +108,7 @@ def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
     for folder in (run, shards / "local"):
         folder.mkdir(parents=True)
     (run / "backbone.safetensors").touch()
-    config = {part: dict.fromkeys(names) for part, names in USED.items()}
+    config = {part: {k: kind() for k, kind in kinds.items()} for part, kinds in USED.items()}
     config["shards"]["path"] = str(shards)
     (run / "config.json").write_text(json.dumps(config))
     Manifest({"size": 32}, 1, 1, 0.5, 0.5, [], {}, []).with_digest().write(shards)

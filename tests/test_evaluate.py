@@ -1077,6 +1077,10 @@ def test_what_cannot_be_judged_is_one_line(run, shards, videos, tmp_path):
     (damaged / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"damaged \(KeyError: 'image_size'\).*train it again"):
         judge(good, run=damaged)
+    config["settings"]["image_size"] = "32"
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"damaged \(.*image_size is '32', not int\).*train it"):
+        judge(good, run=damaged)
     config = json.loads((run / "config.json").read_text())
     config["shards"]["path"] = "https://example.org/shards"
     (damaged / "config.json").write_text(json.dumps(config))

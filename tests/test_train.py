@@ -648,12 +648,33 @@ def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     assert CliRunner().invoke(sslus, ["train", "--epochs", "0"]).exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {"method": "vicreg", "x": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", "[" * 10**5, '{"settings": {"method": "vicreg", "x": 1}}']
+)
 def test_a_damaged_config_is_one_line(shards, tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     assert main(["train", str(shards), "--resume", "--run", str(tmp_path), "--device", "cpu"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "config.json" in err
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("settings", "seed", "x"), ("settings", "lr", "0.1"), ("settings", "image_size", 32.5),
+        ("settings", "views", ["a"]), ("settings", "epochs", True), ("settings", None, []),
+        ("method_config", "projector", 32), ("method_config", None, "x"), ("shards", "path", 5),
+        ("shards", None, 5), ("how", "device", ["cpu"]), ("how", "log_every", "x"),
+        ("method_file", None, "my_method.py"),
+    ],
+)  # fmt: skip
+def test_a_config_edited_by_hand_is_one_line(part, name, value, whole_run, tmp_path, capsys):
+    config = json.loads((whole_run.run / "config.json").read_text())
+    (config if name is None else config[part])[name or part] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["train", "--resume", "--run", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.match(f"Error: .*config.json.*{name or ''}.*start an", err)
 
 
 @pytest.mark.parametrize("line", [b'{"st', b"\xff", b"5", b"[1]", b'{"loss": 1}', b"\0\0"])
