@@ -169,9 +169,14 @@ class Op:
                 f" got {', '.join(kinds) or 'nothing'}"
             )
         for name, x in rest.items():
-            if self.numbers[name] is float and not isinstance(x, Real | Tensor):
-                raise TypeError(f"{self.name}: want a number as {name}, got {x!r}")
+            if self.numbers[name] is float:
+                check_number(self.name, name, x)
         return found, rest
+
+
+def check_number(who: str, name: str, x: object) -> None:
+    if not isinstance(x, Real | Tensor):
+        raise TypeError(f"{who}: want a number as {name}, got {x!r}")
 
 
 def _check_choice(which: str) -> None:

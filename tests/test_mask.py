@@ -319,6 +319,15 @@ def test_what_cannot_be_masked_is_refused():
     ]:
         with pytest.raises(ValueError, match=why):
             Mask(**change)
+    for change, why in [
+        ({"patch": "2"}, "want a whole number as patch, got '2'"),
+        ({"num": 1.5}, "want a whole number as num, got 1.5"),
+        ({"ratio": None}, "want a number as ratio, got None"),
+    ]:
+        with pytest.raises(TypeError, match=f"^mask: {why}$"):
+            Mask(**change)
+    with pytest.raises(TypeError, match="^mask: want a number as fill, got '0'$"):
+        mask_fill(x, ids, PATCHES, fill="0")
     for tensors, mask, why in [
         ((x, ids), Mask(patch=1), "64 x 64 of 1 px in 64 x 64: take a larger patch"),
         ((x[:, 0], ids), PATCHES, r"want two tensors \(B, 1, H, W\)"),

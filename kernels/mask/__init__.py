@@ -20,13 +20,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sslus.kernels.mask import cpu, reference
-from sslus.kernels.op import Map, Op
+from sslus.kernels.op import Map, Op, check_number
 
 __all__ = ["Mask", "draw_mask", "mask_fill", "masked_mse", "sample_ids"]
 
@@ -39,7 +40,7 @@ class Mask:
     black is 0 and noise reaches 8 of 255, it is (8.5 / 255 - mean) / std, between two grey levels.
     Without it, the whole image is the sector. Black inside the sector, such as a chamber, belongs
     to it; black that reaches its edge cannot be distinguished from the outside. Raises ValueError
-    for values out of range.
+    for values out of range, TypeError for those that are no numbers.
     """
 
     kind: str = "patches"  # or "rectangles"
@@ -56,6 +57,12 @@ class Mask:
             if not ok:
                 raise ValueError(f"mask: want {what}, got {got}")
 
+        for f in dataclasses.fields(self):
+            x = getattr(self, f.name)
+            if f.type is float:
+                check_number("mask", f.name, x)
+            elif f.type is int and not isinstance(x, Integral):
+                raise TypeError(f"mask: want a whole number as {f.name}, got {x!r}")
         want(self.kind in ("patches", "rectangles"), "kind patches or rectangles", self.kind)
         want(1 <= self.patch <= 1 << 15, "a patch of 1 to 32768 px", self.patch)
         want(0 < self.ratio <= 1, "ratio above 0 and at most 1", self.ratio)
@@ -115,6 +122,8 @@ def mask_fill(
     """
     target = x if target is None else target
     _check(x, target, ids)
+    if not torch.compiler.is_compiling():
+        check_number("mask", "fill", fill)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Compiled kernels refuse strided input, so it is copied explicitly, here.
     _fill(x.contiguous(), target.contiguous(), ids.contiguous(), out, **_constants(mask), fill=fill)
