@@ -121,6 +121,11 @@ class Op:
         `which` (one of CHOICES). group: the ranks that share the batch; None means all ranks.
         Raises TypeError for what is no tensor or number, and ValueError if it cannot run."""
         tensors, scalars = self._arguments(tensors, self.defaults | scalars)
+        n = self.num_gradients
+        for name, t in zip(list(self.inputs)[n:], tensors[n:], strict=True):
+            # Weights; a teacher's rows or a queue are constants by the loss's definition.
+            if t is not None and t.ndim == 1 and t.requires_grad:
+                raise ValueError(f"{self.name}: {name} get no gradient; detach() them")
         x = tensors[0]
         _check_choice(which)
         if which == "auto":

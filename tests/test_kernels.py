@@ -808,5 +808,8 @@ def test_what_is_no_tensor_or_number_is_told_in_one_line(which):
         with pytest.raises(TypeError) as e:
             OPS[name].run(which, *tensors, **scalars)
         assert str(e.value).startswith(f"{name}: {why}") and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=r"^vicreg: weights get no gradient; detach\(\) them$"):
+        OPS["vicreg"].run(which, z, -z, weights.requires_grad_())
+    weights = weights.detach()
     by_name = OPS["vicreg"].run(which, zb=-z, za=z, weights=weights)
     assert torch.equal(by_name, OPS["vicreg"].run(which, z, -z, weights))
