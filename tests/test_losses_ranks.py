@@ -64,7 +64,8 @@ def gradients(name, which, tensors, group=None):
         t if t is None else t.clone().requires_grad_(i < op.num_gradients)
         for i, t in enumerate(tensors)
     ]
-    loss = op.run(which, *leaves, group=group, **SCALARS[name])
+    named = {"weights": leaves[2]} if name == "vicreg" and len(leaves) > 2 else {}
+    loss = op.run(which, *leaves[: 2 if named else None], group=group, **named, **SCALARS[name])
     (3 * loss).backward()
     return loss.detach(), [t.grad for t in leaves[: op.num_gradients]]
 
