@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import mmap
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ FETCHES = 8  # shards fetched at a time
 WAITS_SECONDS = (1, 5)  # before each retry of a URL
 # Each just transfers bytes. Excluded: pipes, chains ("::"), archives, shells of other machines.
 PROTOCOLS = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
+
+HIDDEN = "***"  # in a URL that is written or printed
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class StreamStore:
         where = str(where)
         if not is_url(where):
             return StreamStore(where, read_manifest(Path(where)), why)
-        text, path = _fetch(where, manifests.NAME), f"{where.rstrip('/')}/{manifests.NAME}"
+        text, path = _fetch(where, manifests.NAME), shown(_inside(where, manifests.NAME))
         return StreamStore(where, parse_manifest(text, path), why)
 
     def __len__(self) -> int:
@@ -194,7 +197,7 @@ class Reader:
 
     def _open(self, number: int) -> Archive:
         entry, where = self.entries[number], self.store.where
-        name = f"{where.rstrip('/')}/{entry['name']}"
+        name = shown(_inside(where, entry["name"]))
         data = _fetch(where, entry["name"])
         if len(data) != entry["bytes"]:
             raise InputError(
@@ -251,17 +254,42 @@ def is_url(where: str | Path) -> bool:
     where = str(where)
     protocol, separator, path = where.partition("://")
     if where.startswith("pipe:") or (separator and "|" in where):
-        raise InputError(f"{where}: shell commands are never run; give a folder or a URL of shards")
+        raise InputError(
+            f"{shown(where)}: shell commands are never run; give a folder or a URL of shards"
+        )
     if not separator:
         return False
     if protocol not in PROTOCOLS or "::" in path:
-        raise InputError(f"{where}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
+        raise InputError(f"{shown(where)}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
     return True
+
+
+def shown(text: str | Path) -> str:
+    """The text with HIDDEN for what its URLs may hold of secrets: user and password, and query.
+
+    >>> shown("https://me:password@host/shards?signature=1f")
+    'https://***@host/shards?***'
+    """
+    text = re.sub(r"(?<=://)[^/?@\s]*@", _hidden_user, str(text))
+    return re.sub(r"(://[^?]*\?).*", rf"\1{HIDDEN}", text, flags=re.DOTALL)
+
+
+def _hidden_user(match: re.Match) -> str:
+    # abfs://CONTAINER@ACCOUNT/PATH holds none.
+    of_azure = match.string[: match.start()].endswith(("abfs://", "abfss://"))
+    return match[0] if of_azure and ":" not in match[0] else f"{HIDDEN}@"
+
+
+def _inside(where: str, name: str) -> str:
+    """The file `name` in the folder or URL `where`, whose query, as of a signature, stays last."""
+    is_http = where.startswith(("http://", "https://"))
+    path, *query = where.split("?", 1) if is_http else [where]
+    return "?".join([f"{path.rstrip('/')}/{name}", *query])
 
 
 def _fetch(where: str, name: str):
     """The content of a file in the folder or URL `where`, as bytes or a memory map."""
-    full = f"{where.rstrip('/')}/{name}"
+    full = _inside(where, name)
     if not is_url(where):
         try:
             with Path(full).open("rb") as f:
@@ -273,19 +301,20 @@ def _fetch(where: str, name: str):
             ) from e
     import fsspec
 
+    told = shown(full)
     for wait in (*WAITS_SECONDS, None):
         try:
             files, path = fsspec.core.url_to_fs(full)
             return files.cat_file(path)
         except ImportError as e:
-            raise InputError(f"{full}: {e}; pip install it, or copy the shards to a disk") from e
+            raise InputError(f"{told}: {e}; pip install it, or copy the shards to a disk") from e
         except FileNotFoundError as e:
-            raise InputError(f"{full}: no such file; is it a URL of shards?") from e
+            raise InputError(f"{told}: no such file; is it a URL of shards?") from e
         except Exception as e:  # every protocol has its own errors: botocore's, aiohttp's, ...
             if wait is None:
-                why = next(iter(str(e).splitlines()), "") or "no reason given"
+                why = shown(next(iter(str(e).splitlines()), "")) or "no reason given"
                 raise InputError(
-                    f"{full}: cannot be read ({type(e).__name__}: {why}); check the network and"
+                    f"{told}: cannot be read ({type(e).__name__}: {why}); check the network and"
                     " your permissions"
                 ) from e
             time.sleep(wait)

@@ -19,7 +19,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
-from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url
+from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url, shown
 from sslus.kernels.augment import SMALLEST_STD, views
 from sslus.kernels.mask import sample_ids
 from sslus.ssl.memory import large_pages
@@ -101,8 +101,8 @@ def open_store(shards: str | Path, tier: str = "auto", pairs: str = "same", **op
         store = StreamStore.open(shards, why)
     if store.std < SMALLEST_STD:
         raise InputError(
-            f"{shards}: all frames are blank, of one grey level, so there is nothing to learn; look"
-            " at them (sslus views), and make the shards again from other videos"
+            f"{shown(shards)}: all frames are blank, of one grey level, so there is nothing to"
+            " learn; look at them (sslus views), and make the shards again from other videos"
         )
     return store
 

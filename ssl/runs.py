@@ -7,7 +7,7 @@ from typing import get_args
 
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
-from sslus.engine.stream import is_url
+from sslus.engine.stream import is_url, shown
 
 USED = {  # of config.json, and of which type
     "settings": {
@@ -71,8 +71,8 @@ def check(
     folder = shards or source.config["shards"]["path"]
     if is_url(folder):
         raise InputError(
-            f"{folder}: is a URL, but only the local/ folder of shards tells which video a frame"
-            " comes from; copy the shards to a disk and name them with --shards"
+            f"{shown(folder)}: is a URL, but only the local/ folder of shards tells which video a"
+            " frame comes from; copy the shards to a disk and name them with --shards"
         )
     if not Path(folder).exists():
         raise InputError(f"{folder}: no such folder; name the shards of the run with --shards")

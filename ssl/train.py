@@ -24,7 +24,7 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
-from sslus.engine.stream import StreamStore, is_url
+from sslus.engine.stream import StreamStore, is_url, shown
 from sslus.ssl import backbones, checkpoints, methods
 from sslus.ssl.cores import Cores
 from sslus.ssl.loader import Store, open_store, plan_of
@@ -301,7 +301,7 @@ def _config(
         "method_file": methods.about_file(settings.method),
         "method_config": dataclasses.asdict(method_config),
         "shards": {
-            "path": str(shards) if is_url(shards) else str(Path(shards).resolve()),
+            "path": shown(shards) if is_url(shards) else str(Path(shards).resolve()),
             "streamed": isinstance(store, StreamStore),
             "digest": store.digest,
             "num_frames": len(store),

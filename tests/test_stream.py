@@ -287,6 +287,52 @@ def test_over_http(shards, many_shards):
         server.server_close()
 
 
+def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards, many_shards):
+    pytest.importorskip("aiohttp")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.headers["Authorization"] != "Basic bWU6c2VjcmV0" or "?sig=1f" not in self.path:
+                self.send_error(403)
+            else:
+                super().do_GET()
+
+        log_message = lambda *_: None  # noqa: E731
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        host = f"127.0.0.1:{server.server_port}"
+        where = f"http://me:secret@{host}/?sig=1f"
+        np.testing.assert_array_equal(read(where), read(many_shards))
+        for wrong in (where.replace("sig=1f", "sig=1e"), where.replace("/?", "/none?")):
+            with pytest.raises(InputError) as e:
+                read(wrong)
+            told = wrong.replace("me:secret", "***").partition("?")[0].rstrip("/")
+            assert str(e.value).startswith(f"{told}/manifest.json?***: ")
+            assert "secret" not in str(e.value) and "sig=" not in str(e.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "url, told",
+    [
+        ("https://me:password@host/shards?signature=1f", "https://***@host/shards?***"),
+        ("s3://key:secret@bucket/a@b", "s3://***@bucket/a@b"),
+        ("https://token@host/shards", "https://***@host/shards"),
+        ("abfs://box@account.net/a", "abfs://box@account.net/a"),
+        ("abfs://box:key@account.net/a", "abfs://***@account.net/a"),
+        ("403, url='https://host/a?b=c&d'", "403, url='https://host/a?***"),
+        ("what?/shards@home", "what?/shards@home"),
+        ("s3://bucket/shards", "s3://bucket/shards"),
+    ],
+)
+def test_what_is_shown_of_a_url(url, told):
+    assert stream.shown(url) == told
+
+
 def test_dali_decodes_what_simplejpeg_does(many_shards, by_hand):
     """The pipeline of the GPU, here with DALI's decoder on the CPU."""
     pytest.importorskip("nvidia.dali")

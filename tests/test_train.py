@@ -15,6 +15,7 @@ import termios
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -646,6 +647,32 @@ def test_the_command_trains_stops_and_resumes(shards, tmp_path, capsys):
     assert main([*base[:2], "--run", str(tmp_path / "x"), "--method", "nothing"]) == 1
     assert re.search("there are: .*vicreg", capsys.readouterr().err)
     assert CliRunner().invoke(sslus, ["train", "--epochs", "0"]).exit_code == 2
+
+
+def small_run(shards, run, *more) -> int:
+    """`sslus train`, of which the first call stops after a step."""
+    small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 2 --projector 16"
+    line = ["train", str(shards), "--run", str(run), *small.split(), "--device", "cpu", *more]
+    return main([*line, "--threads", "1", "--time-limit", "0"])
+
+
+def test_the_password_of_a_url_is_not_recorded_and_resuming_wants_it_again(
+    shards, tmp_path, capsys
+):
+    memory, run = fsspec.filesystem("memory"), tmp_path / "run"
+    for path in [*shards.glob("*.tar"), shards / "manifest.json"]:
+        memory.pipe(f"/me:secret@of-the-test/{path.name}", path.read_bytes())
+    assert small_run("memory://me:secret@of-the-test", run) == 0
+    assert main(["train", "--resume", "--run", str(run)]) == 1
+    said = capsys.readouterr()
+    assert re.search(
+        r"shards are at memory://\*\*\*@of-the-test, whose password or query is not recorded; name"
+        f" the whole URL as SHARDS: sslus train SHARDS --resume --run {run}\n",
+        said.err,
+    )
+    assert main(["train", "memory://me:secret@of-the-test", "--resume", "--run", str(run)]) == 0
+    files = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert b"secret" not in files and "secret" not in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.stream import is_url
+from sslus.engine.stream import HIDDEN, is_url, shown
 from sslus.ssl import methods
 from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store
@@ -36,13 +36,24 @@ def _resume(run, how: str = "") -> str:
     return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
 
 
+def _recorded(shards: str, going: str) -> str:
+    """The shards that a run was started with; raises InputError if they must be named again."""
+    again = f"as SHARDS: {going.replace('sslus train', 'sslus train SHARDS', 1)}"
+    if HIDDEN in shards:
+        raise InputError(
+            f"--resume: the run's shards are at {shards}, whose password or query is not recorded;"
+            f" name the whole URL {again}"
+        )
+    return shards
+
+
 def train_one(run: Path, asked: dict) -> None:
     """Train one method and print the summary. `asked`: see sslus.ssl.settings."""
     # A file has to be named again, see settings_from.
     method = asked.get("method", "")
     going = _resume(run, f" --method {argument(method)}" if methods.is_file(method) else "")
     try:
-        result = _train(run, asked)
+        result = _train(run, asked, going)
     except Interrupted as e:
         raise Interrupted(f"{e}. Continue with: {going}", e.signum) from None
     going = going if result.stopped else _evaluate(result.run, result.shards)
@@ -50,8 +61,8 @@ def train_one(run: Path, asked: dict) -> None:
         summary(_rows(result), warnings=result.warnings, next_command=going)
 
 
-def _train(run: Path, asked: dict) -> TrainResult:
-    """One run."""
+def _train(run: Path, asked: dict, going: str) -> TrainResult:
+    """One run, which the command `going` continues."""
     resume, recipe = asked.get("resume", False), asked.get("recipe", "default")
     where, options = how(asked, recorded_how(run) if resume else None)
     # Before the frame store is built, so that processes waiting for it hear if that fails.
@@ -70,7 +81,7 @@ def _train(run: Path, asked: dict) -> TrainResult:
         raise InputError("--recipe: a resumed run already has its values; leave the option out")
     else:
         settings, method_config = of_resumed_run(asked, recorded)
-        shards = asked.get("shards", recorded["shards"]["path"])
+        shards = asked.get("shards") or _recorded(recorded["shards"]["path"], going)
 
     if _is_main() and not is_url(shards):
         rebuild, tier, threads = asked.get("rebuild_store", False), where["tier"], where["threads"]
@@ -111,7 +122,7 @@ def train_all(folder: Path, asked: dict) -> None:
             note = f"; it learns from single frames, so without {left}" if left else ""
             tell(f"{name} -> {run}{note}")
         try:
-            result = _train(run, mine)
+            result = _train(run, mine, going)
         except Interrupted as e:
             raise Interrupted(f"{name}: {e}. Continue with: {going}", e.signum) from None
         except NotFinite as e:
@@ -169,6 +180,8 @@ def _asked_of_all(folder: Path, asked: dict, going: str) -> dict:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
+        if "shards" not in asked:
+            shards = _recorded(shards, going)
         asked = {"shards": shards} | options | asked
         # What does not change the methods' results may be changed when resuming.
         free = {*WHERE, *(f.name for f in dataclasses.fields(Options))} - {*OF_ONE_CALL}
@@ -189,7 +202,7 @@ def _asked_of_all(folder: Path, asked: dict, going: str) -> dict:
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         shards = asked["shards"]
-        where = shards if is_url(shards) else str(Path(shards).resolve())
+        where = shown(shards) if is_url(shards) else str(Path(shards).resolve())
         with atomic_file(record, "w") as f:
             json.dump({"format": 2, "shards": where, "options": options}, f, indent=2)
     return asked

@@ -44,13 +44,15 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     from sslus.engine.errors import InputError
     from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
-    from sslus.engine.stream import is_url
+    from sslus.engine.stream import is_url, shown
     from sslus.tools.screen import argument, progress, summary
 
     if frames < 1 or image_size < 1:
         raise InputError("--frames and --image-size: want at least 1")
     if is_url(shards):
-        raise InputError(f"{shards}: want a folder of shards, not a URL; copy them to a disk first")
+        raise InputError(
+            f"{shown(shards)}: want a folder of shards, not a URL; copy them to a disk first"
+        )
     if out.is_dir():
         raise InputError(f"-o {out}: is a folder; name a file in it, such as views.png")
     read_manifest(Path(shards))  # PyTorch takes longer to import than to see what is wrong here
