@@ -261,6 +261,8 @@ def is_url(where: str | Path) -> bool:
         return False
     if protocol not in PROTOCOLS or "::" in path:
         raise InputError(f"{shown(where)}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
+    if protocol == "file" and not path.startswith("/"):  # elsewhere a resumed run would not find it
+        raise InputError(f"{where}: want file:// with the absolute path, or just the path")
     return True
 
 

@@ -225,6 +225,13 @@ def test_what_could_be_a_shell_is_refused_by_name(where, monkeypatch):
     assert where in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_relative_url_is_refused(shards, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    for where in ("file://shards", "file://./shards"):
+        with pytest.raises(InputError, match=f"^{where}: want file:// with the absolute path"):
+            StreamStore.open(where)
+
+
 def test_folders_are_no_urls(tmp_path):
     assert not is_url(tmp_path) and not is_url("shards") and not is_url("a:b")
     assert is_url("s3://bucket/shards") and is_url("https://host/shards/")
