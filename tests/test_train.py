@@ -675,6 +675,21 @@ def test_the_password_of_a_url_is_not_recorded_and_resuming_wants_it_again(
     assert b"secret" not in files and "secret" not in said.out + said.err
 
 
+def test_a_run_whose_shards_were_moved_says_how_to_name_their_new_place(shards, tmp_path, capsys):
+    before, after, run = tmp_path / "before", tmp_path / "after", tmp_path / "run"
+    shutil.copytree(shards, before)
+    assert small_run(before, run) == 0
+    before.rename(after)
+    capsys.readouterr()
+    assert main(["train", "--resume", "--run", str(run)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"shards were in {before}, which is gone; if they were" in err
+    going = err.split("as SHARDS: sslus ")[1].replace("SHARDS", str(after)).split()
+    assert main(going) == 0
+    assert json.loads((run / "config.json").read_text())["shards"]["path"] == str(after)
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", "[" * 10**5, '{"settings": {"method": "vicreg", "x": 1}}']
 )

@@ -44,6 +44,11 @@ def _recorded(shards: str, going: str) -> str:
             f"--resume: the run's shards are at {shards}, whose password or query is not recorded;"
             f" name the whole URL {again}"
         )
+    if not is_url(shards) and not Path(shards).exists():
+        raise InputError(
+            f"--resume: the run's shards were in {shards}, which is gone; if they were moved, name"
+            f" the new folder {again}"
+        )
     return shards
 
 
