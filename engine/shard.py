@@ -57,6 +57,7 @@ class ShardReport:
     resumed: int = 0  # videos already decoded by an earlier, interrupted run
     reused: int = 0  # videos whose frames were taken from the shards that were replaced
     broken: tuple[str, ...] = ()  # names of such shards from which no frame could be taken
+    new_ids: bool = False  # the key of the shards that were replaced was gone
     already: bool = False  # there was nothing to do
     seconds: float = 0.0
 
@@ -111,6 +112,7 @@ def shard(
     folder.refuse_strangers()
     with folder.locked():
         secret = find_key(folder.local, key)
+        new_ids = key is None and folder.has_shards() and not (folder.local / "key").exists()
         ids = video_ids(sources, secret)
         request = {
             "settings": asdict(settings), "decoder": [name for name, _ in backends],
@@ -156,7 +158,7 @@ def shard(
             folder.remove_halves()
     return ShardReport(
         folder.out, manifest, ledger, ignored, *_unmarked(marks), resumed=resumed, reused=reused,
-        broken=tuple(broken), seconds=time.monotonic() - start,
+        broken=tuple(broken), new_ids=new_ids, seconds=time.monotonic() - start,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from sslus.engine.sources import find_videos
 from sslus.engine.spool import choose_backends
 from sslus.engine.video import PyavBackend, decode
 from sslus.engine.workers import Workers, uninterrupted, worker_pool
+from sslus.tools.shard import show
 
 KEY = "00112233445566778899aabbccddeeff" * 2
 SMALL = Settings(size=64, stride=3, frames_per_shard=40)
@@ -583,7 +584,7 @@ def test_a_lost_key_changes_no_ids_unnoticed(clips, tmp_path, key):
 
 
 @pytest.mark.parametrize("new_ids", [False, True])
-def test_new_shards_that_were_stopped_go_on(new_ids, clips, tmp_path, key):
+def test_new_shards_that_were_stopped_go_on(new_ids, clips, tmp_path, key, capsys):
     """--force on a finished folder: both passes are made again, but once."""
     out = tmp_path / "out"
     make(clips, out, key)
@@ -600,6 +601,9 @@ def test_new_shards_that_were_stopped_go_on(new_ids, clips, tmp_path, key):
     assert public_bytes(out) == before
     resumed = make(clips, out, None, force=True, jobs=1)
     assert resumed.resumed >= 2 and not resumed.already
+    assert resumed.new_ids == new_ids
+    show(resumed)
+    assert ("have new ids" in capsys.readouterr().err) == new_ids
     assert not (out / "local" / "work").exists()
     assert (public_bytes(out) == before) != new_ids  # other ids, other names in the shards
     again = make(clips, out, None)

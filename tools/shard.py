@@ -189,6 +189,11 @@ def show(result) -> None:
             f" {region} removes what stands beside the ultrasound"
         )
     region, warnings = manifest.settings["region"], []
+    if result.new_ids:
+        warnings.append(
+            f"the key of the old shards was not in {result.out / 'local'}, so all videos and"
+            " patients have new ids; what has noted the old ones matches no more"
+        )
     if result.broken:
         warnings.append(
             f"{count(len(result.broken), 'old shard')} missing or damaged ({result.broken[0]}"
