@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslus.engine.errors import InputError
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import checked
 from sslus.ssl.optimizers import set_lr
@@ -96,6 +97,11 @@ class Step:
                 (loss * (world.size / s.accumulate)).backward()
             numbers = torch.stack([loss.detach().float(), *(t.float() for t in terms.values())])
             total = numbers if total is None else total + numbers
+        if not self.names and all(p.grad is None for p in self.state.backbone.parameters()):
+            raise InputError(
+                f"{s.method}: no gradient of the loss reaches the backbone, which would stay as it"
+                " is: do not freeze it, nor detach its features"
+            )
         trained = [p for p in self.state.method.parameters() if p.grad is not None]
         norm = total_norm([p.grad for p in trained])
         if s.clip_norm:

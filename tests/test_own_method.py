@@ -245,6 +245,21 @@ def test_a_method_without_its_backbone_is_told_before_it_trains(name, file, shar
     assert not Path("runs/my_cosine").exists()
 
 
+@pytest.mark.parametrize(
+    "line, more",
+    [
+        ("super().__init__()\n", "backbone.requires_grad_(False)"),
+        ("self.backbone(views.vb)\n", "ha, hb = ha.detach(), hb.detach()"),
+    ],
+)
+def test_a_backbone_that_cannot_learn_is_told_in_the_first_step(line, more, file, shards, capsys):
+    file.write_text(COSINE.replace(line, f"{line}        {more}\n"))
+    assert begin(shards) == 1
+    said = "my_cosine.py: no gradient of the loss reaches the backbone, which would stay as it is"
+    assert said in capsys.readouterr().err
+    assert not Path("runs/my_cosine/checkpoint.pt").exists()
+
+
 def test_the_file_of_the_methods_page_trains_in_one_process_and_in_two(shards, tmp_path):
     """With one loss curve: its loss is that of the joint batch."""
     (tmp_path / "my_method.py").write_text(EXAMPLE)
