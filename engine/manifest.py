@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sslus.engine.errors import InputError
 
 FORMAT = 1
 NAME = "manifest.json"
+MOST_FRAMES = 2**40  # 72 PB of 256 x 256: a sample's id has no more bits for its number
 REMEDY = "make the shards again: sslus shard --force"
 
 
@@ -57,8 +59,35 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
                 f" {FORMAT}); {REMEDY}"
             )
         manifest = Manifest(**content)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        if manifest.with_digest().digest != manifest.digest:
+            raise InputError(f"{path}: was changed after it was written; {REMEDY}")
+        _check(manifest)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: damaged ({e}); {REMEDY}") from e
-    if manifest.with_digest().digest != manifest.digest:
-        raise InputError(f"{path}: was changed after it was written; {REMEDY}")
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what no shards have: a manifest may come from anybody, and files are
+    opened and memory is allocated by what it says."""
+
+    def want(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"want {what}")
+
+    size, labels = manifest.settings["size"], manifest.labels
+    want(type(size) is int and 1 <= size <= 4096, f"a size of 1 to 4096 pixels, got {size!r:.40}")
+    want(0 <= manifest.mean <= 1 and 0 <= manifest.std <= 1, "mean and std from 0 to 1")
+    want(isinstance(labels, list) and all(isinstance(x, str) for x in labels), "names as labels")
+    total = 0
+    for entry in manifest.shards:
+        name, num = entry["name"], entry["num_frames"]
+        want(re.fullmatch(r"shard-\d+\.tar", name), f"names like shard-000000.tar, got {name!r}")
+        want(type(num) is int and num > 0, f"1 frame or more in {name}, got {num!r:.40}")
+        total += num
+    num, num_videos = manifest.num_frames, manifest.num_videos
+    want(type(num) is int and num == total, f"num_frames {total}, of all shards, got {num!r:.40}")
+    want(num < MOST_FRAMES, "fewer frames than 2^40")
+    want(type(num_videos) is int and 0 <= num_videos <= num, "0 to num_frames as num_videos")

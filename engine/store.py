@@ -152,7 +152,9 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         videos = facts["videos"]
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: is missing{remedy}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{folder}: damaged ({type(e).__name__}: {e}){remedy}") from e
     return FrameStore(
         frames, **arrays, video_ids=videos, label_names=manifest.labels,
@@ -195,9 +197,9 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
             return len(samples)
 
         try:
+            samples = _samples(shards, manifest)
             # Allocate all space at once: this is cheaper, and a full disk shows up now.
             os.posix_fallocate(f.fileno(), 0, num * size * size)
-            samples = _samples(shards, manifest)
             chunk = max(1, CHUNK_BYTES // size**2)
             jobs = [
                 pool.submit(decode, start, samples[start : start + chunk])
@@ -323,6 +325,6 @@ def _read_facts(
             "label": number(manifest.labels, "label"),
             "patient": number(patients, "patient"),
         }
-    except (KeyError, ValueError, TypeError) as e:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise InputError(f"{shards}: damaged shards ({e}); {REMEDY}") from e
     return columns, videos

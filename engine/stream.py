@@ -216,7 +216,7 @@ class Reader:
     def _label(self, shard: Archive, sample: Sample) -> int:
         try:
             return self.label[json.loads(bytes(shard.part(sample.json)))["label"]]
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(
                 f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e}); {REMEDY}"
             ) from e

@@ -111,7 +111,7 @@ def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
     config = {part: {k: kind() for k, kind in kinds.items()} for part, kinds in USED.items()}
     config["shards"]["path"] = str(shards)
     (run / "config.json").write_text(json.dumps(config))
-    Manifest({"size": 32}, 1, 1, 0.5, 0.5, [], {}, []).with_digest().write(shards)
+    Manifest({"size": 32}, 0, 0, 0.5, 0.5, [], {}, []).with_digest().write(shards)
     (shards / "local" / "ledger.jsonl").touch()
     labels.write_text("path,label,patient\na.mp4,left,1\n")
     asked = f"evaluate {run} --labels"

@@ -24,7 +24,7 @@ import simplejpeg
 from sslus.engine import shard as shards
 from sslus.engine import tar
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.manifest import read_manifest
+from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
 from sslus.engine.sources import find_videos
@@ -1047,9 +1047,38 @@ def test_a_manifest_that_cannot_be_used_says_why(clips, tmp_path, key):
     path.write_text(text.replace('"quality": 95', '"quality": 96'))
     with pytest.raises(InputError, match="was changed"):
         read_manifest(tmp_path / "out")
-    path.write_text(text[:100])
-    with pytest.raises(InputError, match="damaged"):
-        read_manifest(tmp_path / "out")
+    huge = text.replace('"num_videos": ', '"num_videos": ' + "9" * 5000)
+    for damage in (text[:100], "[" * 10**5, huge):
+        path.write_text(damage)
+        with pytest.raises(InputError, match="damaged"):
+            read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda m: m["shards"][0].update(num_frames=10**12), "num_frames 1000000000"),
+        (lambda m: m.update(num_frames=-1), "num_frames .*, got -1"),
+        (lambda m: m.update(num_frames=float(m["num_frames"])), r"num_frames .*, got .*\.0"),
+        (lambda m: m.update(num_videos=-1), "0 to num_frames as num_videos"),
+        (lambda m: m["shards"][0].update(num_frames=-5), "1 frame or more in shard-000000.tar"),
+        (lambda m: m["shards"][0].update(num_frames=None), "1 frame or more in shard-000000.tar"),
+        (lambda m: m["shards"][0].update(name="../../etc/passwd"), "names like shard-000000.tar"),
+        (lambda m: m["settings"].update(size=10**6), "a size of 1 to 4096"),
+        (lambda m: m.update(mean=float("nan")), "mean and std from 0 to 1"),
+        (lambda m: m.update(labels=[["a"]]), "names as labels"),
+        (lambda m: m.update(settings=[]), "list indices"),
+    ],
+)
+def test_a_manifest_that_says_what_no_shards_have_is_refused(change, why, shards, tmp_path):
+    """With the right digest, which anybody can compute."""
+    content = json.loads((shards / "manifest.json").read_text())
+    change(content)
+    del content["format"], content["digest"]
+    Manifest(**content).with_digest().write(tmp_path)
+    with pytest.raises(InputError, match=f"manifest.json: damaged .*{why}") as e:
+        read_manifest(tmp_path)
+    assert "\n" not in str(e.value)
 
 
 def test_the_real_videos_are_accounted_for(real_data, tmp_path):

@@ -19,6 +19,7 @@ from sslus.engine import stream, tar
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.shard import Settings, shard
+from sslus.engine.store import FrameStore
 from sslus.engine.stream import Reader, StreamPlan, StreamStore, is_url
 
 
@@ -211,6 +212,25 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, many_shards):
     (shards / "manifest.json").unlink()
     with pytest.raises(InputError, match="no finished shards here"):
         StreamStore.open(shards)
+
+
+@pytest.mark.parametrize(
+    "facts", [b"[" * 10**5, b'{"label": %d}' % 10**400, b'{"label": ' + b"9" * 5000 + b"}"]
+)
+def test_json_beyond_all_bounds_is_damage(facts, shards):
+    path = sorted(shards.glob("*.tar"))[0]
+    data = path.read_bytes()
+    samples = [
+        (key, {name: data[at : at + size] for name, (at, size) in parts.items()})
+        for key, parts in tar.read_index(path)
+    ]
+    samples[0][1]["json"] = facts
+    tar.write_shard(path, samples)
+    forge(shards, bytes)
+    for reads in (read, FrameStore.open):
+        with pytest.raises(InputError, match="make the shards again") as e:
+            reads(shards)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
