@@ -4,7 +4,6 @@ A file declares where its images lie (Ultrasound Region Calibration, PS3.3 C.8.5
 cropped to those regions, so that the name and the date beside them do not reach the shards.
 """
 
-import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 
 from sslus.engine import _luma
 from sslus.engine.dicom_header import BIG_ENDIAN, LOSSLESS_JPEG, Header, read_header, reading
+from sslus.engine.errors import out_of_memory
 from sslus.engine.prepare import prepare, rgb_luma
 from sslus.engine.region import NEARLY_ALL, Luma, Region
 from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, images, plane
@@ -192,8 +192,11 @@ def _compressed(path: Path, header: Header) -> Iterator[Luma]:
         for image in _joined(f, header, STARTS):
             frames = []
             if image:
-                with contextlib.suppress(av.FFmpegError):
+                try:
                     frames = context.decode(av.Packet(image))
+                except av.FFmpegError as e:
+                    if out_of_memory(e):
+                        raise
             if len(frames) != 1 or frames[0].is_corrupt or frames[0].format.components[0].bits != 8:
                 yield None
                 continue

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sslus.engine.errors import out_of_memory
 from sslus.engine.region import Box, Region
 from sslus.engine.video import VideoError
 
@@ -167,6 +168,8 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as e:
         raise VideoError(path, f"cannot be read ({e.strerror})") from e
     except Exception as e:
+        if out_of_memory(e):
+            raise
         raise VideoError(path, f"a damaged DICOM file ({type(e).__name__})") from e
 
 

@@ -1,5 +1,11 @@
 """Errors in the user's input or machine, as opposed to mistakes in the code."""
 
+import mmap
+import resource
+
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+FRAME_BYTES = 64 << 20  # more than one of 8192 x 4320 pixels takes
+
 
 class InputError(ValueError):
     """What was given cannot be used.
@@ -20,3 +26,20 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signum: int = 2):
         super().__init__(message)
         self.signum = signum
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether what a decoder raised is for lack of memory, and no fault of the file.
+
+    Without a limit (`ulimit -v`), the system gives memory before it is there, and refuses only the
+    absurd amounts that damaged files ask for. FFmpeg's H.264 decoder calls the data invalid when a
+    limit is reached.
+    """
+    unlimited = all(resource.getrlimit(kind)[0] == resource.RLIM_INFINITY for kind in LIMITS)
+    if unlimited or isinstance(error, EOFError):  # no failure: the end of a stream
+        return False
+    try:
+        mmap.mmap(-1, FRAME_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return True
+    return isinstance(error, MemoryError | ImportError)  # of a library that did not fit

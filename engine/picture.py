@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sslus.engine import video
+from sslus.engine.errors import out_of_memory
 from sslus.engine.prepare import rgb_luma, rgba_luma
 from sslus.engine.region import Luma
 from sslus.engine.video import PyavBackend, VideoError, VideoInfo
@@ -92,6 +93,8 @@ def _opened(path: Path) -> Iterator:
     except UnidentifiedImageError as e:  # names an address in memory
         raise VideoError(path, "not a readable picture, or cut off at its start") from e
     except Exception as e:  # of a dozen kinds, SyntaxError among them
+        if out_of_memory(e):
+            raise
         said = f"{e}".partition("\n")[0] or type(e).__name__
         raise VideoError(path, f"the picture cannot be decoded ({said})") from e
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.dicom import DicomBackend
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, out_of_memory
 from sslus.engine.picture import CODEC as PICTURE
 from sslus.engine.picture import PictureBackend
 from sslus.engine.prepare import moments
@@ -154,12 +154,18 @@ def _refusal(path: Path, why: str = "") -> dict:
 
 @contextlib.contextmanager
 def _blamed(path: Path) -> Iterator[None]:
-    """For code that only reads a file: whatever it raises means that this file is refused."""
+    """For code that only reads a file: whatever it raises means that this file is refused, unless
+    memory has run out."""
     try:
         yield
     except InputError:
         raise
     except Exception as e:
+        if out_of_memory(e):
+            raise InputError(
+                f"{path}: memory ran out while it was read; raise the limit (`ulimit -v`) or give"
+                " fewer --jobs; the same command resumes from here"
+            ) from e
         said = f"{type(e).__name__}: {e}".splitlines()[0]
         raise VideoError(path, f"its decoder failed ({said})") from e
 

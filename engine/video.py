@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, out_of_memory
 from sslus.engine.prepare import expand_limited, prepare, rgb_luma, rgba_luma
 from sslus.engine.region import Luma, Region
 from sslus.engine.truncated import breaks_off
@@ -137,6 +137,8 @@ def open_video(path: Path, file=None):
             **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}),
         )
     except av.FFmpegError as e:
+        if out_of_memory(e):
+            raise
         raise VideoError(path, f"not a readable video ({_reason(e)})") from e
     except OSError as e:
         raise VideoError(path, f"cannot be read ({e.strerror})") from e
@@ -199,9 +201,13 @@ def probe(path: Path, file=None) -> VideoInfo:
                 if frame is None:
                     try:
                         frame = next(iter(packet.decode()), None)
-                    except av.FFmpegError:
+                    except av.FFmpegError as e:
+                        if out_of_memory(e):
+                            raise
                         continue  # a damaged packet; try the next, decode() will count them
         except av.FFmpegError as e:
+            if out_of_memory(e):
+                raise
             if frame is None:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
         if frame is None:
@@ -493,7 +499,9 @@ def _batches(container, stream, whole: BinaryIO | None) -> Iterator[list]:
     for packet in chain(_packets(container, stream, whole), (None,)):
         try:  # None: the frames that are still in the decoder, which are good
             frames = stream.codec_context.decode(packet)
-        except av.FFmpegError:
+        except av.FFmpegError as e:
+            if out_of_memory(e):
+                raise
             continue
         yield frames
 
@@ -503,12 +511,15 @@ def _packets(container, stream, whole: BinaryIO | None) -> Iterator:
     import av
 
     held, last = [], []  # a packet and empty ones behind it; it and the one before
-    with contextlib.suppress(av.FFmpegError):  # the file breaks off
+    try:
         for packet in container.demux(stream):
             if packet.size:
                 yield from held
                 held, last = [], [*last[-1:], packet]
             held.append(packet)
+    except av.FFmpegError as e:  # the file breaks off
+        if out_of_memory(e):
+            raise
     if last and breaks_off(whole, container, last):
         del held[0]
     yield from held

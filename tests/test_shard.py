@@ -387,6 +387,51 @@ def test_whatever_a_decoder_throws_is_that_files_refusal(clips, tmp_path, monkey
     assert (record["status"], record["why"]) == ("refused", why)
 
 
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import av, pydicom, simplejpeg
+from PIL import Image
+from sslus.engine import spool
+from sslus.engine.settings import Settings
+
+spool.start_worker([("pyav", "cpu")])
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+for path, megabytes in zip(sys.argv[2::2], map(int, sys.argv[3::2])):
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (megabytes << 20), -1))
+    try:
+        record = spool.spool_video(Path(path), "0", Settings(64, 1), Path(sys.argv[1]))
+        print(record["status"], record["why"])
+    except Exception as e:
+        print(e)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+"""
+
+
+def test_little_memory_is_no_fault_of_a_file(clip, pattern, tmp_path):
+    """Under `ulimit -v`: FFmpeg and Pillow, a MemoryError of each, and H.264, which has none."""
+    from PIL import Image
+
+    luma = np.kron(pattern(2, 96, 128), np.ones((24, 24), np.uint8))
+    paths = [
+        clip(tmp_path / f"{codec}.mkv", luma, codec=codec, pixel_format=kind)
+        for codec, kind in [("mpeg4", "yuv420p"), ("libx264", "yuv420p"), ("mjpeg", "yuvj420p")]
+    ]
+    Image.fromarray(luma[0]).save(tmp_path / "a.png")
+    good = clip(tmp_path / "good.mp4", pattern(2, 96, 128))
+    (tmp_path / "bad.mp4").write_bytes(good.read_bytes()[:-3000])
+    cases = [(path, 8) for path in (*paths, tmp_path / "a.png")]
+    cases += [(good, 200), (tmp_path / "bad.mp4", 200)]
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, tmp_path, *(str(x) for case in cases for x in case)],
+        capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+    )  # fmt: skip
+    *short, whole, damaged = done.stdout.splitlines()
+    for line, (path, _) in zip(short, cases, strict=False):
+        assert line.startswith(f"{path}: memory ran out while it was read; raise the limit"), line
+    assert len(short) == 4 and whole == "ok " and damaged.startswith("refused "), done
+
+
 def test_videos_that_vanish_on_the_way_are_not_left_out(clips, tmp_path, key):
     videos, out = shutil.copytree(clips, tmp_path / "videos"), tmp_path / "out"
 
