@@ -73,10 +73,9 @@ def children(pid) -> list[int]:
 
 
 def workers(process) -> list[int]:
-    """The processes that torchrun, the only child of `process`, has started."""
-    (torchrun,) = children(process.pid)
+    """The processes that torchrun, a child of `process`, has started. Imports may start others."""
     return [
-        pid for pid in children(torchrun)
+        pid for child in children(process.pid) for pid in children(child)
         if b"sslus.tools" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]  # fmt: skip
 
