@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import gc
 import importlib.metadata
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,6 +108,16 @@ class Bench:
     ratios: list[Ratio] = field(default_factory=list)
     values: dict[int, list[float]] = field(default_factory=dict)  # id of a row -> its turns
     stage: str = ""
+    failed: list[str] = field(default_factory=list)  # parts of the stage
+
+    def attempt(self, what: str, measure: Callable[[], None]) -> None:
+        """Measure a part of a stage. If it fails, what comes after it is measured all the same."""
+        try:
+            measure()
+        except Exception:
+            traceback.print_exc()
+            self.failed.append(f"{self.stage}: {what}")
+        gc.collect()  # models are part of cycles of references, and hold a GPU's memory
 
     @property
     def cores(self) -> int:

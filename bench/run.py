@@ -59,6 +59,8 @@ def main() -> int:
             except Exception:
                 traceback.print_exc()
                 failed.append(name)
+            failed += bench.failed
+            bench.failed.clear()
             show(bench)
             save(bench)
     if failed:

@@ -53,6 +53,7 @@ UNEQUAL = '''"""one does more than the other"""
 from harness import Work
 
 def measure(bench):
+    bench.attempt("a part", lambda: 1 / 0)
     bench.add("known", "sslus", "nothing", "s", [1.0])
     bench.compare("nap", "naps", "s", {"a": Work(lambda: 1, fresh=False), "b": Work(lambda: 2,
                   fresh=False)})
@@ -104,7 +105,8 @@ def test_a_stage_dropped_in_is_measured_and_a_broken_one_costs_only_itself(tmp_p
     done = run(bench, "--stage", "aunequal", "naps", "--json", str(out), TURNS=str(turns))
 
     assert done.returncode == 1, done.stderr
-    assert "unequal work" in done.stderr and "failed: aunequal" in done.stderr
+    assert "ZeroDivisionError" in done.stderr and "unequal work" in done.stderr
+    assert done.stderr.splitlines()[-1] == "failed: aunequal, aunequal: a part"
     content = json.loads(out.read_text())
     # Measured apart for the memory (a, b), warmed up (a, b), then in turns.
     assert turns.read_text() == "ab" * 5

@@ -326,10 +326,11 @@ def on_gpu(bench: Bench) -> None:
     for size in sizes:
         for name in TARGETS:
             for dtype in GPU_DTYPES:
-                measure_on_gpu(bench, Case(name, (size,) * 2, 1, bench.device, dtype))
+                case = Case(name, (size,) * 2, 1, bench.device, dtype)
+                bench.attempt(case.text, partial(measure_on_gpu, bench, case))
         if size == sizes[0]:
             for dtype in GPU_DTYPES:
-                masks(bench, 1, dtype)
+                bench.attempt(f"masks {dtype}", partial(masks, bench, 1, dtype))
 
 
 def measure_on_gpu(bench: Bench, case: Case) -> None:
