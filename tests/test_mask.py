@@ -241,7 +241,9 @@ def test_mixed_types_and_threads(which, monkeypatch):
     losses = [masked_mse(p, target, ids, PATCHES) for p in (half, full)]
     for loss in losses:
         loss.backward()
-    assert losses[0] == losses[1] and half.grad.dtype == torch.bfloat16
+    # A thread of a GPU adds up as many neighbours as it loads at once: more of those in bfloat16.
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    assert half.grad.dtype == torch.bfloat16
     # Half a step; the interpreter of Triton cuts off what hardware rounds.
     torch.testing.assert_close(
         half.grad.float(), full.grad, rtol=2 ** -(7 + (which == "cpu")), atol=0
