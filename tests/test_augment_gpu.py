@@ -98,6 +98,22 @@ def test_each_step_is_the_reference(store, size, monkeypatch):
         assert torch.equal(got[1, 0], frames[1].flip(-1).double())
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="plays a GPU in Triton's interpreter"
+)
+def test_what_is_not_resized_is_exact_with_the_division_of_a_gpu(monkeypatch):
+    """There `/` is a product with the reciprocal, and 41 x (1 / 41) is not 1."""
+    from triton.runtime import interpreter
+
+    def divide(builder, a, b):
+        return interpreter.TensorHandle(a.data * (1 / b.data), a.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", divide)
+    frame = frames_of(41)[1:2]
+    got = make(frame, torch.tensor([0]), identity(1, 41), (41, 41))
+    assert torch.equal(got[0, 0], frame[0].float())
+
+
 @runs
 def test_noise_has_the_reference_bits():
     """At 4.2 grey levels a step of the noise, no other sum of bytes would pass."""

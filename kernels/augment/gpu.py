@@ -50,13 +50,12 @@ _NOISE_STD = tl.constexpr(math.sqrt(21845))
 
 
 @triton.jit
-def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
+def _tent(k, o, start, scale, first, last):
     """Weight of pixel k for output o, not normalised; k and o are broadcast.
 
     Terms that depend on k or o alone are computed before broadcasting, which leaves two additions
     and a maximum per weight. Pixels that the box does not touch are moved out of reach.
     """
-    scale = length / COUNT
     shrink = 1.0 / tl.maximum(scale, 1.0)
     place = tl.where((k >= first) & (k < last), k.to(tl.float32) + 0.5 - start, 1e9) * shrink
     centre = (o.to(tl.float32) + 0.5) * (scale * shrink)
@@ -64,18 +63,17 @@ def _tent(k, o, start, length, first, last, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _tent_sum(o, start, length, first, last, COUNT: tl.constexpr, TAPS: tl.constexpr):
+def _tent_sum(o, start, scale, first, last, TAPS: tl.constexpr):
     """Sum of output o's rounded weights, over the TAPS pixels around its centre.
 
     When shrinking by less than 15, they are summed at once, otherwise in several rounds.
     """
-    scale = length / COUNT
     left = tl.floor(start + (o.to(tl.float32) + 0.5) * scale - tl.maximum(scale, 1.0) - 0.5)
     SPAN: tl.constexpr = min(TAPS, _MOST_TAPS)
     k = left.to(tl.int32)[:, None] + tl.arange(0, SPAN)[None, :]
-    total = tl.sum(_tent(k, o[:, None], start, length, first, last, COUNT).to(tl.float32), 1)
+    total = tl.sum(_tent(k, o[:, None], start, scale, first, last).to(tl.float32), 1)
     for past in tl.range(SPAN, TAPS, SPAN):
-        weight = _tent(k + past, o[:, None], start, length, first, last, COUNT)
+        weight = _tent(k + past, o[:, None], start, scale, first, last)
         total += tl.sum(weight.to(tl.float32), 1)
     return total
 
@@ -110,14 +108,16 @@ def _resize(
     """
     first = tl.floor(start + _TOLERANCE).to(tl.int32)
     last = tl.minimum(tl.ceil(start + length - _TOLERANCE).to(tl.int32), bound)
-    scale = length / COUNT
+    # Exactly 1 where nothing is resized. With the last digit wrong, as by `/` on a GPU, neighbours
+    # would weigh 1e-5, and black would not stay 0.
+    scale = tl.div_rn(length, COUNT + 0.0)
     reach = tl.maximum(scale, 1.0) + 0.5
     total = 0.0
     for o0 in tl.range(0, COUNT, BO, disable_licm=True):
         o = o0 + tl.arange(0, BO)
         seen = tl.minimum(o, COUNT - 1)
         seen = tl.where(flip, COUNT - 1 - seen, seen)
-        norm = brightness / _tent_sum(seen, start, length, first, last, COUNT, TAPS)
+        norm = brightness / _tent_sum(seen, start, scale, first, last, TAPS)
         end = tl.minimum(o0 + BO, COUNT) - 1
         low = start + (tl.where(flip, COUNT - 1 - end, o0) + 0.5) * scale - reach
         high = start + (tl.where(flip, COUNT - 1 - o0, end) + 0.5) * scale + reach
@@ -130,7 +130,7 @@ def _resize(
             for k0 in tl.range(k_first, k_last, BK, num_stages=STAGES):
                 k = tl.multiple_of(k0, 16) + tl.arange(0, BK)
                 x = _columns(source, line, k, bound, PITCH)
-                weight = _tent(k[None, :], seen[:, None], start, length, first, last, COUNT)
+                weight = _tent(k[None, :], seen[:, None], start, scale, first, last)
                 z = tl.dot(weight, x, z)
             z = z * norm[:, None]
             if LAST:
