@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from sslus.kernels.augment import COLUMNS, PARAMS, identity, reference, views
@@ -33,6 +33,8 @@ COMPILED = [
 ]
 GREY = {"mean": 0.0, "std": 1 / 255}  # views in grey levels
 FULL = settings(max_examples=25, deadline=None)
+if torch.cuda.is_available():  # every size is a kernel of its own, compiled in seconds
+    FULL = settings(FULL, max_examples=8, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(params=COMPILED)
