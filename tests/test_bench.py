@@ -368,7 +368,7 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     lines = [line.split("\t") for line in (out / "summary.tsv").read_text().splitlines()]
     results = {name: result for name, result, _ in lines}
     assert results.pop("tests") == "failed (1)" and results.pop("bench-decode") == "failed (3)"
-    assert set(results.values()) == {"ok"} and len(results) == 16
+    assert set(results.values()) == {"ok"} and len(results) == 17
     stages = {row["stage"] for row in json.loads((out / "bench.json").read_text())["rows"]}
     assert stages == {path.stem for path in (BENCH / "stages").glob("*.py")} - {"decode"}
     assert "no such device" in (out / "gpu_check.log").read_text()

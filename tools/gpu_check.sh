@@ -2,8 +2,8 @@
 # What CI cannot check without a GPU: bash tools/gpu_check.sh [--minutes 9] [--only STEP,...] [...]
 #
 # Builds and installs this checkout into a temporary folder without a network, runs the tests that
-# need a GPU (there, one that would skip fails), trains every method on synthetic shards, and
-# measures. Every step runs, whatever became of the ones before, and has a share of the minutes;
+# need a GPU (there, one that would skip fails), trains every method on synthetic shards, evaluates,
+# and measures. Every step runs, whatever became of the ones before, and has a share of the minutes;
 # what it leaves, the ones after it share. A stage that is cut keeps the rows it has. Python and the
 # packages that sslus needs must be there (PYTHON, PYTHONPATH); without DALI, or without PyAV and
 # simplejpeg, what needs them is left out, and said.
@@ -99,7 +99,8 @@ step() {
   if [ "$limit" -lt 5 ]; then
     result="no time left"
   else
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$out/gpu_check.log"
+    # As Ctrl-C does it: pytest then tells what has failed so far.
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_check.log"
     status=${PIPESTATUS[0]}
     case $status in
       0) result=ok ;;
@@ -115,7 +116,7 @@ sslus=("$python" -m sslus.tools)
 if [ "$device" = cuda ]; then
   clips=(--videos 42 --patients 14) steps=(--max-steps 200) few=(--max-steps 20) captured=graph
 else
-  clips=(--videos 4 --patients 2 --size 128 --seconds 1 1) captured=eager
+  clips=(--videos 8 --patients 2 --size 128 --seconds 1 1) captured=eager
   steps=(--max-steps 4 --batch-size 8 --image-size 32) few=("${steps[@]}")
 fi
 # The kernels' tests mostly wait for Triton's compiler: on all cores, if pytest-xdist is there.
@@ -155,6 +156,8 @@ all() {
   step train 30 "${sslus[@]}" train "$work/shards" --method vicreg "${steps[@]}" \
     --step "$captured" --device "$device" --run "$work/run"
   [ ! -f "$work/run/metrics.jsonl" ] || cp "$work/run/metrics.jsonl" "$out/metrics.jsonl"
+  step evaluate 20 "${sslus[@]}" evaluate "$work/run" --labels "$work/videos/labels.csv" \
+    --protocol knn,finetune --fractions 100 --seeds 1 --steps 20 --device "$device"
   # Every method: as it is, and as a graph.
   step train-eager 50 "${sslus[@]}" train "$work/shards" --method all "${few[@]}" --step eager \
     --device "$device" --run "$work/eager"
