@@ -83,8 +83,8 @@ def evaluate(
     features in their last digits, so that scores may differ a little. What earlier calls have left
     is reused anyway.
     `shared`: give the calls for several runs the same dict, empty at first; what they have in
-    common, which is the random backbone if the runs agree in backbone, image size and seed, is
-    then computed only once. The results are the same, bit for bit.
+    common, which is the random backbone if the runs agree in backbone, image size, seed and
+    zero_init_residual, is then computed only once. The results are the same, bit for bit.
 
     Writes results.json, report.md, confusion.png and predictions.csv, with a line for each tested
     video: for the linear probe to `out`, for another protocol to the subfolder of its name.

@@ -179,7 +179,10 @@ VALUES = {
         "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 2048,
         "epochs": 1000, "init": "imagenet", "rectangles": 1, "rest": 1.0,
     },
-    ("moco", "default"): {"queue": 1024, "temperature": 0.2, "momentum": 0.99},
+    ("moco", "default"): {
+        "queue": 1024, "temperature": 0.2, "momentum": 0.99, "zero_init_residual": True,
+    },
+    ("inpainting", "default"): {"zero_init_residual": False},
 }  # fmt: skip
 
 

@@ -92,9 +92,8 @@ def _option(f, default) -> click.Option:
 )  # fmt: skip
 @click.option(
     "--zero-init-residual/--no-zero-init-residual",
-    default=None,
-    help="Whether residual blocks (of ResNets) add nothing at first; --init FILE or imagenet"
-    " overrides it.  [default: the recipe's]",
+    help="Whether residual blocks (of ResNets) add nothing to their input at first.  [default: as"
+    " the recipe has it: for methods with two views]",
 )
 @click.option(
     "--image-size", type=int, help="Side of a view in pixels.  [default: 96 CPU, 224 CUDA]"

@@ -46,7 +46,7 @@ class Config:
 
 
 RECIPES = {
-    "default": {"views": "ultrasound"},
+    "default": {"views": "ultrasound", "zero_init_residual": True},
     # Section 2.2 and the authors' code. There, biases and norms have a learning rate of 0.0048
     # instead of 0.2. LARS does not adapt their rate, so scaling the loss by 0.024 is equivalent.
     "paper": {

@@ -64,7 +64,7 @@ class Config:
 
 RECIPES = {
     # Runs have some thousand steps: a teacher that changes by 0.1 % per step would lag behind.
-    "default": {"views": "ultrasound"},
+    "default": {"views": "ultrasound", "zero_init_residual": True},
     # Version 2, sections 2 and 3: MLP head, aug+, cosine schedule, 800 epochs; the rest: version 1,
     # section 4.
     "paper": {

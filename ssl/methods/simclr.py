@@ -38,7 +38,7 @@ class Config:
 
 
 RECIPES = {
-    "default": {"views": "ultrasound"},
+    "default": {"views": "ultrasound", "zero_init_residual": True},
     # Version 2, section 3: learning rate 0.1 sqrt(4096) = 6.4, warm-up for 5 % of 800 epochs,
     # weight decay 1e-4, a projector as wide as the features. Views: appendix A of version 1.
     # Temperature, and how blocks start: the authors' code.

@@ -38,7 +38,7 @@ class Config:
 
 
 RECIPES = {
-    "default": {"views": "ultrasound"},
+    "default": {"views": "ultrasound", "zero_init_residual": True},
     # Section 4 and appendix C of the paper, and its authors' code.
     "paper": {
         "backbone": "resnet50", "image_size": 224, "batch_size": 2048, "epochs": 1000,
