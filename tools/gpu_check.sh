@@ -114,7 +114,7 @@ step() {
 
 sslus=("$python" -m sslus.tools)
 if [ "$device" = cuda ]; then
-  clips=(--videos 42 --patients 14) steps=(--max-steps 200) few=(--max-steps 20) captured=graph
+  clips=(--videos 42 --patients 14) steps=(--max-steps 100) few=(--max-steps 20) captured=graph
 else
   clips=(--videos 8 --patients 2 --size 128 --seconds 1 1) captured=eager
   steps=(--max-steps 4 --batch-size 8 --image-size 32) few=("${steps[@]}")
