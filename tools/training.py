@@ -39,7 +39,7 @@ def _resume(run, how: str = "") -> str:
 def _recorded(shards: str, going: str) -> str:
     """The shards that a run was started with; raises InputError if they must be named again."""
     again = f"as SHARDS: {going.replace('sslus train', 'sslus train SHARDS', 1)}"
-    if HIDDEN in shards:
+    if is_url(shards) and HIDDEN in shards:
         raise InputError(
             f"--resume: the run's shards are at {shards}, whose password or query is not recorded;"
             f" name the whole URL {again}"
