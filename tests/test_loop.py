@@ -34,7 +34,9 @@ from sslus.ssl.world import World
 from sslus.tools.cli import main
 from sslus.tools.training import _evaluate
 
-SMALL = Settings(backbone="test_resnet", image_size=32, batch_size=16, max_steps=6)
+SMALL = Settings(  # starts as `sslus train` does
+    backbone="test_resnet", image_size=32, batch_size=16, max_steps=6, zero_init_residual=True
+)
 HEAD = vicreg.Config(projector="32-32")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_curves")

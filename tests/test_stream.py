@@ -227,7 +227,7 @@ def test_json_beyond_all_bounds_is_damage(facts, shards):
     samples[0][1]["json"] = facts
     tar.write_shard(path, samples)
     forge(shards, bytes)
-    for reads in (read, FrameStore.open):
+    for reads in (read, partial(FrameStore.open, rebuild=True)):
         with pytest.raises(InputError, match="make the shards again") as e:
             reads(shards)
         assert "\n" not in str(e.value)
