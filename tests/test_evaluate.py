@@ -40,7 +40,10 @@ from sslus.ssl import (
     views,
 )
 from sslus.ssl.methods import vicreg
+from sslus.ssl.runs import Run
+from sslus.ssl.state import State
 from sslus.ssl.train import Options, Settings, train
+from sslus.ssl.world import World
 from sslus.tools.cli import main
 from sslus.tools.evaluate import _print
 
@@ -529,6 +532,22 @@ def test_a_run_that_goes_on_is_judged_as_it_was_read(run, videos, tmp_path):
     assert any("from step 6 of 100" in line for line in result.warnings)
     facts = json.loads((mine / "evaluation" / "results.json").read_text())
     assert facts["run"]["weights_sha256"] == digest
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_random_backbone_is_what_the_run_began_with(zero, tmp_path):
+    settings = Settings(
+        backbone="test_resnet", image_size=32, batch_size=4, seed=3, zero_init_residual=zero
+    ).resolved(torch.device("cpu"), 8)
+    state = State.build(settings, vicreg.Config(projector="8"), World(torch.device("cpu")))
+    config = {"settings": dataclasses.asdict(settings)}
+    if not zero:
+        del config["settings"]["zero_init_residual"]  # as of an earlier version
+    random = features.build(Run(tmp_path, config, b""), features.RANDOM).state_dict()
+    began = state.backbone.state_dict()
+    assert random.keys() == began.keys()
+    assert all(torch.equal(began[k], v) for k, v in random.items())
+    assert zero == any((v == 0).all() for k, v in random.items() if k.endswith("weight"))
 
 
 def test_a_backbone_that_only_saw_the_pictures_is_no_better_than_random(

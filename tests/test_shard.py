@@ -393,6 +393,7 @@ from pathlib import Path
 import av, pydicom, simplejpeg
 from PIL import Image
 from sslus.engine import spool
+from sslus.engine.errors import InputError
 from sslus.engine.settings import Settings
 
 spool.start_worker([("pyav", "cpu")])
@@ -402,7 +403,7 @@ for path, megabytes in zip(sys.argv[2::2], map(int, sys.argv[3::2])):
     try:
         record = spool.spool_video(Path(path), "0", Settings(64, 1), Path(sys.argv[1]))
         print(record["status"], record["why"])
-    except Exception as e:
+    except InputError as e:
         print(e)
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 """
