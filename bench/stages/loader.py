@@ -2,8 +2,8 @@
 
 256^2 grey -> two 224^2 float views, one thread, nothing else running; SimCLR's views with crops of
 .2-1. ram and disk are the loader's tiers over a frame store; stream decodes the shards each time
-and is compared with the decoder plus the op. In one turn, every work processes four times as many
-frames as the loader draws views for at once; after its last batch, the loader's thread stops, so
+and is compared with the decoder plus the op. In one turn, every work processes as many frames
+as the loader draws views for at once; after its last batch, the loader's thread stops, so
 that it takes nothing from the others. Floor: writing as many bytes.
 """
 
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> None:
 
     torch.set_num_threads(1)
     for size in (64, 256):
-        num = 4 * DRAWN // size
+        num = DRAWN // size
         works = {
             "sslus, ram": ByLoader(bench.shards, size, "ram"),
             "sslus, disk": ByLoader(bench.shards, size, "disk"),
