@@ -192,8 +192,11 @@ def _check_choice(which: str) -> None:
 def _elsewhere(which: str, x: Tensor) -> str | None:
     """Why the implementation `which` cannot run where x is; None if it can."""
     # Triton's interpreter runs GPU kernels on CPU tensors, for tests without a GPU.
-    on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    here = {"reference": True, "cpu": x.device.type == "cpu", "gpu": on_gpu}[which]
+    here = (
+        which == "reference"
+        or (which == "cpu" and x.is_cpu)
+        or (which == "gpu" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"))
+    )
     return None if here else f"the tensors are on {x.device}"
 
 
