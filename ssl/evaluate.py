@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +125,8 @@ def evaluate(
         else:
             features = features_of_both(source, store, frames, where, out, shared, stage)
             name = "probe" if protocol == "linear" else protocol
-            with stage(name, "fits") as report, threadpool_limits(threads):
-                guesses, slow = _fit_all(protocol, tasks, frames, features, shared, report)
+            with stage(name, "frames") as report, threadpool_limits(threads):
+                guesses, slow = _fit_all(protocol, tasks, frames, features, where, shared, report)
             about = SETTINGS[protocol]
         table, videos = rows(frames, tasks, guesses, deals)
 
@@ -178,7 +178,13 @@ def _tasks(frames: LabelledFrames, names: list[str], percents, deals) -> Iterato
 
 
 def _fit_all(
-    protocol: str, tasks: list[Task], frames: LabelledFrames, features, shared: dict, report
+    protocol: str,
+    tasks: list[Task],
+    frames: LabelledFrames,
+    features,
+    device: torch.device,
+    shared: dict,
+    report,
 ) -> tuple[list[Guess], int]:
     """Each task's predictions, and how many fits did not converge.
 
@@ -186,29 +192,40 @@ def _fit_all(
     backbone go to `shared`, by a digest of everything they depend on.
     """
     guesses, slow, num_seeds, num_classes = [], 0, tasks[-1].seed + 1, len(frames.names)
+    num_done, num_all = 0, sum(len(t.test) for t in tasks)
     digests = {name: hashlib.sha256(x).digest() for name, x in features.items()}
     own: dict[bytes, tuple[Guess, bool]] = {}
-    for done, t in enumerate(tasks, start=1):
-        x, y = features[t.backbone], frames.y[t.train]
+    for t in tasks:
+        x, y, note = features[t.backbone], frames.y[t.train], f"seed {t.seed + 1} of {num_seeds}"
         digest = hashlib.sha256(f"{protocol} {num_classes} {len(y)}".encode())
         for part in (digests[t.backbone], t.train, y, t.test):
             digest.update(part)
         known, key = shared if t.backbone == RANDOM else own, digest.digest()
         if key not in known:
-            known[key] = _fit(protocol, x[t.train], y, x[t.test], num_classes)
+            known[key] = _fit(
+                protocol, x[t.train], y, x[t.test], num_classes, device,
+                lambda done, before=num_done, note=note: report(before + done, num_all, note),
+            )  # fmt: skip
         guess, converged = known[key]
         guesses.append(guess)
         slow += not converged
-        report(done, len(tasks), f"seed {t.seed + 1} of {num_seeds}")
+        num_done += len(t.test)
+        report(num_done, num_all, note)
     return guesses, slow
 
 
 def _fit(
-    protocol: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, num_classes: int
+    protocol: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    num_classes: int,
+    device: torch.device,
+    report: Callable[[int], None],
 ) -> tuple[Guess, bool]:
     """The predictions, and whether the fit converged."""
     if protocol == "knn":
-        found = votes(x_train, y_train, x_test, num_classes)
+        found = votes(x_train, y_train, x_test, num_classes, device=device, report=report)
         return Guess(found.argmax(1), found / found.sum(1, keepdims=True)), True
     guess, probability, converged = probe(x_train, y_train, x_test, num_classes)
     return Guess(guess, probability), converged

@@ -32,6 +32,7 @@ from sslus.ssl import (
     features,
     finetune,
     linear,
+    neighbours,
     online,
     predictions,
     report,
@@ -722,9 +723,9 @@ def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkey
     def spy(module, name):
         real = getattr(module, name)
 
-        def spied(*args):
+        def spied(*args, **options):
             met.append(name if name != "tune" else f"tune {args[0].backbone}")
-            return real(*args)
+            return real(*args, **options)
 
         monkeypatch.setattr(module, name, spied)
 
@@ -816,11 +817,11 @@ def test_all_work_is_done_by_the_threads_that_are_asked_for(run, videos, tmp_pat
     def spy(module, name):
         real = getattr(module, name)
 
-        def spied(*args):
+        def spied(*args, **options):
             pools = [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
-            # Fine-tuning and features are PyTorch's work, fits that of numpy and scikit-learn.
-            met.append((name, {torch.get_num_threads()} if module is not evaluate else {*pools}))
-            return real(*args)
+            # The probe is the work of numpy and scikit-learn, all else that of PyTorch.
+            met.append((name, {*pools} if name == "probe" else {torch.get_num_threads()}))
+            return real(*args, **options)
 
         monkeypatch.setattr(module, name, spied)
 
@@ -892,6 +893,26 @@ def test_the_labels_of_the_test_part_reach_no_training(protocol, run, videos, tm
     assert first == second and len(first) == (2 if protocol == "finetune" else 0)
     assert np.array_equal(confusion.sum(0), other.sum(0))
     assert not np.array_equal(confusion, other)
+
+
+def test_progress_rises_to_its_total(run, videos, tmp_path, monkeypatch):
+    """Fit by fit, and block by block of a search for neighbours; also over equal fits."""
+    monkeypatch.setattr(neighbours, "BLOCK", 200)
+    told = {}
+
+    @contextlib.contextmanager
+    def stage(label, unit):
+        yield lambda done, total, note: told.setdefault(label, []).append((done, total))
+
+    for protocol in ("linear", "knn"):
+        evaluate.evaluate(
+            run, videos / "labels.csv", out=tmp_path, protocol=protocol, percents=(10, 90, 100),
+            num_seeds=2, device="cpu", stage=stage,
+        )  # fmt: skip
+    for name in ("probe", "knn"):
+        done, totals = zip(*told[name], strict=True)
+        assert done == tuple(sorted(done)) and {done[-1]} == set(totals)
+    assert set(told["probe"]) < set(told["knn"])
 
 
 def test_two_processes_do_not_write_one_report(run, videos, tmp_path):

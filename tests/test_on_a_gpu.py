@@ -12,6 +12,7 @@ from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
 from sslus.ssl import methods
 from sslus.ssl.loader import Batch, Loader, Views, open_store
+from sslus.ssl.neighbours import votes
 from sslus.ssl.optimizers import OPTIMIZERS
 from sslus.ssl.state import State
 from sslus.ssl.step import Step
@@ -117,3 +118,14 @@ def test_every_tier_of_a_gpu_makes_the_batches_of_the_cpu(clips, tmp_path, devic
                 most = 5 if tier == "stream" else 2.4
                 assert off.max() < most and off.mean() < 0.5, (tier, off.max(), off.mean())
             assert all(torch.equal(a, b) for a, b in zip(ours[2:], theirs[2:], strict=True)), tier
+
+
+@pytest.mark.gpu
+def test_the_nearest_neighbours_are_those_of_the_cpu(device):
+    random = np.random.default_rng(0)
+    x, query = (random.normal(size=(n, 64)).astype(np.float32) for n in (5000, 300))
+    x[2500:] = x[:2500]  # each as near as another one
+    y = random.integers(0, 4, len(x))
+    cpu, gpu, again = (votes(x, y, query, 4, device=d) for d in ("cpu", device, device))
+    np.testing.assert_allclose(gpu, cpu, rtol=1e-12)
+    assert np.array_equal(gpu, again)

@@ -14,7 +14,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from sslus.engine.errors import InputError, Interrupted
 from sslus.ssl import backbones, finetune, neighbours
-from sslus.ssl.neighbours import knn
+from sslus.ssl.neighbours import knn, votes
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -63,6 +63,13 @@ def test_of_equal_neighbours_the_first_ones_vote(width):
     for ones in (9, 10, 11):
         y = np.repeat([1, 0], [ones, 990 + 9 - ones])
         assert set(knn(x, y, query, 2)) == {int(ones > 10)}  # 10 to 10: the first class
+
+
+def test_knn_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 2110)  # of 211 cosines each: ten queries
+    (x, y), (query, _), told = features(211), features(25, seed=1), []
+    votes(x, y, query, 4, report=told.append)
+    assert told == [10, 20, 25]
 
 
 def striped(num_each=20, seed=0):
