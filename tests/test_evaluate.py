@@ -298,6 +298,21 @@ def test_a_share_keeps_whole_videos_of_every_class():
     assert len(np.unique(frames.patient[few[0]])) <= len(np.unique(frames.video[few[0]]))
 
 
+def test_which_videos_of_a_patient_a_share_keeps_is_up_to_the_seed():
+    """Not their order in the store: a patient's first video may be another view than the last."""
+    frames = small([0] * 6, [0] * 6)  # one patient, with six videos of each class
+    train = np.arange(len(frames))
+    first = set()
+    for seed in range(60):
+        kept = [set(splits.share(frames, train, percent, seed)) for percent in (1, 40, 80, 100)]
+        assert kept[0] < kept[1] < kept[2] < kept[3] == set(train)
+        assert set(splits.share(frames, train, 40, seed)) == kept[1]
+        first.add(tuple(np.unique(frames.video[[*kept[0]]]).tolist()))
+    for of_class in zip(*first, strict=True):  # a pair of videos for each seed
+        assert len(set(of_class)) == 6
+    assert len(first) > 12  # of 36 pairs: the classes are drawn apart
+
+
 def test_probe_standardises_on_the_training_part_and_weighs_classes():
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], [190, 10])
