@@ -29,6 +29,7 @@ from sslus.ssl.world import pays_bf16
 WAYS = ("eager", "compile", "graph")  # to execute an update, see ssl/step.py
 WHERE = {"device": "auto", "tier": "auto", "threads": None}  # and their defaults
 WHERE_KINDS = {"device": str, "tier": str, "threads": int | None}
+MOST_THREADS = 1024  # as --threads has it
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max
 CHOICES = {
@@ -38,6 +39,7 @@ CHOICES = {
     "batch_norm": ("sync", "per-rank"),
     "step": ("auto", *WAYS),
 }
+LEAST = {"log_every": 1, "health_every": 1, "checkpoint_every": 1, "keep": 0, "online_every": 0}
 ABOVE_0 = (
     "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
 )  # fmt: skip
@@ -162,7 +164,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Options:
-    """What is logged and kept of a run, in steps. Its result does not depend on these."""
+    """What is logged and kept of a run, in steps. Its result does not depend on these.
+
+    Raises InputError for a number below LEAST.
+    """
 
     log_every: int = 10
     health_every: int = 50  # if not a multiple of log_every, delayed to the next log line
@@ -170,6 +175,13 @@ class Options:
     keep: int = 2  # checkpoints to keep in checkpoints/, besides the best one
     online_every: int = 0  # epochs between online evaluations (kNN, linear probe); 0: never
     time_limit: float | None = None  # seconds, after which the run saves and stops
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{name} {getattr(self, name)!r:.40}: want a whole number from {least}"
+                )
 
 
 def of_new_run(asked: dict, recipe: str = "default") -> tuple[Settings, object]:
@@ -202,19 +214,26 @@ def of_resumed_run(asked: dict, recorded: dict) -> tuple[Settings, object]:
 
 def how(asked: dict, recorded: dict | None = None) -> tuple[dict, Options]:
     """(device, tier and threads by these names; Options): what is asked, else what config.json
-    has recorded as `how`, else defaults."""
+    has recorded as `how`, else defaults. Raises InputError for a number out of range."""
     found = (recorded or {}) | asked
-    return WHERE | _part(found, WHERE), Options(**_part(found, _names(Options)))
+    where = WHERE | _part(found, WHERE)
+    if where["threads"] is not None and not 1 <= where["threads"] <= MOST_THREADS:
+        raise InputError(f"threads {where['threads']!r:.40}: want 1 to {MOST_THREADS}")
+    return where, Options(**_part(found, _names(Options)))
 
 
 def recorded_how(run: Path) -> dict:
     """What `how` was when a run last started; {} if that cannot be read, which train.open_run
-    reports. Raises InputError for values of a wrong type."""
+    reports. Raises InputError for values of a wrong type or out of range."""
     try:
         found = dict(json.loads((run / "config.json").read_text())["how"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     _check_types(found, WHERE_KINDS | _kinds(Options))
+    try:
+        how({}, found)
+    except InputError as e:
+        raise _edited(e) from e
     return found
 
 
@@ -251,9 +270,13 @@ def _check_types(values: dict, kinds: dict[str, type]) -> None:
         for name in values.keys() & kinds.keys():
             check_type(name, values[name], kinds[name])
     except TypeError as e:
-        raise InputError(
-            f"config.json of the run: damaged ({e}); put it back, or start another --run DIR"
-        ) from e
+        raise _edited(e) from e
+
+
+def _edited(why: Exception) -> InputError:
+    return InputError(
+        f"config.json of the run: damaged ({why}); put it back, or start another --run DIR"
+    )
 
 
 def check_config(method_config) -> None:

@@ -707,6 +707,9 @@ def test_a_damaged_config_is_one_line(shards, tmp_path, capsys, text):
         ("settings", "views", ["a"]), ("settings", "epochs", True), ("settings", None, []),
         ("method_config", "projector", 32), ("method_config", None, "x"), ("shards", "path", 5),
         ("shards", None, 5), ("how", "device", ["cpu"]), ("how", "log_every", "x"),
+        ("how", "log_every", 0), ("how", "checkpoint_every", -200), ("how", "keep", -1),
+        ("how", "health_every", 0), ("how", "online_every", -1), ("how", "threads", "two"),
+        ("how", "threads", 0), ("how", "threads", -1), ("how", "threads", 10**20),
         ("method_file", None, "my_method.py"),
     ],
 )  # fmt: skip
