@@ -304,7 +304,7 @@ def _samples(shards: Path, manifest: Manifest) -> list[_Sample]:
 def _read_facts(
     shards: Path, manifest: Manifest, samples: list[_Sample], views: list[memoryview]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The index arrays and the videos' ids."""
+    """The index arrays and the videos' ids. Raises InputError that names the damaged frame."""
     parts = [views[s.shard][s.json[0] : sum(s.json)] for s in samples]
     try:
         # Parse all at once: this saves 2 us per frame.
@@ -313,6 +313,12 @@ def _read_facts(
             raise ValueError("names and metadata of the frames differ")
         videos = sorted({f["video"] for f in facts})
         patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
+        if not all(isinstance(patient, str) for patient in patients):
+            raise ValueError("want a name as patient")
+        times = np.array([float(f["time_seconds"]) for f in facts])
+        wrong = times[~((times >= 0) & (times <= np.finfo(np.float32).max))]  # NaN too
+        if wrong.size:
+            raise ValueError(f"want a time_seconds from 0, got {wrong[0]}")
 
         def number(names: list[str], key: str) -> np.ndarray:
             place = {name: i for i, name in enumerate(names)} | {None: -1}
@@ -321,10 +327,17 @@ def _read_facts(
         columns = {
             "video": number(videos, "video"),
             "frame": np.array([f["frame"] for f in facts], np.int32),
-            "time_seconds": np.array([f["time_seconds"] for f in facts], np.float32),
+            "time_seconds": times.astype(np.float32),
             "label": number(manifest.labels, "label"),
             "patient": number(patients, "patient"),
         }
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise InputError(f"{shards}: damaged shards ({e}); {REMEDY}") from e
+        where = f"{shards}: a frame's .json"
+        if len(samples) > 1:  # which one? It raises
+            for sample in samples:
+                _read_facts(shards, manifest, [sample], views)
+        else:
+            name = manifest.shards[samples[0].shard]["name"]
+            where = f"{shards / name}: {samples[0].key}.json"
+        raise InputError(f"{where} is damaged ({type(e).__name__}: {e}); {REMEDY}") from e
     return columns, videos

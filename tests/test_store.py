@@ -1,6 +1,8 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
 import errno
+import json
+import math
 import resource
 import signal
 import subprocess
@@ -168,27 +170,51 @@ def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp
         assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
 
 
-@pytest.mark.parametrize("side, words", [(64, "damaged"), (32, "size"), (128, "damaged")])
-def test_a_jpeg_that_does_not_decode_is_named(side, words, shards):
-    """Though every digest is right: the shard was written so."""
+def refuses_a_forged_frame(shards, kind, change, words):
+    """One whose digests are all right: the shard was written so."""
     path = shards / "shard-000001.tar"
     data, index = path.read_bytes(), tar.read_index(path)
     content = [
         (key, {name: data[o : o + n] for name, (o, n) in members.items()}) for key, members in index
     ]
-    if side == 64:  # the size is right
-        content[3][1]["jpg"] = content[3][1]["jpg"][:100]
-    else:
-        other = np.zeros((side, side, 1), np.uint8)
-        content[3][1]["jpg"] = simplejpeg.encode_jpeg(other, 95, "GRAY", "Gray")
+    key, members = content[3]
+    members[kind] = change(members[kind])
     num_bytes, sha256 = tar.write_shard(path, content)
     manifest = read_manifest(shards)
     manifest.shards[1].update(bytes=num_bytes, sha256=sha256)
     manifest.with_digest().write(shards)
-    with pytest.raises(InputError, match=f"shard-000001.tar: {index[3][0]}.jpg is .*{words}") as e:
+    with pytest.raises(InputError, match=f"shard-000001.tar: {key}.{kind} is .*{words}") as e:
         FrameStore.open(shards)
     assert "\n" not in str(e.value)
     assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
+
+
+@pytest.mark.parametrize("side, words", [(64, "damaged"), (32, "size"), (128, "damaged")])
+def test_a_jpeg_that_does_not_decode_is_named(side, words, shards):
+    def change(jpeg):
+        if side == 64:  # the size is right
+            return jpeg[:100]
+        return simplejpeg.encode_jpeg(np.zeros((side, side, 1), np.uint8), 95, "GRAY", "Gray")
+
+    refuses_a_forged_frame(shards, "jpg", change, words)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("time_seconds", math.nan, "from 0, got nan"), ("time_seconds", None, "damaged"),
+        ("time_seconds", math.inf, "from 0, got inf"), ("time_seconds", -0.1, "from 0, got -0.1"),
+        ("time_seconds", 1e300, r"from 0, got 1e\+300"),  # too large for float32
+        ("time_seconds", [1.0], "damaged"), ("time_seconds", "late", "damaged .*late"),
+        ("frame", -1, "differ"), ("frame", 2**40, "differ"), ("video", "another", "differ"),
+        ("label", "unknown", "damaged .*unknown"), ("patient", 5, "damaged"), ("patient", [], ""),
+    ],
+)  # fmt: skip
+def test_what_no_frame_can_be_is_named(name, value, words, shards):
+    def change(facts):
+        return json.dumps(json.loads(facts) | {name: value}).encode()
+
+    refuses_a_forged_frame(shards, "json", change, words)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
