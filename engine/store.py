@@ -30,7 +30,11 @@ FORMAT = 1
 CHUNK_BYTES = 1 << 20  # per task: writing many frames at once costs a third less than singly
 SYNC_BYTES = 16 << 20  # synced in the background, so that little is left for the last fsync
 OTHER_FILES = 512  # more than a training process opens beside the shards
-COLUMNS = ("video", "frame", "time_seconds", "label", "patient")
+# Of index.npz: their type, and the least value.
+COLUMNS = {
+    "video": (np.int32, 0), "frame": (np.int32, 0), "time_seconds": (np.float32, 0),
+    "label": (np.int32, -1), "patient": (np.int32, -1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class FrameStore:
         if several processes call this at once, one of them builds it. An existing store may be on
         a read-only file system. `threads` decode (default: one per core); `report(done, total,
         note)` counts frames. Raises InputError if the shards are unfinished, damaged or of another
-        version, if the store belongs to other shards and `rebuild` is not given, or if one must be
-        built where nothing can be written or a link is; OSError on a full disk.
+        version, if the store is damaged or of other shards and `rebuild` is not given, or if one
+        must be built where nothing can be written or a link is; OSError on a full disk.
         """
         shards = Path(shards)
         manifest = read_manifest(shards)
@@ -142,14 +146,16 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         index = (folder / "index.npz").read_bytes()
         if hashlib.sha256(index).hexdigest() != facts["index_sha256"]:
             raise InputError(f"{folder}/index.npz: damaged{remedy}")
-        shape = tuple(facts["shape"])
+        size, videos = manifest.settings["size"], facts["videos"]
+        shape = (manifest.num_frames, size, size)
         path = folder / "frames.u8"
         if path.stat().st_size != np.prod(shape):
             raise InputError(f"{path}: does not have the size of {shape[0]} frames{remedy}")
         frames = np.memmap(path, np.uint8, "r", shape=shape)
-        with np.load(io.BytesIO(index), allow_pickle=False) as columns:
-            arrays = {name: columns[name] for name in COLUMNS}
-        videos = facts["videos"]
+        columns = _read_columns(index)
+        _check_columns(columns, len(frames), len(videos), len(manifest.labels))
+        if not all(isinstance(video, str) for video in videos):
+            raise ValueError("want names as videos")
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: is missing{remedy}") from e
     except InputError:
@@ -157,9 +163,34 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{folder}: damaged ({type(e).__name__}: {e}){remedy}") from e
     return FrameStore(
-        frames, **arrays, video_ids=videos, label_names=manifest.labels,
+        frames, **columns, video_ids=videos, label_names=manifest.labels,
         mean=manifest.mean, std=manifest.std, digest=manifest.digest,
     )  # fmt: skip
+
+
+def _read_columns(index: bytes) -> dict[str, np.ndarray]:
+    """The columns in the content of index.npz. Raises ValueError."""
+    try:
+        with np.load(io.BytesIO(index), allow_pickle=False) as columns:
+            return {name: columns[name] for name in COLUMNS}
+    except Exception as e:  # those of zipfile, of each compression and of numpy's headers
+        raise ValueError(f"index.npz: {type(e).__name__}: {e}") from e
+
+
+def _check_columns(
+    columns: dict[str, np.ndarray], num: int, num_videos: int, num_labels: int
+) -> None:
+    """Raise ValueError for columns that no store has: what looks frames up would fail or, where
+    videos are not in order, find wrong ones."""
+    below = {"video": num_videos, "time_seconds": np.inf, "label": num_labels, "patient": num}
+    for name, (kind, least) in COLUMNS.items():
+        column, end = columns[name], below.get(name, 2**31)
+        if not isinstance(column, np.ndarray) or column.dtype != kind or column.shape != (num,):
+            raise ValueError(f"index.npz: want {num} {kind.__name__} as {name}")
+        if not ((column >= least) & (column < end)).all():  # NaN too
+            raise ValueError(f"index.npz: want numbers from {least}, below {end}, as {name}")
+    if (np.diff(columns["video"]) < 0).any():
+        raise ValueError("index.npz: want videos in order")
 
 
 def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> None:

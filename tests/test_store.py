@@ -1,9 +1,11 @@
 """The frame store: what is in the shards, once, and never a stale or half-written one."""
 
 import errno
+import hashlib
 import json
 import math
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +25,16 @@ from sslus.engine.store import FrameStore
 SETTINGS = Settings(size=64, stride=2, frames_per_shard=30)
 
 
+@pytest.fixture(scope="module")
+def made(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "shards"
+    shard([clips], out, SETTINGS, labels=clips / "labels.csv", device="cpu", jobs=1)
+    return out
+
+
 @pytest.fixture
-def shards(clips, tmp_path):
-    shard([clips], tmp_path / "shards", SETTINGS, labels=clips / "labels.csv", device="cpu", jobs=1)
-    return tmp_path / "shards"
+def shards(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "shards")
 
 
 def test_store_holds_the_shards_frames_in_order(shards, by_hand, monkeypatch):
@@ -168,6 +176,45 @@ def test_damage_is_named_and_leaves_no_half_store(file, what, words, shards, tmp
     assert "\n" not in str(e.value)
     if "store" not in file:
         assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("label", None), ("video", lambda x: x[1:]), ("frame", lambda x: x.astype(np.int64)),
+        ("time_seconds", lambda x: x[:, None]), ("patient", lambda x: x.astype(object)),
+        ("label", lambda x: np.where(x == 0, 2, x)), ("label", lambda x: x - 2),
+        ("video", lambda x: x + 1), ("video", lambda x: x - 1), ("video", lambda x: x[::-1]),
+        ("patient", lambda x: x + 10**9), ("frame", lambda x: x - 1000),
+        ("time_seconds", lambda x: np.where(x == 0, np.nan, x)), ("time_seconds", lambda x: -x),
+        ("time_seconds", lambda x: np.where(x == 0, np.inf, x)), ("time_seconds", lambda x: b"x"),
+        ("index.npz", lambda data: data[:-9]), ("index.npz", lambda data: b""),
+        ("index.npz", lambda data: data.replace(b"<i4", b"<i9")),
+        ("index.npz", lambda data: data.replace(b"(", b"[")), ("videos", lambda ids: ids[1:]),
+        ("videos", lambda ids: [5, *ids[1:]]), ("videos", lambda ids: None),
+    ],
+)  # fmt: skip
+def test_what_no_store_holds_is_refused_though_its_digest_is_right(name, change, shards):
+    whole = FrameStore.open(shards)
+    path, facts = shards / "store" / "index.npz", shards / "store" / "store.json"
+    told = json.loads(facts.read_text())
+    with np.load(path) as index:
+        columns = dict(index)
+    if name in columns and change is None:
+        del columns[name]
+    elif name in columns:
+        columns[name] = change(columns[name])
+    elif name in told:
+        told[name] = change(told[name])
+    np.savez(path, **columns)
+    if name == "index.npz":
+        path.write_bytes(change(path.read_bytes()))
+    told["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="store: damaged .*; rebuild it with --rebuild-store") as e:
+        FrameStore.open(shards)
+    assert "\n" not in str(e.value) and (name == "videos" or "index.npz: " in str(e.value))
+    assert (FrameStore.open(shards, rebuild=True).time_seconds == whole.time_seconds).all()
 
 
 def refuses_a_forged_frame(shards, kind, change, words):
