@@ -249,10 +249,17 @@ class Reader:
 def is_url(where: str | Path) -> bool:
     """Whether `where` is a URL of a supported protocol rather than a folder.
 
-    Raises InputError for `pipe:`, for chains of protocols and for any protocol not in PROTOCOLS.
+    Raises InputError for `pipe:`, for chains of protocols and for any protocol not in PROTOCOLS;
+    and, without repeating it, for a URL in which `shown` might not find the whole password.
     """
     where = str(where)
     protocol, separator, path = where.partition("://")
+    host = re.match(r"[^/?#\s]*", path)[0]  # with user and password, if these are encoded
+    if host.count("@") > 1 or (":" in host and "@" in path[len(host) :]):
+        raise InputError(
+            "the URL of the shards: where its password ends cannot be told; percent-encode the"
+            " password (/ is %2F, ? %3F, # %23, @ %40, a space %20), and an @ in the path"
+        )
     if where.startswith("pipe:") or (separator and "|" in where):
         raise InputError(
             f"{shown(where)}: shell commands are never run; give a folder or a URL of shards"
@@ -262,12 +269,13 @@ def is_url(where: str | Path) -> bool:
     if protocol not in PROTOCOLS or "::" in path:
         raise InputError(f"{shown(where)}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
     if protocol == "file" and not path.startswith("/"):  # elsewhere a resumed run would not find it
-        raise InputError(f"{where}: want file:// with the absolute path, or just the path")
+        raise InputError(f"{shown(where)}: want file:// with the absolute path, or just the path")
     return True
 
 
 def shown(text: str | Path) -> str:
-    """The text with HIDDEN for what its URLs may hold of secrets: user and password, and query.
+    """The text with HIDDEN for what its URLs, which `is_url` takes, may hold of secrets: user and
+    password, and query.
 
     >>> shown("https://me:password@host/shards?signature=1f")
     'https://***@host/shards?***'

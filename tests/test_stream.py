@@ -1,5 +1,6 @@
 """Streaming shards: an order that is arithmetic, frames as in the shards, errors of one line."""
 
+import base64
 import hashlib
 import pickle
 import re
@@ -21,6 +22,7 @@ from sslus.engine.manifest import read_manifest
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import Reader, StreamPlan, StreamStore, is_url
+from sslus.tools.cli import main
 
 
 @pytest.fixture
@@ -254,7 +256,12 @@ def test_a_relative_url_is_refused(shards, monkeypatch):
 
 def test_folders_are_no_urls(tmp_path):
     assert not is_url(tmp_path) and not is_url("shards") and not is_url("a:b")
-    assert is_url("s3://bucket/shards") and is_url("https://host/shards/")
+    for where in (
+        "s3://bucket/shards", "https://host/shards/", "https://me:a%2Fb@host:80/a",
+        "https://host/a@b?c=d:e@f", "abfs://box@account.net/a@b", "http://host:80/a%40b",
+        "file:///a:b/c@d", "https://***@host/a?***",
+    ):  # fmt: skip
+        assert is_url(where)
 
 
 def test_urls_are_folders_elsewhere(shards, many_shards):
@@ -319,7 +326,8 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
-            if self.headers["Authorization"] != "Basic bWU6c2VjcmV0" or "?sig=1f" not in self.path:
+            user = base64.b64decode(self.headers["Authorization"].removeprefix("Basic "))
+            if user != b"me:/secret" or "?sig=1f" not in self.path:
                 self.send_error(403)
             else:
                 super().do_GET()
@@ -330,12 +338,12 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         host = f"127.0.0.1:{server.server_port}"
-        where = f"http://me:secret@{host}/?sig=1f"
+        where = f"http://me:%2Fsecret@{host}/?sig=1f"
         np.testing.assert_array_equal(read(where), read(many_shards))
         for wrong in (where.replace("sig=1f", "sig=1e"), where.replace("/?", "/none?")):
             with pytest.raises(InputError) as e:
                 read(wrong)
-            told = wrong.replace("me:secret", "***").partition("?")[0].rstrip("/")
+            told = wrong.replace("me:%2Fsecret", "***").partition("?")[0].rstrip("/")
             assert str(e.value).startswith(f"{told}/manifest.json?***: ")
             assert "secret" not in str(e.value) and "sig=" not in str(e.value)
     finally:
@@ -358,6 +366,19 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
 )
 def test_what_is_shown_of_a_url(url, told):
     assert stream.shown(url) == told
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["https://me:SE/CRET@host/shards", "https://me:SE@CRET@host", "https://SE@CRET@host/shards",
+     "s3://me:SE?CRET@bucket", "gs://me:SE#CRET@bucket/a", "ftp://me:SE/CRET@host",
+     "https://me:SE CRET@host/a", "http://me:SE@CRET/CRET@host/a", "http://me:12/SECRET@host"],
+)  # fmt: skip
+def test_a_password_that_is_not_encoded_is_refused_and_not_repeated(where, capsys):
+    assert main(["train", where]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "percent-encode" in err
+    assert not re.search("SE|CRET", err)
 
 
 def test_dali_decodes_what_simplejpeg_does(many_shards, by_hand):
