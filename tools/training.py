@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -28,12 +29,17 @@ OF_PAIRS = ("pairs", "pair_weights", "views")
 OF_ONE_CALL = ("shards", "method", "recipe", "resume", "rebuild_store", "time_limit")
 
 
-def _resume(run, how: str = "") -> str:
-    """The command that continues a run, which has recorded all but the number of processes."""
+def _resume(run, asked: dict, how: str = "") -> str:
+    """The command that continues a run, which has recorded all but the number of processes, and
+    what `shown` hides of a URL."""
     run, size = argument(run), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and EXIT_CODE_FILE not in os.environ:
         return f"the same torchrun command with --resume --run {run}"
-    return f"sslus train{how} --resume --run {run}" + (f" --gpus {size}" if size > 1 else "")
+    shards, more = asked.get("shards", ""), f" --gpus {size}" if size > 1 else ""
+    if is_url(shards) and shown(shards) != shards:
+        how += f" {shlex.quote(shown(shards))}"
+        more += f"  # {HIDDEN} hides a part of the URL: name it whole"
+    return f"sslus train{how} --resume --run {run}{more}"
 
 
 def _recorded(shards: str, going: str) -> str:
@@ -56,7 +62,7 @@ def train_one(run: Path, asked: dict) -> None:
     """Train one method and print the summary. `asked`: see sslus.ssl.settings."""
     # A file has to be named again, see settings_from.
     method = asked.get("method", "")
-    going = _resume(run, f" --method {argument(method)}" if methods.is_file(method) else "")
+    going = _resume(run, asked, f" --method {argument(method)}" if methods.is_file(method) else "")
     try:
         result = _train(run, asked, going)
     except Interrupted as e:
@@ -111,7 +117,7 @@ def _train(run: Path, asked: dict, going: str) -> TrainResult:
 
 def train_all(folder: Path, asked: dict) -> None:
     """Train the methods one after the other, each in its own folder; skip finished ones."""
-    going = _resume(folder, " --method all")
+    going = _resume(folder, asked, " --method all")
     asked = _asked_of_all(folder, asked, going)
     rows, warnings, limit, start = {}, [], asked.get("time_limit"), time.monotonic()
     failed = []
