@@ -86,6 +86,8 @@ def _check(manifest: Manifest) -> None:
         name, num = entry["name"], entry["num_frames"]
         want(re.fullmatch(r"shard-\d+\.tar", name), f"names like shard-000000.tar, got {name!r}")
         want(type(num) is int and num > 0, f"1 frame or more in {name}, got {num!r:.40}")
+        known = isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        want(known, f"the length and the digest of {name}")
         total += num
     num, num_videos = manifest.num_frames, manifest.num_videos
     want(type(num) is int and num == total, f"num_frames {total}, of all shards, got {num!r:.40}")

@@ -1110,6 +1110,8 @@ def test_a_manifest_that_cannot_be_used_says_why(clips, tmp_path, key):
         (lambda m: m["shards"][0].update(num_frames=-5), "1 frame or more in shard-000000.tar"),
         (lambda m: m["shards"][0].update(num_frames=None), "1 frame or more in shard-000000.tar"),
         (lambda m: m["shards"][0].update(name="../../etc/passwd"), "names like shard-000000.tar"),
+        (lambda m: m["shards"][0].pop("bytes"), "length and the digest of shard-0000"),
+        (lambda m: m["shards"][0].update(sha256=None), "the length and the digest of shard-0000"),
         (lambda m: m["settings"].update(size=10**6), "a size of 1 to 4096"),
         (lambda m: m.update(mean=float("nan")), "mean and std from 0 to 1"),
         (lambda m: m.update(labels=[["a"]]), "names as labels"),
