@@ -422,7 +422,7 @@ def decode(path: Path) -> Iterator[Frame]:
     never decrease: a frame without a timestamp comes one period after the previous frame, as does
     a frame at which the clock restarts because recordings were joined. A single absurd timestamp,
     more than REORDERED frames away from both its neighbours, is replaced by their midpoint. Raises
-    VideoError if the file cannot be opened.
+    VideoError if the file cannot be opened or, after the frames, cannot be read to its end.
     """
     for index, time_seconds, frame, turn in decoded(Path(path)):
         yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))
@@ -436,7 +436,7 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn]]:
         # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
-        batches = _batches(container, stream, whole)
+        batches = _batches(path, container, stream, whole)
         frames, turn = chain.from_iterable(batches), None
         for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
             turn = _turn(frame, stream) if turn is None else turn
@@ -492,12 +492,12 @@ def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
     return None if stamp is None or next_stamp is None else next_stamp < stamp
 
 
-def _batches(container, stream, whole: BinaryIO | None) -> Iterator[list]:
+def _batches(path: Path, container, stream, whole: BinaryIO | None) -> Iterator[list]:
     """The frames of each packet in turn; a damaged packet gives none. whole: see breaks_off."""
     import av
 
-    for packet in chain(_packets(container, stream, whole), (None,)):
-        try:  # None: the frames that are still in the decoder, which are good
+    for packet in _packets(path, container, stream, whole):
+        try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError as e:
             if out_of_memory(e):
@@ -506,23 +506,31 @@ def _batches(container, stream, whole: BinaryIO | None) -> Iterator[list]:
         yield frames
 
 
-def _packets(container, stream, whole: BinaryIO | None) -> Iterator:
-    """The packets, without the last one of a file that breaks off."""
+def _packets(path: Path, container, stream, whole: BinaryIO | None) -> Iterator:
+    """The packets, without the last one of a file that breaks off, and None.
+
+    Raises VideoError behind them if a disk or a network does not give the rest of the file.
+    """
     import av
 
     held, last = [], []  # a packet and empty ones behind it; it and the one before
+    unread = None
     try:
         for packet in container.demux(stream):
             if packet.size:
                 yield from held
                 held, last = [], [*last[-1:], packet]
             held.append(packet)
-    except av.FFmpegError as e:  # the file breaks off
+    except av.FFmpegError as e:
         if out_of_memory(e):
             raise
+        unread = e if isinstance(e, OSError) else None  # others: the file breaks off
     if last and breaks_off(whole, container, last):
         del held[0]
     yield from held
+    yield None  # for the frames that are still in the decoder, which are good
+    if unread:
+        raise VideoError(path, f"cannot be read to its end ({_reason(unread)})")
 
 
 def images(path: Path, file=None) -> Iterator[tuple[Luma, float]]:

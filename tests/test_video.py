@@ -1,7 +1,9 @@
 """Decoding: every frame, exact luma, true times, one clear line for what cannot be decoded."""
 
 import csv
+import errno
 import gc
+import itertools
 import os
 import struct
 import subprocess
@@ -474,6 +476,50 @@ def test_a_damaged_packet_costs_only_itself(clip, pattern, tmp_path):
     got = [f.luma for f in decode(path) if not f.corrupt]
     assert len(got) == 39
     np.testing.assert_array_equal(got[-1], whole[-1])
+
+
+class _BadSector:
+    """A container on a disk that gives only its first `num` packets."""
+
+    def __init__(self, container, num: int):
+        self.container, self.num = container, num
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.container.close()
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def demux(self, stream):
+        import av
+
+        yield from itertools.islice(self.container.demux(stream), self.num)
+        raise av.error.OSError(errno.EIO, "Input/output error", self.container.name)
+
+
+def test_a_disk_that_fails_is_no_end_of_the_file(pattern, tmp_path, monkeypatch):
+    """What counts no frames would be complete where the disk cannot be read."""
+    from PIL import Image
+
+    pages = [Image.fromarray(x) for x in pattern(30, 48, 64)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:])
+    whole = list(decode(tmp_path / "a.gif"))
+    opened = video.open_video
+
+    def failing(path, file=None):
+        container, stream = opened(path, file)
+        return _BadSector(container, 12), stream
+
+    monkeypatch.setattr(video, "open_video", failing)
+    frames = []
+    with pytest.raises(VideoError, match=r"cannot be read to its end \(Input/output error\)"):
+        frames.extend(decode(tmp_path / "a.gif"))
+    assert len(frames) == 11 < len(whole) == 30  # the last one's successor was not seen
+    for frame, want in zip(frames, whole, strict=False):
+        assert np.array_equal(frame.luma, want.luma) and frame.time_seconds == want.time_seconds
 
 
 @pytest.mark.parametrize("codec", ["mpeg2video", "wmv2", "mpeg4"])
