@@ -270,7 +270,7 @@ def _resume(sources, ids, work) -> dict[str, dict]:
     records = {}
     for s in sources:
         record = whole_spool(work, ids[s.name])
-        if record and tuple(record["stamp"]) == stamp(s.path) and record["status"] != "refused":
+        if record and record["stamp"] == [*stamp(s.path)] and record["status"] != "refused":
             records[s.name] = without_frames(record)
     return records
 
@@ -313,7 +313,7 @@ def _decode_all(job: _Job, workers: Workers, several: bool) -> None:
                 if several and not by_last:
                     crashed.append(source)
                     continue
-            if result["status"] == "refused" and not os.path.lexists(source.path):
+            if result["status"] != "ok" and not os.path.lexists(source.path):
                 raise InputError(
                     f"{source.path}: was there at the start and is gone; if a disk was unmounted,"
                     f" bring it back; {job.told()}; the same command resumes from here"

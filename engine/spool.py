@@ -215,6 +215,8 @@ def _decode_video(
 def _judge(record: dict) -> None:
     """Status and reason from the counts."""
     expected, decoded = record["expected_frames"], record["decoded_frames"]
+    if record["why"]:  # perhaps the disk failed: a run that goes on from here reads the file again
+        record["stamp"] = None
     reasons = [record["why"]] if record["why"] else []
     if decoded != expected:
         reasons.append(f"{decoded} of {expected} frames could be decoded")

@@ -1,6 +1,7 @@
 """Sharding: the same bytes whatever happens, every frame accounted for, nothing leaked."""
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -24,12 +25,13 @@ import simplejpeg
 from sslus.engine import shard as shards
 from sslus.engine import tar
 from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.ids import video_ids
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
-from sslus.engine.sources import find_videos
+from sslus.engine.sources import Source, find_videos
 from sslus.engine.spool import choose_backends
-from sslus.engine.video import PyavBackend, decode
+from sslus.engine.video import PyavBackend, VideoError, decode
 from sslus.engine.workers import Workers, uninterrupted, worker_pool
 from sslus.tools.shard import show
 
@@ -958,6 +960,40 @@ def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key
     third.with_suffix(".json").write_bytes(b"\0" * 100)
     again = make(clips, out, key)
     assert again.resumed == len(rest) > 0
+    assert public_bytes(out) == public_bytes(tmp_path / "straight")
+
+
+def test_a_disk_that_failed_and_is_back_costs_no_frames(clips, tmp_path, key, monkeypatch):
+    """Unplugged while a file is read, after some of its frames."""
+    from sslus.engine import spool as module
+
+    class Unplugged(PyavBackend):
+        def prepared(self, path, *arguments):
+            yield from itertools.islice(super().prepared(path, *arguments), 4)
+            raise VideoError(path, "cannot be read to its end (Input/output error)")
+
+    make(clips, tmp_path / "straight", key)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("sslus.engine.shard._write_all", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(clips, out, key)
+    work = out / "local" / "work"
+    sources = find_videos([clips])[0]
+    ids = video_ids(sources, bytes.fromhex(KEY))
+    monkeypatch.setattr(module, "_worker_backends", [Unplugged()])
+    record = module.spool_video(clips / "u.mp4", ids["u.mp4"], SMALL, work)
+    assert record["status"] == "incomplete"
+
+    class Pool:
+        def map(self, function, tasks):
+            yield 0, record
+
+    gone = Source(tmp_path / "u.mp4", "u.mp4")
+    job = shards._Job([gone], ids, None, b"", SMALL, work, {}, {}, None)
+    with pytest.raises(InputError, match=r"u.mp4: was there at the start and is gone"):
+        shards._decode_all(job, Pool(), several=False)
+    assert make(clips, out, key).resumed == len(sources) - 1
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
