@@ -1,6 +1,7 @@
 """Sharding: the same bytes whatever happens, every frame accounted for, nothing leaked."""
 
 import ctypes
+import errno
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -995,6 +997,20 @@ def test_a_disk_that_failed_and_is_back_costs_no_frames(clips, tmp_path, key, mo
         shards._decode_all(job, Pool(), several=False)
     assert make(clips, out, key).resumed == len(sources) - 1
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
+
+
+def test_a_file_system_that_syncs_no_folders_is_no_obstacle(clips, tmp_path, key, monkeypatch):
+    """As one that VirtualBox shares."""
+    fsync = os.fsync
+
+    def files_only(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr("os.fsync", files_only)
+    make(clips, tmp_path / "out", key)
+    assert make(clips, tmp_path / "out", key).already
 
 
 def test_full_disk(clip, tmp_path, small_disk):
