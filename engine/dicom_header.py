@@ -74,14 +74,15 @@ UNREADABLE = (TypeError, ValueError, OverflowError)
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is named or begins like one of DICOM (PS3.10, 7.1)."""
+    """Whether a file is named or begins like one of DICOM (PS3.10, 7.1). One that cannot be read
+    may be one: `read_header` says why it cannot."""
     try:
         if not path.is_file():  # a pipe could block forever
             return False
         with path.open("rb") as f:
             return path.suffix.lower() in SUFFIXES or f.read(132)[128:] == b"DICM"
     except OSError:
-        return path.suffix.lower() in SUFFIXES
+        return True
 
 
 def is_ultrasound(path: Path) -> bool | None:

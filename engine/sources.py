@@ -37,14 +37,15 @@ def find_videos(
 ) -> tuple[list[Source], Counter]:
     """The videos under `paths` (files and folders, searched recursively), sorted by name.
 
-    DICOM files count as videos if they hold ultrasound, and with `pictures` pictures do. Returns
-    the sources and a count, by extension or kind, of the files that were skipped. Links to folders
-    are counted under FOLDER_LINKS but not followed, since they may lead in a circle or to a folder
-    that is searched anyway; links in `paths` itself are followed. A file that links give several
-    names is taken under the first; the others are counted under FILE_LINKS. Folders whose names
-    begin with a dot (a trash, snapshots) are counted under HIDDEN_FOLDERS. `skip` is a folder that
-    is not searched. Raises InputError if a path does not exist, if no video is found, or if two
-    paths lead to different files of the same name, which would get the same id.
+    DICOM files count as videos if they hold ultrasound, or cannot be read and so may do, and with
+    `pictures` pictures do. Returns the sources and a count, by extension or kind, of the files that
+    were skipped. Links to folders are counted under FOLDER_LINKS but not followed, since they may
+    lead in a circle or to a folder that is searched anyway; links in `paths` itself are followed. A
+    file that links give several names is taken under the first; the others are counted under
+    FILE_LINKS. Folders whose names begin with a dot (a trash, snapshots) are counted under
+    HIDDEN_FOLDERS. `skip` is a folder that is not searched. Raises InputError if a path does not
+    exist, if no video is found, or if two paths lead to different files of the same name, which
+    would get the same id.
     """
     sources: dict[str, Source] = {}
     ignored: Counter = Counter()
