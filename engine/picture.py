@@ -23,6 +23,7 @@ STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RI
 END_OF_PNG, END_OF_JPEG, START_OF_SCAN = b"IEND\xaeB`\x82", b"\xff\xd9", 0xDA
 CODEC = "picture"  # how VideoInfo.codec begins
 ORIENTATION = 0x0112  # a tag of EXIF and TIFF
+BITS, WHITE = 0x0102, 0x0106  # tags of TIFF: bits of a pixel; 0 if its lowest value is white
 IN_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what may tell it there
 # Its values: quarter turns counterclockwise, and whether the image is mirrored before that.
 TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True),
@@ -66,8 +67,8 @@ def probe(path: Path) -> VideoInfo:
 def luma(path: Path) -> np.ndarray:
     """The luma of a picture, (H, W) uint8, upright. Raises VideoError if the picture is not whole.
 
-    Grey and the Y of a JPEG stay as they are stored, 16 bits are rounded to 8, colours give BT.601
-    luma. Behind what is transparent is black.
+    Grey and the Y of a JPEG stay as they are stored, 12 and 16 bits are rounded to 8, colours give
+    BT.601 luma. Behind what is transparent is black.
     """
     with _opened(path) as picture:
         picture.draft("L", picture.size)  # of a JPEG the Y, at full size; other formats ignore it
@@ -126,8 +127,12 @@ def _turn(picture, path: Path) -> tuple[int, bool]:
 def _luma(picture) -> np.ndarray:
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):  # before Pillow 11
+        tags = picture.tag_v2 if picture.format == "TIFF" else {}
+        (bits,) = tags.get(BITS, (16,))
+        most = (1 << bits) - 1
         y = np.asarray(picture).astype(np.uint32)
-        return ((y * 255 + 32767) // 65535).astype(np.uint8)
+        y = ((y * 255 + most // 2) // most).astype(np.uint8)
+        return 255 - y if tags.get(WHITE) == 0 else y  # Pillow inverts at most 8 bits
     if mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; convert it to 8 or 16")
     if picture.has_transparency_data:

@@ -40,7 +40,7 @@ from sslus.engine.spool import (
 )
 from sslus.engine.workers import Workers, worker_pool
 
-DECODING = 8  # increased when some file would give other frames or times than before
+DECODING = 9  # increased when some file would give other frames or times than before
 # Worker processes on a GPU, by default: an H100 or H200 has seven video engines, other GPUs fewer,
 # and each process takes half a GB of GPU memory before it decodes.
 MOST_ON_GPU = 7

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,26 @@ def test_16_bits_are_rounded(kind, luma):
     np.testing.assert_array_equal(luma(encoded(deep, {"tif": "TIFF"}.get(kind, kind)), kind), want)
     with pytest.raises(VideoError, match="32 bits"):
         luma(encoded(deep.astype(np.float32), "TIFF"), "tif")
+
+
+def test_tiffs_of_12_bits_and_of_which_0_is_white(luma):
+    def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+        height, width = values.shape
+        data = values.astype("<u2").tobytes()
+        if bits == 12:  # two pixels in three bytes, the highest bit first
+            each = np.unpackbits(values.astype(">u2")[..., None].view(np.uint8), axis=-1)
+            data = np.packbits(each[..., 4:]).tobytes()
+        tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1,
+                278: height, 279: len(data)}  # fmt: skip
+        rows = b"".join(struct.pack("<HHIHH", tag, 3, 1, x, 0) for tag, x in tags.items())
+        head = b"II*\0" + struct.pack("<I", 8 + len(data))
+        return head + data + struct.pack("<H", len(tags)) + rows + bytes(4)
+
+    for bits, photometric in ((16, 1), (16, 0), (12, 1)):
+        deep = np.linspace(0, (1 << bits) - 1, 64 * 64).round().reshape(64, 64)
+        want = np.floor(deep * 255 / ((1 << bits) - 1) + 0.5)
+        found = luma(tiff(deep, bits, photometric), "tif")
+        np.testing.assert_array_equal(found, want if photometric else 255 - want)
 
 
 def test_palettes_and_transparency(grey, luma):
