@@ -20,7 +20,15 @@ import numpy as np
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit
 from sslus.engine.truncated import breaks_off
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, is_untimed, open_video
+from sslus.engine.video import (
+    Keep,
+    Prepared,
+    VideoError,
+    VideoInfo,
+    is_untimed,
+    open_video,
+    shows_nothing,
+)
 
 # Frames decoded at a time, which bounds the memory use: 100 MB for 1920 x 1080, and twice that
 # because the next chunk is decoded meanwhile. After the last frame DALI starts the file again, so
@@ -375,10 +383,9 @@ def _begins(packet, stream) -> bool:
 
 def _shows_its_own(codec: str, packet) -> bool:
     """Whether a packet of VP8 or VP9 shows an image that it holds."""
-    if codec == "vp8":
-        return bool(memoryview(packet)[0] & 0x10)  # show_frame, RFC 6386, section 9.1
     # show_existing_frame, VP9 bitstream, section 6.2: NVDEC has nothing to decode then.
-    return codec != "vp9" or not memoryview(packet)[0] & 0x08
+    refers = codec == "vp9" and memoryview(packet)[0] & 0x08
+    return not (refers or shows_nothing(codec, packet))
 
 
 # --- what the driver supports, without a CUDA toolkit --------------------------------------------

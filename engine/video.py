@@ -193,8 +193,9 @@ def probe(path: Path, file=None) -> VideoInfo:
         try:
             for packet in container.demux(stream):
                 if packet.size:  # "discard" marks packets outside the clip's edit list
-                    hidden += packet.is_discard
-                    shown += not packet.is_discard
+                    hides = packet.is_discard or shows_nothing(stream.codec_context.name, packet)
+                    hidden += hides
+                    shown += not hides
                     if packet.pts is not None:
                         duration = packet.duration or duration
                         end = max(end, packet.pts + (packet.duration or 0))
@@ -240,6 +241,12 @@ def probe(path: Path, file=None) -> VideoInfo:
             other_streams=len(others) + _joined(path, container),
             interlaced=bool(frame.interlaced_frame),
         )
+
+
+def shows_nothing(codec: str, packet) -> bool:
+    """Whether the image in a packet is only there for others to refer to: one of VP8 whose
+    show_frame is 0 (RFC 6386, section 9.1), as encoders of two passes make."""
+    return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _tick_seconds(stream) -> float:

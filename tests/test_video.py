@@ -206,6 +206,24 @@ def test_no_frame_is_lost_by_any_codec(codec, container, options, clip, pattern,
     assert np.abs(np.stack([f.luma for f in frames]) - want).mean() < 8  # lossy, but in order
 
 
+@pytest.mark.parametrize("container", ["webm", "ivf"])  # ivf: the header counts the packets
+def test_images_of_vp8_that_are_never_shown_are_not_expected(container, clip, pattern, tmp_path):
+    import av
+
+    path = clip(tmp_path / f"x.{container}", pattern(31, 64, 80), codec="libvpx")
+    with av.open(str(path)) as a, av.open(str(tmp_path / f"y.{container}"), "w") as b:
+        stream = b.add_stream_from_template(a.streams.video[0])
+        for number, packet in enumerate(p for p in a.demux() if p.size):
+            data = bytes(packet)
+            copy = av.Packet(data if number % 10 != 5 else bytes([data[0] & ~0x10]) + data[1:])
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.stream = stream
+            b.mux(copy)
+    assert probe(path).num_frames == 31
+    path = tmp_path / f"y.{container}"
+    assert len(list(decode(path))) == probe(path).num_frames == 28
+
+
 def test_true_times_of_a_variable_rate(clip, pattern, tmp_path):
     times = [0, 40, 50, 210, 250, 900]
     path = clip(tmp_path / "x.mkv", pattern(6, 48, 64), codec="ffv1", times=times)
