@@ -146,7 +146,9 @@ def find(
         every = max(1, min(EVERY, num_frames // FEW), num_frames // MANY)
         found = moving(luma() for luma in islice(good, 0, None, every))
         if found is None:
-            return declared or (
+            if declared is not None and declared.inside.mean() <= NEARLY_ALL:
+                return declared
+            return (
                 "nothing in it moves, so that ultrasound and text cannot be told apart; leave it"
                 " out, or give --region LEFT,TOP,WIDTH,HEIGHT"
             )

@@ -132,7 +132,7 @@ def _region(path: Path, info: VideoInfo, text: str, backend) -> Region | None:
     """What of the images is used; None for all, or what a DICOM file declares."""
     if text == WHOLE:
         return None
-    declared = None if info.uncropped else backend.declared(path)
+    declared = backend.declared(path) if isinstance(backend, DicomBackend) else None
     with contextlib.closing(backend.images(path)) as images:
         found = find(text, images, info.num_frames, declared)
     if isinstance(found, str):

@@ -397,6 +397,17 @@ def test_a_region_may_be_found_or_given(pattern, tmp_path):
     np.testing.assert_array_equal(cut, [prepare(f[30:90, 20:110], 64) for f in screens])
 
 
+def test_a_narrow_banner_outside_of_what_is_declared_stays_out(pattern, tmp_path):
+    """A name that flickers, as in analog video, or that lies in the region that is given."""
+    screens = pattern(6, 96, 128)
+    path = write(tmp_path / "a.dcm", screens, SequenceOfUltrasoundRegions=[box(0, 4, 127, 95)])
+    assert dicom.probe(path).uncropped  # not to be relied on: little is left out
+    for region in ("auto", "0,0,128,96"):
+        settings = Settings(size=64, stride=1, region=region)
+        (line,) = shard([path], tmp_path / region, settings, device="cpu", jobs=1).ledger
+        assert (line["status"], line["region"]) == ("ok", "0,4,128,92")
+
+
 def test_pixel_aspect(grey, tmp_path):
     def aspect(**tags) -> float:
         return dicom.probe(write(tmp_path / "a.dcm", grey, **tags)).pixel_aspect
