@@ -25,7 +25,8 @@ def breaks_off(f: BinaryIO | None, container, last: list) -> bool:
     return rules[0](f, f.seek(0, os.SEEK_END), last[-1])
 
 
-def _cut_asf(f: BinaryIO, size: int, packet) -> bool:
+def cut_asf(f: BinaryIO, size: int, packet=None) -> bool:
+    """Whether the file is shorter than its header says."""
     f.seek(0)
     head = f.read(1 << 16)
     at = head.find(ASF_PROPERTIES)
@@ -121,7 +122,7 @@ MATROSKA_ELEMENTS = frozenset(
 )
 # By format, rule(f, size, packet): whether the file is cut short; packet is the last one.
 CUT_SHORT = {
-    "asf": _cut_asf,
+    "asf": cut_asf,
     "dv": _cut_dv,
     "flv": partial(_ends_inside, at=9, length=_flv_tag),
     "gif": _cut_gif,

@@ -18,7 +18,7 @@ import numpy as np
 from sslus.engine.errors import InputError, out_of_memory
 from sslus.engine.prepare import expand_limited, prepare, rgb_luma, rgba_luma
 from sslus.engine.region import Luma, Region
-from sslus.engine.truncated import breaks_off
+from sslus.engine.truncated import breaks_off, cut_asf
 
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
@@ -233,7 +233,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             rate_hz=float(rate or 0),
             tick_seconds=_tick_seconds(stream),
             num_frames=max(shown, num_frames)
-            + (0 if stream.frames else _missing(container, stream, end, duration)),
+            + (0 if stream.frames else _missing(path, container, stream, end, duration)),
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
             rotation_degrees=90 * turns,
@@ -298,7 +298,7 @@ def _joined(path: Path, container) -> int:
     return max(0, num_movies - 1)
 
 
-def _missing(container, stream, end: int, duration: int) -> int:
+def _missing(path: Path, container, stream, end: int, duration: int) -> int:
     """How many frames a file without a frame count lacks of the duration it announces.
 
     Matroska and WebM state their duration but not their number of frames, so only the duration
@@ -308,6 +308,10 @@ def _missing(container, stream, end: int, duration: int) -> int:
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
+    if "asf" in _formats(container):
+        with path.open("rb") as f:
+            if not cut_asf(f, path.stat().st_size):  # its last image is shown for long
+                return 0
     period = float(duration * stream.time_base)
     if stream.average_rate:
         period = 1 / float(stream.average_rate)

@@ -17,6 +17,7 @@ from sslus.engine import video
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import expand_limited, fit, moments, prepare
 from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, find_videos
+from sslus.engine.truncated import ASF_PROPERTIES
 from sslus.engine.video import VideoError, _empty_chunks, decode, probe
 
 
@@ -568,6 +569,18 @@ def test_a_truncated_file_shows_though_it_holds_no_count(
     path.write_bytes(path.read_bytes()[: round(kept * path.stat().st_size)])
     decoded = sum(1 for _ in decode(path))
     assert 5 < decoded < 198 and abs(probe(path).num_frames - 200) <= 1
+
+
+def test_a_wmv_whose_last_image_is_shown_for_long_is_whole(clip, pattern, tmp_path):
+    """As recorders of a screen make them, where nothing changed at the end."""
+    path = clip(tmp_path / "x.wmv", pattern(30, 48, 64), codec="wmv2")
+    data = bytearray(path.read_bytes())
+    at = data.index(ASF_PROPERTIES)
+    for place in (at + 64, at + 72):  # the time to play and to send, in units of 100 ns
+        longer = int.from_bytes(data[place : place + 8], "little") + 30_000_000
+        data[place : place + 8] = longer.to_bytes(8, "little")
+    path.write_bytes(data)
+    assert probe(path).num_frames == len(list(decode(path))) == 30
 
 
 def remux(path, out, **options):
