@@ -26,8 +26,13 @@ def to_map(backbone: nn.Module, seen: Tensor, size: tuple[int, int]) -> Tensor:
 
     Convolutional networks give that already, the Swin family (B, h, w, C), and vision transformers
     (B, prefix + h * w, C): first class tokens and registers, then the grid. Raises InputError if
-    the tokens do not form a grid.
+    the tokens do not form a grid, or if there are several maps (CoaT, CrossViT).
     """
+    if not isinstance(seen, Tensor):
+        raise InputError(
+            f"reconstruction: {type(backbone).__name__} has {len(seen)} feature maps, not one; use"
+            " another backbone"
+        )
     if seen.ndim == 4:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         return seen.permute(0, 3, 1, 2) if channels_last else seen

@@ -83,6 +83,8 @@ def test_tokens_become_the_grid_they_came_from():
     assert to_map(backbone, tokens, (32, 80))[0, 0].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     with pytest.raises(InputError, match="10 tokens .* no grid for 64 x 64"):
         to_map(backbone, tokens, (64, 64))
+    with pytest.raises(InputError, match="has 2 feature maps, not one; use another backbone"):
+        to_map(backbone, [tokens, tokens], (32, 80))  # as of CrossViT
     swin = torch.nn.Identity()
     swin.output_fmt = "NHWC"
     assert to_map(swin, torch.zeros(2, 3, 4, 7), (96, 128)).shape == (2, 7, 3, 4)
