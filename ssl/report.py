@@ -39,7 +39,7 @@ class Row:
     auroc_std: float | None
     auroc_per_video: float
     auroc_per_video_std: float | None
-    num_seeds: int  # 1 where a fixed split and all labels leave nothing to draw
+    num_seeds: int  # 1 where all seeds make the same: a fixed split and all labels, for example
     num_train_videos: float  # mean over folds and seeds
     num_train_patients: float
     num_test_frames: int  # per seed; with folds, every frame is tested once
@@ -72,7 +72,7 @@ class Evaluation:
             return "one seed"
         alone = any(row.num_seeds == 1 for row in self.rows)
         return f"mean ± standard deviation over {num_seeds} seeds" + (
-            "; numbers without ± are those of one fit, as all seeds make the same" if alone else ""
+            "; numbers without ± are those of one seed, as all make the same" if alone else ""
         )
 
     @property

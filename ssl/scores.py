@@ -109,11 +109,16 @@ def rows(
 
 
 def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:
-    """Whether every seed's (task, guess) is the same, as with a fixed split and all labels: then
-    the fits are one fit, whose repetition says nothing about its spread."""
-    first, guess = found[0]
+    """Whether every seed's (task, guess) are the same, in whatever order of its folds: with a fixed
+    split and all labels, or with so few patients that there is one way to deal them. Then seeds
+    are repetitions, which say nothing about the spread."""
+    seeds: dict[int, list] = {}
+    for t, guess in sorted(found, key=lambda each: each[0].test[0]):
+        seeds.setdefault(t.seed, []).append((t, guess))
+    first, *others = seeds.values()
     return all(
-        np.array_equal(t.train, first.train) and np.array_equal(t.test, first.test)
-        and np.array_equal(g.y, guess.y) and np.allclose(g.probability, guess.probability)
-        for t, g in found
+        np.array_equal(t.train, u.train) and np.array_equal(t.test, u.test)
+        and np.array_equal(g.y, h.y) and np.allclose(g.probability, h.probability)
+        for other in others
+        for (t, g), (u, h) in zip(first, other, strict=True)
     )  # fmt: skip

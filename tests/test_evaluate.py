@@ -476,6 +476,21 @@ def test_fits_with_other_probabilities_are_not_one_fit():
     assert row.num_seeds == len(videos) == 2 and row.macro_f1_std == 0
 
 
+def test_folds_that_can_be_dealt_in_one_way_have_no_spread():
+    """Two patients with both classes: the seeds only change which fold is the first."""
+    frames = small((0, 1), (0, 1))
+    a, b = (np.flatnonzero(frames.patient == p) for p in (0, 1))
+    deals = [[(a, b), (b, a)], [(b, a), (a, b)]]
+    tasks = [scores.Task("one", 100.0, seed, *pair) for seed in (0, 1) for pair in deals[seed]]
+    sure = np.eye(2)[frames.y]
+    guesses = [predictions.Guess(frames.y[t.test], sure[t.test]) for t in tasks]
+    table, videos = scores.rows(frames, tasks, guesses, deals)
+    assert [row.num_seeds for row in table] == [1, 1] and len(videos) == 1
+    assert table[0].macro_f1_std is None and table[0].num_test_frames == len(frames)
+    guesses[1] = predictions.Guess(1 - guesses[1].y, guesses[1].probability)
+    assert [row.num_seeds for row in scores.rows(frames, tasks, guesses, deals)[0]] == [2, 1]
+
+
 def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     """BatchNorm neither drifts nor lets one frame's feature depend on the others."""
     store = FrameStore.open(shards)
@@ -1001,7 +1016,7 @@ def test_a_fixed_split_is_kept(run, videos, tmp_path):
     # All labels: both seeds make the same fit, which is no measure of a spread.
     assert all((r.num_seeds == 1) == (r.macro_f1_std is None) for r in result.rows)
     assert {r.percent: r.num_seeds for r in result.rows} == {10: 2, 100: 1}
-    assert "numbers without ± are those of one fit" in result.spread
+    assert "numbers without ± are those of one seed" in result.spread
 
 
 def test_videos_of_val_are_neither_trained_nor_tested_on(run, videos, tmp_path):
