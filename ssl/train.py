@@ -185,7 +185,9 @@ def train(
         started = time.monotonic()
         if not was_finished:
             loop.run_to_end()
-        if world.is_main and backbones.step_of(run / "backbone.safetensors") != state.step:
+        # A run that went back to an older checkpoint has the end of its former course there.
+        weights, end = run / "backbone.safetensors", state.step
+        if world.is_main and not (was_finished and backbones.step_of(weights) == end):
             loop.export()
         world.barrier()
         return TrainResult(

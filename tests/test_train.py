@@ -494,6 +494,17 @@ def test_a_run_that_goes_back_keeps_the_checkpoints_of_its_new_course(tmp_path):
     assert [p.name for p in kept] == ["step-00000400.pt", "step-00000500.pt"]
 
 
+def test_a_run_that_goes_back_exports_the_end_of_its_new_course(shards, whole_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run.run, run)
+    shutil.copyfile(run / "checkpoints" / "step-00000009.pt", run / "checkpoint.pt")
+    other = backbones.build("test_resnet", 32, seed=1)
+    backbones.save(other, run / "backbone.safetensors", {"step": STEPS})
+    assert run_train(shards, run, resume=True).step == STEPS
+    one, two = ((r / "backbone.safetensors").read_bytes() for r in (whole_run.run, run))
+    assert one == two
+
+
 def test_initial_weights_are_checked(shards, whole_run, tmp_path):
     trained = load_file(whole_run.run / "backbone.safetensors")
     said = []
