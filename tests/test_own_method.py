@@ -219,6 +219,7 @@ def test_options_and_recipes_of_a_file(file, shards, capsys):
         ("sum(1).mean() + 0.01", "sum(1) + 0.01", "def forward", "forward: want a loss of shape"),
         (".mean().detach()", ".mean().item()", "def forward", "forward: want terms that are tens"),
         ("detach()}, ha", "detach()}, loss", "def forward", "forward: want the backbone's feature"),
+        ("}, ha, hb)", "}, ha, zb)", "def forward", "forward: want features of both views, got a"),
         ('{"similarity"', '{"loss"', "def forward", "forward: a term named 'loss' would hide"),
     ],
 )  # fmt: skip

@@ -78,6 +78,8 @@ def checked(out: Output, method: nn.Module) -> Output:
         why = f"a term named {min(taken)!r} would hide what the log says under this name"
     elif not isinstance(out.features, Tensor) or out.features.ndim != 2:
         why = f"want the backbone's features, (B, F), got {_kind(out.features)}"
+    elif out.others is not None and _kind(out.others) != _kind(out.features):
+        why = f"want features of both views, got {_kind(out.features)} and {_kind(out.others)}"
     else:
         return out
     code = inspect.unwrap(type(method).forward).__code__
