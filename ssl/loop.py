@@ -207,8 +207,12 @@ class Loop:
         self.keep(self.score(losses[-1] if losses else None))
 
     def score(self, loss: float | None) -> tuple[str, float] | None:
-        """What makes a checkpoint the best: its loss, unless looks at labelled frames decide."""
-        return None if loss is None or self.options.online_every else ("-loss", -loss)
+        """What makes a checkpoint the best: its loss, unless looks at labelled frames decide, or
+        losses of different steps cannot be compared."""
+        tells = getattr(methods.load(self.settings.method), "COMPARABLE_LOSS", True)
+        if loss is None or self.options.online_every or not tells:
+            return None
+        return "-loss", -loss
 
     def refuse_not_finite(self, names: tuple[str, ...], values: list[float]) -> None:
         health.refuse_not_finite(names, values, self.state.step, self.settings.lr, self.run)

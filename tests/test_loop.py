@@ -306,6 +306,21 @@ def test_the_last_checkpoints_and_the_best_stay(shards, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_the_loss_of_moco_does_not_choose_the_best(shards, tmp_path):
+    """It rises while keys replace the random directions in the queue: the first would be best."""
+    settings = dataclasses.replace(SMALL, method="moco")
+    _, head = methods.recipe("moco", "default")
+    head = dataclasses.replace(head, projector="32-32", queue=48)
+    for name, online_every in (("plain", 0), ("looked", 1)):
+        options = Options(log_every=1, checkpoint_every=1, online_every=online_every)
+        run = tmp_path / name
+        result = train(shards, settings, head, run, device="cpu", threads=1, options=options)
+        best = run / "checkpoints" / "best.json"
+        losses = [m["loss"] for m in result.metrics if "loss" in m]
+        assert losses[0] < losses[-1] and best.exists() == bool(online_every)
+    assert json.loads(best.read_text())["of"] == "knn_accuracy"
+
+
 def test_alignment_and_uniformity_by_hand():
     ha = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     hb = torch.tensor([[0.0, 3.0], [0.0, 1.0]])

@@ -25,6 +25,8 @@ which paper) and
                                         deviation that views are normalised with
 
     TWO_VIEWS = False                   optional: the method uses single frames, not pairs
+    COMPARABLE_LOSS = False             optional: the task itself changes from step to step, so that
+                                        the lowest loss does not mark the best checkpoint
     check_views(first, second) -> None  optional: raises InputError for unsuitable views
 
 The loss is that of the batch joined over all ranks, and its gradient at this rank's rows is

@@ -29,6 +29,8 @@ from sslus.ssl.heads import follow, joint_mean, mlp, teacher_of, widths
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 
+COMPARABLE_LOSS = False  # it is lowest at first, while the queue still holds random directions
+
 
 @dataclass(frozen=True)
 class Config:
