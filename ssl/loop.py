@@ -43,6 +43,8 @@ class Loop:
         self.report, self.say = report, say
         self.world, self.device = state.world, state.world.device
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
+        # Now: a method's file may be edited or gone later.
+        self.comparable = getattr(methods.load(settings.method), "COMPARABLE_LOSS", True)
         self.log = MetricsLog(run, settings, options, state.step, self.world.is_main, say)
         self.signum = 0  # of a signal that arrived when there was nothing left to stop
         self.online: Online | None = None
@@ -209,8 +211,7 @@ class Loop:
     def score(self, loss: float | None) -> tuple[str, float] | None:
         """What makes a checkpoint the best: its loss, unless looks at labelled frames decide, or
         losses of different steps cannot be compared."""
-        tells = getattr(methods.load(self.settings.method), "COMPARABLE_LOSS", True)
-        if loss is None or self.options.online_every or not tells:
+        if loss is None or self.options.online_every or not self.comparable:
             return None
         return "-loss", -loss
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from sslus.engine.errors import InputError
 from sslus.ssl import checkpoints, methods
 from sslus.ssl.evaluate import evaluate
-from sslus.ssl.train import Settings, train
+from sslus.ssl.train import Options, Settings, train
 from sslus.tools.cli import main, sslus
 
 PAGE = (Path(__file__).parent.parent / "ssl" / "README.md").read_text()
@@ -118,6 +118,25 @@ def test_a_file_trains_resumes_bit_for_bit_and_is_not_needed_afterwards(
             runs[1], clips / "labels.csv", percents=[100], num_seeds=1, device="cpu", **how
         )
         assert "my_cosine" in {row.backbone for row in judged.rows}
+
+
+def test_a_file_may_be_edited_while_it_trains(file, shards):
+    """The run goes on with what it has read; the best checkpoint is still kept."""
+    method_config = methods.load(file).Config()
+    settings = Settings(
+        method="my_cosine.py", backbone="test_resnet", image_size=32, batch_size=16, max_steps=3
+    )
+
+    def report(done, total, note):
+        file.write_text("raise SystemExit('executed')")
+
+    options = Options(log_every=1, checkpoint_every=1)
+    result = train(
+        shards, settings, method_config, Path("run"), device="cpu", threads=1, options=options,
+        report=report,
+    )  # fmt: skip
+    assert result.step == 3 and "SystemExit" in file.read_text()
+    assert Path("run/checkpoints/best.pt").exists()
 
 
 def test_a_run_executes_no_file_because_it_names_it(file, shards, capsys):
