@@ -182,6 +182,7 @@ VALUES = {
     ("moco", "default"): {
         "queue": 1024, "temperature": 0.2, "momentum": 0.99, "zero_init_residual": True,
     },
+    ("byol", "default"): {"momentum": 0.99, "zero_init_residual": False},
     ("inpainting", "default"): {"zero_init_residual": False},
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def _option(f, default) -> click.Option:
 @click.option(
     "--zero-init-residual/--no-zero-init-residual",
     help="Whether residual blocks (of ResNets) add nothing to their input at first.  [default: as"
-    " the recipe has it: for methods with two views]",
+    " the recipe has it: for methods with two views, except byol]",
 )
 @click.option(
     "--image-size", type=int, help="Side of a view in pixels.  [default: 96 CPU, 224 CUDA]"
