@@ -58,10 +58,15 @@ class ShardFolder:
     def locked(self) -> Iterator[None]:
         """Create the folder and hold its lock, so that two runs cannot mix."""
         self.local.mkdir(parents=True, exist_ok=True)
-        self.local.chmod(0o700)
+        with contextlib.suppress(PermissionError):  # of a shared folder: see `is_private`
+            self.local.chmod(0o700)
         busy = f"{self.out}: another `sslus shard` is writing here; wait for it"
         with alone(self.local / "lock", busy):
             yield
+
+    def is_private(self) -> bool:
+        """Whether nobody else can read local/. Some file systems keep no permissions."""
+        return not self.local.stat().st_mode & 0o077
 
     # ------------------------------------------------------------ the shards that are there
 

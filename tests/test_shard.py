@@ -1001,6 +1001,26 @@ def test_a_disk_that_failed_and_is_back_costs_no_frames(clips, tmp_path, key, mo
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_that_others_can_read_local_is_told(refuses, clips, tmp_path, key, monkeypatch, capsys):
+    """On a file system that ignores permissions, or refuses to change them."""
+
+    really = Path.chmod
+
+    def chmod(path, mode):
+        really(path, 0o755)
+        if refuses:
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "chmod", chmod)
+        result = make(clips, tmp_path / "out", key)
+    show(result)
+    assert f"Warning: others can read {tmp_path}/out/local, which has" in capsys.readouterr().err
+    show(make(clips, tmp_path / "out", key))
+    assert "others can read" not in capsys.readouterr().err
+
+
 def test_a_file_system_that_syncs_no_folders_is_no_obstacle(clips, tmp_path, key, monkeypatch):
     """As one that VirtualBox shares."""
     fsync = os.fsync

@@ -145,6 +145,7 @@ def command(paths, images, out, size, stride, rate, every, quality, region, labe
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
+    from sslus.engine.shard_folder import ShardFolder
     from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, num_pictures
 
     ledger, manifest = result.ledger, result.manifest
@@ -189,6 +190,11 @@ def show(result) -> None:
             f" {region} removes what stands beside the ultrasound"
         )
     region, warnings = manifest.settings["region"], []
+    if not ShardFolder(result.out).is_private():
+        warnings.append(
+            f"others can read {result.out / 'local'}, which has the names of files and patients:"
+            " the file system there does not keep permissions; protect this folder"
+        )
     if result.new_ids:
         warnings.append(
             f"the key of the old shards was not in {result.out / 'local'}, so all videos and"
