@@ -950,14 +950,19 @@ def test_stopped_in_the_swap_it_decodes_nothing_again(how, clips, tmp_path, key,
     assert again.resumed == 6 and public_bytes(out) == before
 
 
-def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key, monkeypatch):
-    make(clips, tmp_path / "straight", key)
-    out = tmp_path / "out"
+def decode_only(clips, out, key, monkeypatch) -> Path:
+    """Stop before any shard is written. Returns the folder with the spools."""
     with monkeypatch.context() as patch:
         patch.setattr("sslus.engine.shard._write_all", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(clips, out, key)
-    work = out / "local" / "work"
+    return out / "local" / "work"
+
+
+def test_spools_that_a_power_cut_has_damaged_are_made_again(clips, tmp_path, key, monkeypatch):
+    make(clips, tmp_path / "straight", key)
+    out = tmp_path / "out"
+    work = decode_only(clips, out, key, monkeypatch)
     first, second, third, *rest = sorted(work.glob("*.jpegs"))
     first.write_bytes(b"")  # its name came to the disk, its content did not
     second.write_bytes(bytes(second.stat().st_size))
@@ -978,11 +983,7 @@ def test_a_disk_that_failed_and_is_back_costs_no_frames(clips, tmp_path, key, mo
 
     make(clips, tmp_path / "straight", key)
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr("sslus.engine.shard._write_all", lambda *a: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            make(clips, out, key)
-    work = out / "local" / "work"
+    work = decode_only(clips, out, key, monkeypatch)
     sources = find_videos([clips])[0]
     ids = video_ids(sources, bytes.fromhex(KEY))
     monkeypatch.setattr(module, "_worker_backends", [Unplugged()])
