@@ -160,14 +160,16 @@ def test_torchrun_itself_takes_run_and_an_error_of_all_is_one_line(shards, tmp_p
     It ends the second process, which would tell the error too, but on a busy machine not within
     OTHERS_WAIT_SECONDS.
     """
-    patient = "import sys\nfrom sslus.tools import cli\ncli.OTHERS_WAIT_SECONDS = 200\n"
-    (tmp_path / "patient.py").write_text(f"{patient}sys.exit(cli.main())\n")
+    patient = "from sslus.tools import cli\ncli.OTHERS_WAIT_SECONDS = 200\n"
+    (tmp_path / "sitecustomize.py").write_text(patient)  # Python imports it when it starts
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint"
     process = subprocess.run(
         [sys.executable, *torchrun.split(), "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-        + ["-m", "--", "patient", "train", str(shards), "--run", str(tmp_path / "run")]
+        + ["-m", "--", "sslus.tools", "train", str(shards), "--run", str(tmp_path / "run")]
         + [*OPTIONS, "--batch-size", "15"],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert process.returncode == 1
     errors = [x for x in process.stderr.splitlines() if x.startswith("Error: ")]
