@@ -38,6 +38,7 @@ from sslus.engine.spool import (
     whole_spool,
     without_frames,
 )
+from sslus.engine.system import usable_cores
 from sslus.engine.workers import Workers, worker_pool
 
 DECODING = 9  # increased when some file would give other frames or times than before
@@ -172,7 +173,7 @@ def _backends(settings: Settings, device: str, decoder: str) -> list[tuple[str, 
 
 def _num_workers(jobs: int | None, backends: list[tuple[str, str]], num_videos: int) -> int:
     if jobs is None:
-        jobs = len(os.sched_getaffinity(0))
+        jobs = usable_cores()
         if backends[0][1] == "cuda":
             jobs = min(jobs, MOST_ON_GPU)
     return min(jobs, num_videos)

@@ -4,7 +4,6 @@ Ultrasound is small (8 bits, one channel: 115,000 frames of 256 x 256 are 7.5 GB
 again in every epoch would slow training down for nothing.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.lock import lock
 from sslus.engine.manifest import REMEDY, Manifest, read_manifest
+from sslus.engine.system import allocate, available_memory, sync_data, usable_cores, will_need
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20  # per task: writing many frames at once costs a third less than singly
@@ -68,12 +68,7 @@ class FrameStore:
     def fits_in_memory(self) -> bool:
         """Whether all frames fit into half of the memory that is available now, or of what a
         container may use, if that is less."""
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        facts = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-        num_bytes = 1024 * facts["MemAvailable"]
-        with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" if it has none
-            num_bytes = min(num_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return 2 * self.frames.nbytes <= num_bytes
+        return 2 * self.frames.nbytes <= available_memory()
 
     def read_ahead(self, indices: np.ndarray) -> None:
         """Ask the system to load these frames into memory, in which they are looked for first.
@@ -84,7 +79,7 @@ class FrameStore:
         length = self.size**2
         with Path(self.frames.filename).open("rb") as f:
             for i in np.unique(indices).tolist():
-                os.posix_fadvise(f.fileno(), i * length, length, os.POSIX_FADV_WILLNEED)
+                will_need(f, i * length, length)
 
     @staticmethod
     def open(
@@ -205,7 +200,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
     with (
         atomic_folder(folder) as new,
         (new / "frames.u8").open("wb") as f,
-        ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(threads or usable_cores()) as pool,
         ThreadPoolExecutor(1) as syncer,
     ):
 
@@ -229,8 +224,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
 
         try:
             samples = _samples(shards, manifest)
-            # Allocate all space at once: this is cheaper, and a full disk shows up now.
-            os.posix_fallocate(f.fileno(), 0, num * size * size)
+            allocate(f, num * size * size)  # at once: this is cheaper, too
             chunk = max(1, CHUNK_BYTES // size**2)
             jobs = [
                 pool.submit(decode, start, samples[start : start + chunk])
@@ -255,7 +249,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
             for job in jobs:
                 done += job.result()
                 if (done - synced) * size * size >= SYNC_BYTES:
-                    syncs.append(syncer.submit(os.fdatasync, f.fileno()))
+                    syncs.append(syncer.submit(sync_data, f))
                     synced = done
                 if report:
                     report(done, num, "")

@@ -289,7 +289,7 @@ void centre_columns(Input z, Matrix out, Row squares, double eps, int64_t thread
   const Out to(out);
   share(static_cast<int64_t>(width), kStripe, threads, [&](int64_t j, int64_t n) {
     thread_local std::vector<float> packed;
-    packed.resize(std::max(packed.size(), rows * kStripe));
+    packed.resize(std::max<size_t>(packed.size(), rows * kStripe));
     centre_stripe(from, static_cast<int64_t>(rows), j, n, static_cast<float>(eps), to,
                   squares.data() + j, packed.data());
   });

@@ -11,6 +11,7 @@ import torch
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan, nearby
 from sslus.engine.stream import StreamStore
+from sslus.engine.system import usable_cores
 from sslus.ssl import backbones, checkpoints, curves, health, methods, optimizers, step
 from sslus.ssl.loader import Batch, Loader, Store, Views
 from sslus.ssl.metrics_log import MetricsLog
@@ -154,7 +155,7 @@ class Loop:
     def view_threads(self) -> int:
         """1 on the CPU: the step needs the cores, and one thread keeps up with it easily."""
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share this machine's cores
-        cores = len(os.sched_getaffinity(0)) // processes
+        cores = usable_cores() // processes
         return 1 if self.device.type == "cpu" else max(1, cores - 1)
 
     def batches(self, step: int) -> Iterator[Batch]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from sslus.engine.system import usable_cores
+
 # Import name -> name in the package registry. All are needed, except those below. Not click, since
 # without it this would not run.
 PACKAGES = {
@@ -178,12 +180,6 @@ def packages() -> Check:
     return Check("packages", says, not needed, found)
 
 
-def cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpu() -> str:
     model, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
@@ -193,7 +189,7 @@ def cpu() -> str:
         if found := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE):
             flags = set(found[1].split())
     vectors = [name for flag, name in VECTORS.items() if flag in flags]
-    return f"{model}, {cores()} cores usable, {', '.join(vectors) or 'no known vector unit'}"
+    return f"{model}, {usable_cores()} cores usable, {', '.join(vectors) or 'no known vector unit'}"
 
 
 def memory() -> str:
@@ -307,7 +303,7 @@ def encoder() -> Check:
 
 
 def synth() -> str:
-    return f"CPU, {cores()} processes"
+    return f"CPU, {usable_cores()} processes"
 
 
 def shard() -> str:
@@ -318,7 +314,7 @@ def shard() -> str:
     names = {("pyav", "cpu"): "PyAV on the CPU", ("dali", "cuda"): "NVDEC on the GPU"}
     chosen = [names[b] for b in choose_backends("auto", "auto")]
     why = "" if len(chosen) > 1 else f", because {because(why_not('cuda'))}"
-    return f"{', the rest '.join(chosen)}, {cores()} processes{why}"
+    return f"{', the rest '.join(chosen)}, {usable_cores()} processes{why}"
 
 
 def store() -> str:
@@ -327,7 +323,7 @@ def store() -> str:
     from sslus.engine.jpeg import is_fast
 
     how = "JPEG decoding with AVX2" if is_fast() else "libjpeg-turbo"
-    return f"{how} on the CPU, {cores()} threads; a memory-mapped file"
+    return f"{how} on the CPU, {usable_cores()} threads; a memory-mapped file"
 
 
 def views() -> str:

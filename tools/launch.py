@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from sslus.engine.errors import Interrupted
+from sslus.engine.system import usable_cores
 from sslus.tools.cli import EXIT_CODE_FILE, LESS_MEMORY
 from sslus.tools.screen import tell
 
@@ -28,7 +29,7 @@ def torchrun(num: int) -> int:
         code = Path(folder) / "code"
         env = os.environ | {EXIT_CODE_FILE: str(code)}
         # torchrun's own default is one thread per process.
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num)))
         process = subprocess.Popen(line, env=env)
         # Ctrl-C in a terminal reaches the processes directly; they save while this one waits.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

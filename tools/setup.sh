@@ -15,7 +15,7 @@ fi
 
 # What is installed belongs to these files: if none changed, there is nothing to do.
 stamp=$(cd "$root" && cat pyproject.toml CMakeLists.txt \
-  $(find engine kernels ssl tools -name '*.py' -o -name '*.cpp' -o -name '*.h' | sort) | sha256sum)
+  $(find engine kernels ssl tools -name '*.py' -o -name '*.cpp' -o -name '*.h' | sort) | cksum)
 if [ "$(cat "$venv/sslus-stamp" 2>/dev/null)" != "$stamp" ]; then
   if [ -z "${SSLUS_WHEEL:-}" ] && ! command -v c++ >/dev/null; then
     echo "setup: needs a C++ compiler (Debian: apt-get install g++)" >&2

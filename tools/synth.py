@@ -1,6 +1,5 @@
 """`sslus synth`: synthetic fetal heart clips for trying everything out."""
 
-import os
 from pathlib import Path
 
 import click
@@ -45,10 +44,11 @@ def command(out, videos, patients, seed, size, seconds, jobs):
     """
     from sslus.engine.phantom.clips import PLANES, Settings
     from sslus.engine.phantom.files import synth
+    from sslus.engine.system import usable_cores
     from sslus.tools.screen import argument, count, progress, summary
 
     settings = Settings(videos, patients, seed, size, seconds)
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or usable_cores()
     with progress("synth", "clips") as report:
         made = synth(out, settings, jobs, report)
     kept = f", {videos - made} already there" if made < videos else ""

@@ -381,7 +381,8 @@ void normalise([[maybe_unused]] Vectors vectors, [[maybe_unused]] bool past_cach
                const int16_t* row, int64_t stride, int64_t num_rows, int64_t n, float scale,
                float shift, T* out) {
 #if defined(SSLUS_AVX2)
-  const auto address = reinterpret_cast<uintptr_t>(out), size = n * sizeof(T);
+  const auto address = reinterpret_cast<uintptr_t>(out);
+  const size_t size = static_cast<size_t>(n) * sizeof(T);
   if (past_caches && vectors == Vectors::kAvx512 && address % 64 == 0 && size % 64 == 0)
     return normalise_lines(row, stride, num_rows, n, scale, shift, out);
   if (past_caches && vectors != Vectors::kCompilers && address % 32 == 0 && n % 16 == 0)
