@@ -213,7 +213,7 @@ def probe(path: Path, file=None) -> VideoInfo:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
         if frame is None:
             raise VideoError(path, "not a single frame can be decoded")
-        num_frames = stream.frames - hidden
+        num_frames = _num_samples(container, stream) - hidden
         if "avi" in _formats(container):
             num_frames -= _empty_chunks(path, stream.index)
         if "mxf" in _formats(container):  # counted in frames, and in the header
@@ -255,6 +255,15 @@ def _tick_seconds(stream) -> float:
     tick, rate = float(stream.time_base), float(stream.average_rate or 0)
     rounded = tick * rate < 0.99 or stream.codec_context.name == "gif"  # whose rate is a guess
     return tick if 1e-3 < tick <= 1e-2 and rounded else 1e-3
+
+
+def _num_samples(container, stream) -> int:
+    """How many frames the header counts; without the samples of an MP4 or MOV that are empty, which
+    go on showing the previous image, and those that FFmpeg leaves out for the edit list."""
+    index = getattr(stream, "index_entries", ())  # old versions of PyAV have none
+    if "mp4" not in _formats(container) or not stream.frames or not len(index):
+        return stream.frames
+    return sum(entry.size > 0 for entry in index)
 
 
 def _empty_chunks(path: Path, stream: int) -> int:

@@ -281,6 +281,27 @@ def test_an_avi_that_repeats_frames_is_whole(clip, pattern, tmp_path):
     assert probe(path).num_frames > sum(1 for _ in decode(path)) > 0
 
 
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264", "mjpeg"])
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+def test_samples_that_show_nothing_are_not_expected(codec, container, clip, pattern, tmp_path):
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = tmp_path / f"x.{container}"
+    clip(path, pattern(12, 48, 64), codec=codec, pixel_format=pixel_format)
+    data = bytearray(path.read_bytes())
+    last = data.index(b"stsz") + 16 + 4 * 11
+    assert data[last - 4 * 12 : last - 4 * 11] == (12).to_bytes(4)
+    empty = bytearray(data)
+    empty[last : last + 4] = bytes(4)
+    path.write_bytes(empty)  # its last image is shown for two periods
+    assert probe(path).num_frames == len(list(decode(path))) == 11
+    at = data.index(b"elst") + 12  # trimmed, as QuickTime Player does, to its second half
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4]) // 2).to_bytes(4)
+    start = int.from_bytes(data[at + 4 : at + 8])
+    data[at + 4 : at + 8] = (start + 6 * 512).to_bytes(4)
+    path.write_bytes(data)
+    assert probe(path).num_frames == len(list(decode(path))) == 6
+
+
 @pytest.mark.parametrize("padding", [b"", b"\0"])
 def test_empty_chunks_are_found_behind_odd_ones(padding, tmp_path):
     """Not all writers pad them, as they should."""
