@@ -1,6 +1,8 @@
 """Whether a video file was cut off, as by a full disk or a broken connection."""
 
 import os
+import re
+import struct
 from collections.abc import Callable
 from functools import partial
 from typing import BinaryIO
@@ -33,6 +35,13 @@ def cut_asf(f: BinaryIO, size: int, packet=None) -> bool:
     if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # live: its size was not yet known
         return False
     return size < int.from_bytes(head[at + 40 : at + 48], "little")
+
+
+def cut_flv(f: BinaryIO, size: int) -> bool:
+    """Whether the file is shorter than its header says; or may be, where that says nothing."""
+    f.seek(0)
+    said = re.search(rb"\0\x08filesize\0(.{8})", f.read(1 << 16), re.DOTALL | re.IGNORECASE)
+    return said is None or size < struct.unpack(">d", said[1])[0]
 
 
 def _cut_dv(f: BinaryIO, size: int, packet) -> bool:

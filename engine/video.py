@@ -18,7 +18,7 @@ import numpy as np
 from sslus.engine.errors import InputError, out_of_memory
 from sslus.engine.prepare import expand_limited, prepare, rgb_luma, rgba_luma
 from sslus.engine.region import Luma, Region
-from sslus.engine.truncated import breaks_off, cut_asf
+from sslus.engine.truncated import breaks_off, cut_asf, cut_flv
 
 # Formats that make the demuxer open files or addresses other than the given one.
 REFERRING_FORMATS = frozenset({"hls", "concat", "dash", "imf", "sdp", "rtsp", "lavfi", "image2"})
@@ -317,10 +317,11 @@ def _missing(path: Path, container, stream, end: int, duration: int) -> int:
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
-    if "asf" in _formats(container):
-        with path.open("rb") as f:
-            if not cut_asf(f, path.stat().st_size):  # its last image is shown for long
-                return 0
+    for name, cut in (("asf", cut_asf), ("flv", cut_flv)):
+        if name in _formats(container):
+            with path.open("rb") as f:
+                if not cut(f, path.stat().st_size):  # its last image is shown for long
+                    return 0
     period = float(duration * stream.time_base)
     if stream.average_rate:
         period = 1 / float(stream.average_rate)

@@ -592,16 +592,24 @@ def test_a_truncated_file_shows_though_it_holds_no_count(
     assert 5 < decoded < 198 and abs(probe(path).num_frames - 200) <= 1
 
 
-def test_a_wmv_whose_last_image_is_shown_for_long_is_whole(clip, pattern, tmp_path):
+@pytest.mark.parametrize("container", ["wmv", "flv"])
+def test_a_file_whose_last_image_is_shown_for_long_is_whole(container, clip, pattern, tmp_path):
     """As recorders of a screen make them, where nothing changed at the end."""
-    path = clip(tmp_path / "x.wmv", pattern(30, 48, 64), codec="wmv2")
+    codec = {"wmv": "wmv2", "flv": "flv"}[container]
+    path = clip(tmp_path / f"x.{container}", pattern(30, 48, 64), codec=codec)
     data = bytearray(path.read_bytes())
-    at = data.index(ASF_PROPERTIES)
-    for place in (at + 64, at + 72):  # the time to play and to send, in units of 100 ns
-        longer = int.from_bytes(data[place : place + 8], "little") + 30_000_000
-        data[place : place + 8] = longer.to_bytes(8, "little")
+    if container == "wmv":
+        at = data.index(ASF_PROPERTIES)
+        for place in (at + 64, at + 72):  # the time to play and to send, in units of 100 ns
+            longer = int.from_bytes(data[place : place + 8], "little") + 30_000_000
+            data[place : place + 8] = longer.to_bytes(8, "little")
+    else:
+        at = data.index(b"duration\0") + 9
+        data[at : at + 8] = struct.pack(">d", 3 + struct.unpack_from(">d", data, at)[0])
     path.write_bytes(data)
     assert probe(path).num_frames == len(list(decode(path))) == 30
+    path.write_bytes(data[:-50])  # cut off
+    assert probe(path).num_frames > 30
 
 
 def remux(path, out, **options):
