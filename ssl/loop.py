@@ -46,7 +46,7 @@ class Loop:
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
         # Now: a method's file may be edited or gone later.
         self.comparable = getattr(methods.load(settings.method), "COMPARABLE_LOSS", True)
-        self.log = MetricsLog(run, settings, options, state.step, self.world.is_main, say)
+        self.log = MetricsLog(run, settings, options, state.step, self.world, say)
         self.signum = 0  # of a signal that arrived when there was nothing left to stop
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):

@@ -14,6 +14,7 @@ from sslus.engine.errors import Interrupted
 from sslus.ssl import board, checkpoints, health
 from sslus.ssl.settings import Options, Settings
 from sslus.ssl.state import Window
+from sslus.ssl.world import World
 
 
 @dataclass
@@ -44,11 +45,11 @@ class MetricsLog:
         settings: Settings,
         options: Options,
         step: int,
-        writes: bool,
+        world: World,
         say: Callable[[str], None],
     ):
-        """settings: resolved; step: where the run begins; writes: whether this is rank 0."""
-        self.run, self.settings, self.writes, self.say = run, settings, writes, say
+        """settings: resolved; step: where the run begins."""
+        self.run, self.settings, self.world, self.say = run, settings, world, say
         self.step, self.health_every = step, options.health_every
         self.last_health = step - step % options.log_every
         self.pending: deque[_Pending] = deque()
@@ -61,7 +62,7 @@ class MetricsLog:
         past = checkpoints.read_metrics(self.run / "metrics.jsonl")
         self.divergence = health.Divergence([m["loss"] for m in past if "loss" in m])
         self.file = self.board = None
-        if self.writes:
+        if self.world.is_main:
             self.file = (self.run / "metrics.jsonl").open("a")
             self.board = board.Board(self.run, self.step)
         self.restart_clock()
@@ -92,7 +93,7 @@ class MetricsLog:
         self, step: int, epoch: float, lr: float, window: Window, features: Tensor
     ) -> None:
         """Begin the line of a step with the means of the window, and sometimes a look at features
-        (V, B, F)."""
+        (V, N, F), those of all ranks together. Every rank calls this at the same steps."""
         seconds, s = time.monotonic() - self.tick, self.settings
         line = {
             "step": step,
@@ -104,6 +105,7 @@ class MetricsLog:
         due = step // self.health_every > self.last_health // self.health_every
         if due or step == s.max_steps:
             self.last_health = step
+            features = self.world.join(features)
         else:
             features = None
         arrived = None
@@ -142,7 +144,7 @@ class MetricsLog:
         p.line["data_wait"] = min(1.0, p.line["data_wait"] + idle / p.seconds)
         means = {name: v / p.window.num_steps for name, v in zip(names, values, strict=True)}
         line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
-        if p.features is not None and self.writes:
+        if p.features is not None and self.world.is_main:
             found, collapsed = health.look(p.features)
             line |= found
             self.say(f"step {step}: " + ", ".join(_shown(line, names)))

@@ -45,6 +45,15 @@ class World:
         dist.all_gather(parts, value, group=self.control)
         return parts
 
+    def join(self, features: torch.Tensor) -> torch.Tensor:
+        """(V, N, F) -> (V, size N, F): the features of all ranks, in rank order, on their device,
+        for which no rank waits."""
+        if self.size == 1:
+            return features
+        parts = [torch.empty_like(features) for _ in range(self.size)]
+        dist.all_gather(parts, features)
+        return torch.cat(parts, dim=1)
+
 
 class Agreement:
     """What one rank learns, all ranks know one step later, in the same step.

@@ -223,6 +223,9 @@ def assert_same_course(a, b):
     for name, error in (("loss", 1e-4), ("grad_norm", 5e-2)):
         want = [m[name] for m in x]
         assert [m[name] for m in y] == pytest.approx(want, rel=error), name
+    # Of the features of the whole batch, however it is shared.
+    for name in ("rankme", "feature_std", "alignment", "uniformity"):
+        assert y[-1][name] == pytest.approx(x[-1][name], rel=1e-2), name
     p, q = (load_file(run / "backbone.safetensors") for run in (a, b))
     for key, value in p.items():
         torch.testing.assert_close(q[key], value, rtol=1e-3, atol=1e-4, msg=key)
