@@ -63,8 +63,10 @@ def uniformity(h: Tensor) -> float:
     Wang and Isola 2020, section 4.2.
     """
     u = F.normalize(h.float(), dim=1)
-    # The distance of each pair from its cosine; the diagonal holds no pairs and is removed.
-    close = torch.exp(4 * (u @ u.T) - 4)
+    # The distance of each pair from its cosine; the diagonal holds no pairs and is removed. The
+    # squared norms are 1, or 0 of features that are zero, which are equal and not far apart.
+    square = u.square().sum(1)
+    close = torch.exp(4 * (u @ u.T) - 2 * (square[:, None] + square))
     n = len(u)
     return math.log((close.sum().item() - close.diagonal().sum().item()) / (n * (n - 1)))
 

@@ -419,6 +419,10 @@ def test_collapse_is_named(shards, tmp_path, monkeypatch):
     assert "lower --lr" in health.collapse(health.rankme(one), health.feature_std(one)[1], 64)
     assert health.look(x[None, :2])[1] is None  # two frames fill two directions at most
     assert "collapsed" in health.look(one[None, :2])[1]
+    assert health.uniformity(x) < -3
+    for same in (one, torch.zeros(64, 32)):
+        found, warning = health.look(torch.stack([same, same]))
+        assert "collapsed" in warning and found["uniformity"] == pytest.approx(0, abs=1e-5)
     # A dead last layer, as the loop meets it.
     real = torch.nn.Module.__call__
     monkeypatch.setattr(
