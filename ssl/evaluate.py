@@ -191,7 +191,7 @@ def _fit_all(
     Equal fits are done only once: two small shares may keep the same videos. Those of the random
     backbone go to `shared`, by a digest of everything they depend on.
     """
-    guesses, slow, num_seeds, num_classes = [], 0, tasks[-1].seed + 1, len(frames.names)
+    guesses, slow, num_seeds, num_classes = [], set(), tasks[-1].seed + 1, len(frames.names)
     num_done, num_all = 0, sum(len(t.test) for t in tasks)
     digests = {name: hashlib.sha256(x).digest() for name, x in features.items()}
     own: dict[bytes, tuple[Guess, bool]] = {}
@@ -208,10 +208,11 @@ def _fit_all(
             )  # fmt: skip
         guess, converged = known[key]
         guesses.append(guess)
-        slow += not converged
+        if not converged:
+            slow.add((t.backbone, key))
         num_done += len(t.test)
         report(num_done, num_all, note)
-    return guesses, slow
+    return guesses, len(slow)
 
 
 def _fit(

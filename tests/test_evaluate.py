@@ -794,6 +794,23 @@ def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkey
         assert len(list(one.glob("together/**/*.npy"))) == 6
 
 
+def test_a_fit_that_stopped_early_counts_once(run, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "MAX_ITERATIONS", 1)
+    monkeypatch.setattr(evaluate, "draw", lambda *a: None)
+
+    def split(rows):
+        return [r | {"split": "test" if int(r["patient"][1:]) < 3 else "train"} for r in rows]
+
+    labels, shared = rewrite(videos, tmp_path, split), {}
+    for out in ("one", "again"):  # then the random backbone's are known
+        result = evaluate.evaluate(
+            run, labels, percents=(1, 10), num_seeds=2, device="cpu", out=tmp_path / out,
+            shared=shared,
+        )  # fmt: skip
+        # Two backbones and seeds; the two shares keep the same videos.
+        assert result.warnings[-1].startswith("4 fits stopped at")
+
+
 def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
     command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
