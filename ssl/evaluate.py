@@ -110,7 +110,7 @@ def evaluate(
     frames, notes = testable(frames)
     out = Path(out or run / "evaluation")
     folder = out if protocol == "linear" else out / protocol
-    where, slow = pick_device(device), 0
+    where, said = pick_device(device), []
     names = [settings["method"], RANDOM]
     how = finetune.Settings.of(steps, where, settings["backbone"], settings["image_size"])
     with _alone_in(out):
@@ -126,15 +126,11 @@ def evaluate(
             features = features_of_both(source, store, frames, where, out, shared, stage)
             name = "probe" if protocol == "linear" else protocol
             with stage(name, "frames") as report, threadpool_limits(threads):
-                guesses, slow = _fit_all(protocol, tasks, frames, features, where, shared, report)
+                guesses, said = _fit_all(protocol, tasks, frames, features, where, shared, report)
             about = SETTINGS[protocol]
         table, videos = rows(frames, tasks, guesses, deals)
 
-        notes += _warnings(source, store, frames, tasks)
-        if slow:
-            notes.append(
-                f"{slow} fits stopped at {MAX_ITERATIONS} iterations, before they converged"
-            )
+        notes += [*_warnings(source, store, frames, tasks), *said]
         if frames.test is None:
             split = f"{num_folds(frames)} folds by patient, drawn anew for each seed"
         else:
@@ -185,13 +181,14 @@ def _fit_all(
     device: torch.device,
     shared: dict,
     report,
-) -> tuple[list[Guess], int]:
-    """Each task's predictions, and how many fits did not converge.
+) -> tuple[list[Guess], list[str]]:
+    """Each task's predictions, and what a reader of the table has to know about them.
 
     Equal fits are done only once: two small shares may keep the same videos. Those of the random
     backbone go to `shared`, by a digest of everything they depend on.
     """
-    guesses, slow, num_seeds, num_classes = [], set(), tasks[-1].seed + 1, len(frames.names)
+    guesses, num_seeds, num_classes = [], tasks[-1].seed + 1, len(frames.names)
+    slow, on_cpu = set(), False
     num_done, num_all = 0, sum(len(t.test) for t in tasks)
     digests = {name: hashlib.sha256(x).digest() for name, x in features.items()}
     own: dict[bytes, tuple[Guess, bool]] = {}
@@ -202,17 +199,30 @@ def _fit_all(
             digest.update(part)
         known, key = shared if t.backbone == RANDOM else own, digest.digest()
         if key not in known:
-            known[key] = _fit(
-                protocol, x[t.train], y, x[t.test], num_classes, device,
-                lambda done, before=num_done, note=note: report(before + done, num_all, note),
-            )  # fmt: skip
+            job = protocol, x[t.train], y, x[t.test], num_classes
+
+            def tell(done: int, before: int = num_done, note: str = note) -> None:
+                report(before + done, num_all, note)
+
+            try:
+                known[key] = _fit(*job, device, tell)
+            except torch.OutOfMemoryError:  # of a GPU
+                device, on_cpu = torch.device("cpu"), True
+                known[key] = _fit(*job, device, tell)
         guess, converged = known[key]
         guesses.append(guess)
         if not converged:
             slow.add((t.backbone, key))
         num_done += len(t.test)
         report(num_done, num_all, note)
-    return guesses, len(slow)
+    said = []
+    if slow:
+        said.append(
+            f"{len(slow)} fits stopped at {MAX_ITERATIONS} iterations, before they converged"
+        )
+    if on_cpu:
+        said.append("the GPU has too little memory for the nearest neighbours: the CPU found them")
+    return guesses, said
 
 
 def _fit(

@@ -811,6 +811,30 @@ def test_a_fit_that_stopped_early_counts_once(run, videos, tmp_path, monkeypatch
         assert result.warnings[-1].startswith("4 fits stopped at")
 
 
+def test_what_does_not_fit_on_a_gpu_is_done_by_the_cpu_and_told(monkeypatch):
+    frames, asked, found = big(), [], evaluate.votes
+    names = ["vicreg", features.RANDOM]
+    tasks = list(evaluate._tasks(frames, names, [10, 100], [splits.folds(frames, 0)]))
+    rng = np.random.default_rng(0)
+    x = {name: rng.normal(size=(len(frames), 8)).astype(np.float32) for name in names}
+
+    def votes(*args, device, report):
+        asked.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found(*args, device=device, report=report)
+
+    monkeypatch.setattr(evaluate, "votes", votes)
+    on_cpu, on_gpu = (
+        evaluate._fit_all("knn", tasks, frames, x, torch.device(d), {}, lambda *a: None)
+        for d in ("cpu", "cuda")
+    )
+    assert asked.count("cuda") == 1 and not on_cpu[1]
+    assert len(on_gpu[1]) == 1 and "the CPU found them" in on_gpu[1][0]
+    for a, b in zip(on_cpu[0], on_gpu[0], strict=True):
+        assert np.array_equal(a.probability, b.probability)
+
+
 def test_each_protocol_has_its_own_report(run, videos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
     command = ["evaluate", str(run), "--labels", str(videos / "labels.csv"), "-o", str(out)]
