@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import mmap
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,15 +26,12 @@ from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.manifest import REMEDY, Manifest, parse_manifest, read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.tar import Archive, Sample
+from sslus.engine.urls import is_url, shown
 
 BUFFER = 8192  # frames shuffled together: 160 MB as JPEG at 256 px
 LANES = 8  # sequences of shards read in parallel, so that up to 8 ranks read only their own
 FETCHES = 8  # shards fetched at a time
 WAITS_SECONDS = (1, 5)  # before each retry of a URL
-# Each just transfers bytes. Excluded: pipes, chains ("::"), archives, shells of other machines.
-PROTOCOLS = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
-
-HIDDEN = "***"  # in a URL that is written or printed
 
 
 @dataclass(frozen=True)
@@ -244,50 +240,6 @@ class Reader:
         if self.gpu:
             raise InputError(f"nvJPEG: {str(failure).splitlines()[0]}; use --device cpu")
         return frames
-
-
-def is_url(where: str | Path) -> bool:
-    """Whether `where` is a URL of a supported protocol rather than a folder.
-
-    Raises InputError for `pipe:`, for chains of protocols and for any protocol not in PROTOCOLS;
-    and, without repeating it, for a URL in which `shown` might not find the whole password.
-    """
-    where = str(where)
-    protocol, separator, path = where.partition("://")
-    host = re.match(r"[^/?#\s]*", path)[0]  # with user and password, if these are encoded
-    if host.count("@") > 1 or (":" in host and "@" in path[len(host) :]):
-        raise InputError(
-            "the URL of the shards: where its password ends cannot be told; percent-encode the"
-            " password (/ is %2F, ? %3F, # %23, @ %40, a space %20), and an @ in the path"
-        )
-    if where.startswith("pipe:") or (separator and "|" in where):
-        raise InputError(
-            f"{shown(where)}: shell commands are never run; give a folder or a URL of shards"
-        )
-    if not separator:
-        return False
-    if protocol not in PROTOCOLS or "::" in path:
-        raise InputError(f"{shown(where)}: want a folder, or a URL of {', '.join(PROTOCOLS)}")
-    if protocol == "file" and not path.startswith("/"):  # elsewhere a resumed run would not find it
-        raise InputError(f"{shown(where)}: want file:// with the absolute path, or just the path")
-    return True
-
-
-def shown(text: str | Path) -> str:
-    """The text with HIDDEN for what its URLs, which `is_url` takes, may hold of secrets: user and
-    password, and query.
-
-    >>> shown("https://me:password@host/shards?signature=1f")
-    'https://***@host/shards?***'
-    """
-    text = re.sub(r"(?<=://)[^/?@\s]*@", _hidden_user, str(text))
-    return re.sub(r"(://[^?]*\?).*", rf"\1{HIDDEN}", text, flags=re.DOTALL)
-
-
-def _hidden_user(match: re.Match) -> str:
-    # abfs://CONTAINER@ACCOUNT/PATH holds none.
-    of_azure = match.string[: match.start()].endswith(("abfs://", "abfss://"))
-    return match[0] if of_azure and ":" not in match[0] else f"{HIDDEN}@"
 
 
 def _inside(where: str, name: str) -> str:

@@ -19,7 +19,8 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
-from sslus.engine.stream import BUFFER, Reader, StreamStore, is_url, shown
+from sslus.engine.stream import BUFFER, Reader, StreamStore
+from sslus.engine.urls import is_url, shown
 from sslus.kernels.augment import SMALLEST_STD, views
 from sslus.kernels.mask import sample_ids
 from sslus.ssl.memory import large_pages

@@ -7,7 +7,7 @@ from typing import get_args
 
 from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
-from sslus.engine.stream import is_url, shown
+from sslus.engine.urls import is_url, shown
 
 USED = {  # of config.json, and of which type
     "settings": {

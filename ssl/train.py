@@ -24,7 +24,8 @@ from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
 from sslus.engine.lock import alone
 from sslus.engine.plan import Plan
-from sslus.engine.stream import StreamStore, is_url, shown
+from sslus.engine.stream import StreamStore
+from sslus.engine.urls import is_url, shown
 from sslus.ssl import backbones, checkpoints, methods
 from sslus.ssl.cores import Cores
 from sslus.ssl.loader import Store, open_store, plan_of

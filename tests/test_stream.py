@@ -21,7 +21,8 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import read_manifest
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
-from sslus.engine.stream import Reader, StreamPlan, StreamStore, is_url
+from sslus.engine.stream import Reader, StreamPlan, StreamStore
+from sslus.engine.urls import is_url, shown
 from sslus.tools.cli import main
 
 
@@ -357,6 +358,10 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
         ("https://me:password@host/shards?signature=1f", "https://***@host/shards?***"),
         ("s3://key:secret@bucket/a@b", "s3://***@bucket/a@b"),
         ("https://token@host/shards", "https://***@host/shards"),
+        ("https://to%2Fk%40en%3A@host/shards", "https://***@host/shards"),
+        ("https://to/ken@host/shards", "https://***@host/shards"),
+        ("HTTP://to/ken@host", "HTTP://***@host"),
+        ("abfs://to%3Aken@account.net/a", "abfs://***@account.net/a"),
         ("abfs://box@account.net/a", "abfs://box@account.net/a"),
         ("abfs://box:key@account.net/a", "abfs://***@account.net/a"),
         ("403, url='https://host/a?b=c&d'", "403, url='https://host/a?***"),
@@ -365,19 +370,34 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
     ],
 )
 def test_what_is_shown_of_a_url(url, told):
-    assert stream.shown(url) == told
+    assert shown(url) == told
 
 
 @pytest.mark.parametrize(
     "where",
     ["https://me:SE/CRET@host/shards", "https://me:SE@CRET@host", "https://SE@CRET@host/shards",
      "s3://me:SE?CRET@bucket", "gs://me:SE#CRET@bucket/a", "ftp://me:SE/CRET@host",
-     "https://me:SE CRET@host/a", "http://me:SE@CRET/CRET@host/a", "http://me:12/SECRET@host"],
+     "https://me:SE CRET@host/a", "http://me:SE@CRET/CRET@host/a", "http://me:12/SECRET@host",
+     "https://SE?CRET@host/a", "https://SE CRET@host/a", "https://SE\u2100CRET@host/a"],
 )  # fmt: skip
 def test_a_password_that_is_not_encoded_is_refused_and_not_repeated(where, capsys):
     assert main(["train", where]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "percent-encode" in err
+    assert not re.search("SE|CRET", err)
+
+
+@pytest.mark.parametrize("url", ["https://{}@host/shards", "http://{}:SE%2FCRET@host/a"])
+@pytest.mark.parametrize("token", ["SECRET", "SE%2FCRET%3A", "SE/CRET"])
+@pytest.mark.parametrize(
+    "line", ["train a {}", "train {} --resume --run a", "shard {}", "views {} -o a", "evaluate {}",
+             "evaluate {} --labels a", "evaluate a --labels a --shards {}", "doctor {}"],
+)  # fmt: skip
+def test_no_error_repeats_a_token(line, token, url, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(url.format(token)) for word in line.split()])
+    err = capsys.readouterr().err
+    assert "Error: " in err and "Traceback" not in err
     assert not re.search("SE|CRET", err)
 
 

@@ -78,10 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     Exit codes: see the help of `sslus`. `SSLUS_DEBUG=1` shows the traceback of an error.
     """
     from sslus.engine.errors import InputError, Interrupted
+    from sslus.engine.urls import shown, without_users
     from sslus.tools.screen import one_line, tell
 
     def fail(message: str, code: int) -> int:
-        message = one_line(message)
+        message = without_users(one_line(message))
         if os.environ.get("SSLUS_DEBUG") == "1":
             raise
         # One of several processes reports, and passes the code to `sslus train --gpus`, which
@@ -130,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         return fail("interrupted", 130)
     except click.ClickException as e:
         if _speaks(e.exit_code):
-            e.show(shown := io.StringIO())
-            tell(shown.getvalue().rstrip("\n"))
+            e.show(text := io.StringIO())
+            tell(shown(text.getvalue().rstrip("\n")))
         return e.exit_code
     except KeyboardInterrupt:
         return fail("interrupted", 130)

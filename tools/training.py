@@ -13,7 +13,7 @@ import torch
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.stream import HIDDEN, is_url, shown
+from sslus.engine.urls import HIDDEN, is_url, shown
 from sslus.ssl import methods
 from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store

@@ -44,7 +44,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     from sslus.engine.errors import InputError
     from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
-    from sslus.engine.stream import is_url, shown
+    from sslus.engine.urls import is_url, shown
     from sslus.tools.screen import argument, progress, summary
 
     if frames < 1 or image_size < 1:
