@@ -461,6 +461,32 @@ def test_all_methods_keep_what_the_first_machine_chose(shards, tmp_path, monkeyp
     assert main(again) == 143 and given[-1][1]["log_every"] == 3  # as it was told last
 
 
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("[" * 100_000, "maximum recursion depth"),
+        ({"shards": None}, "shards is None, not str"),
+        ({"options": {"batch_size": "8"}}, "batch_size is '8', not int"),
+        ({"options": {"device": ["cpu"]}}, "device is \\['cpu'\\], not str"),
+        ({"options": {"log_every": None}}, "log_every is None, not int"),
+        ({"options": {"time_limit": "1 h"}}, "'time_limit': no such option"),
+        ({"options": {"lerning_rate": 1}}, "'lerning_rate': no such option"),
+    ],
+)
+def test_an_edited_record_of_all_methods_is_one_line(
+    text, why, shards, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sslus.tools.training._train", None)
+    record = tmp_path / "all.json"
+    if isinstance(text, dict):
+        text = json.dumps({"format": 2, "shards": str(shards), "options": {}} | text)
+    record.write_text(text)
+    assert main(["train", "--method", "all", "--resume", "--run", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(f"all.json: cannot be used .*{why}", err)
+    assert record.read_text() == text
+
+
 def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     run, whole = tmp_path / "run", tmp_path / "whole"
     small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 4 --projector 32-32"

@@ -1,12 +1,12 @@
 """What `sslus train` runs: one method, or all of them, in one process or several."""
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
 import shlex
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,7 +17,17 @@ from sslus.engine.urls import HIDDEN, is_url, shown
 from sslus.ssl import methods
 from sslus.ssl.health import NotFinite
 from sslus.ssl.loader import open_store
-from sslus.ssl.settings import WHERE, Options, how, of_new_run, of_resumed_run, recorded_how
+from sslus.ssl.runs import check_type
+from sslus.ssl.settings import (
+    WHERE,
+    WHERE_KINDS,
+    Options,
+    Settings,
+    how,
+    of_new_run,
+    of_resumed_run,
+    recorded_how,
+)
 from sslus.ssl.train import TrainResult, open_run, train
 from sslus.ssl.world import enter
 from sslus.tools.cli import EXIT_CODE_FILE
@@ -187,15 +197,21 @@ def _asked_of_all(folder: Path, asked: dict, going: str) -> dict:
             shards, options = before["shards"], dict(before["options"])
             if before.get("format") != 2:
                 raise ValueError("written by another version of sslus")
+            check_type("shards", shards, str)
+            kinds = WHERE_KINDS | {f.name: f.type for k in (Settings, Options) for f in fields(k)}
+            for name, value in options.items():
+                if name not in kinds or name in OF_ONE_CALL:
+                    raise ValueError(f"{name!r:.40}: no such option")
+                check_type(name, value, kinds[name])
         except FileNotFoundError as e:
             raise InputError(f"--resume: {folder} holds no run of --method all") from e
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(f"{record}: cannot be used ({e}); start another --run DIR") from e
         if "shards" not in asked:
             shards = _recorded(shards, going)
         asked = {"shards": shards} | options | asked
         # What does not change the methods' results may be changed when resuming.
-        free = {*WHERE, *(f.name for f in dataclasses.fields(Options))} - {*OF_ONE_CALL}
+        free = {*WHERE, *(f.name for f in fields(Options))} - {*OF_ONE_CALL}
         options |= {k: v for k, v in asked.items() if k in free}
     else:
         begun = any((folder / name / "config.json").exists() for name in methods.names())
