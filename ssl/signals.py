@@ -26,7 +26,7 @@ class Signals:
     def _note(self, signum, frame) -> None:
         self.seen = signum
         if signum == signal.SIGHUP:
-            _drop_terminal()
+            drop_terminal()
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats signals from a terminal
             self._restore()
 
@@ -38,7 +38,7 @@ class Signals:
         self._restore()
 
 
-def _drop_terminal() -> None:
+def drop_terminal() -> None:
     """What is still said goes nowhere: writing to a terminal that is gone would be an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):

@@ -4,18 +4,23 @@ As a module that is run, this is torchrun, but one that ends without a traceback
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sslus.engine.errors import Interrupted
 from sslus.engine.system import usable_cores
+from sslus.ssl.signals import drop_terminal
 from sslus.tools.cli import EXIT_CODE_FILE, LESS_MEMORY
 from sslus.tools.screen import tell
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # as torchrun gets them from the function below
 
 
 def torchrun(num: int) -> int:
@@ -34,24 +39,67 @@ def torchrun(num: int) -> int:
         # Ctrl-C in a terminal reaches the processes directly; they save while this one waits.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num)))
+        # Of its own session, so that this process alone hears of Ctrl-C: Python answers it with a
+        # traceback until torchrun has been imported, which takes seconds.
+        seen = []
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
+                signal.signal(s, lambda signum, _: seen.append(signum))
+        process = subprocess.Popen(line, env=env, start_new_session=True)
+        told = False
         while process.poll() is None:
             time.sleep(0.2)
+            if seen and not told:  # SIGTERM ends without a word what has not yet begun
+                process.send_signal(signal.SIGTERM if seen[0] == signal.SIGINT else seen[0])
+                told = True
             if code.exists():  # one has given up; the others might wait for it for long
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 process.terminate()
-        if code.exists():
-            return int(code.read_text())
-        if process.returncode < 0:  # by a signal, before the processes had begun
-            raise Interrupted("interrupted", -process.returncode)
-        return process.returncode
+        if signal.SIGHUP in seen:
+            drop_terminal()
+        ended = int(code.read_text()) if code.exists() else process.returncode
+        if ended < 0:  # by a signal, before the processes had begun
+            raise Interrupted("interrupted", seen[0] if seen else -ended)
+        return 128 + seen[0] if seen and ended > 128 else ended
+
+
+def _hears_of_signals_later(start: Callable) -> Callable:
+    """`start`, which starts the processes, to its end: torchrun forgets them, and leaves them
+    running, if a signal comes while it does. Before, SIGTERM just ends it."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def stop(signum, frame):
+        for s in SIGNALS:
+            signal.signal(s, signal.SIG_IGN)
+        logging.disable(logging.WARNING)  # which tell that it ends, and how
+        raise SignalException("", signal.Signals(signum))
+
+    def whole(*args):
+        seen = []
+        for s in SIGNALS:
+            if signal.getsignal(s) != signal.SIG_IGN:
+                signal.signal(s, lambda signum, _: seen.append(signum))
+        started = start(*args)
+        for s in SIGNALS:
+            if signal.getsignal(s) != signal.SIG_IGN:
+                signal.signal(s, stop)
+        if seen:
+            stop(seen[0], None)
+        return started
+
+    return whole
 
 
 def _main() -> None:
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
+    LocalElasticAgent._start_workers = _hears_of_signals_later(LocalElasticAgent._start_workers)
     try:
         main()
     except SignalException as e:  # the processes have told what they kept
