@@ -124,13 +124,31 @@ def real(path: Path | str) -> Path:
 
 
 def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:
-    """Each path as spelled in `known`: Unicode has two ways to write é."""
+    """Each path as spelled in `known`: Unicode has two ways to write é, and the cells of labels.csv
+    were stripped of spaces that a name may begin or end with.
+
+    Raises InputError where spaces alone would tell which of two is meant.
+    """
 
     def form(path: Path) -> str:
         return unicodedata.normalize("NFC", str(path))
 
-    forms = {form(path): path for path in known}
-    return [path if path in known else forms.get(form(path), path) for path in paths]
+    def bare(path: Path) -> tuple[str, ...]:
+        return tuple(part.strip() for part in Path(form(path)).parts)
+
+    spellings = {}
+    for path in known:
+        spellings.setdefault(bare(path), {})[form(path)] = path
+    found = []
+    for path in paths:
+        same = list(spellings.get(bare(path), {}).values())
+        if len(same) > 1:
+            raise InputError(
+                f"{str(same[0])!r} and {str(same[1])!r}: only spaces tell them apart, which"
+                " labels.csv does not keep; rename one"
+            )
+        found.append(path if path in known or not same else same[0])
+    return found
 
 
 def _ids(path: Path) -> dict[Path, str]:

@@ -55,6 +55,16 @@ def test_an_accent_is_found_in_either_form(there, named):
     assert as_known([other], {video: 1, other: 2}) == [other]
 
 
+def test_a_name_may_begin_and_end_with_a_space(read, tmp_path):
+    (row,) = read(HEADER + '" a.mp4", left, p1\n')
+    folder = tmp_path.resolve()
+    odd, other = folder / " a.mp4", folder / "b " / "a.mp4"
+    assert as_known([row.path], {odd: 1, other: 2}) == [odd]
+    assert as_known([folder / "b/a.mp4"], {odd: 1, other: 2}) == [other]
+    with pytest.raises(InputError, match="/ a.mp4' and '.*/a.mp4': only spaces tell"):
+        as_known([row.path], {odd: 1, folder / "a.mp4": 2})
+
+
 def test_a_patient_is_the_same_in_either_form(read):
     rows = [
         ",".join(["{}.mp4", *(unicodedata.normalize(form, "é") for _ in range(2))]).format(form)
