@@ -1,8 +1,9 @@
-"""What other programs leave of the CPU's cores."""
+"""The threads that may be asked for, and what other programs leave of the CPU's cores."""
 
 import os
 from pathlib import Path
 
+MOST_THREADS = 1024  # a mistyped number must not start them all
 STAT = Path("/proc/stat")
 
 

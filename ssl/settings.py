@@ -22,6 +22,7 @@ import torch
 from sslus.engine.errors import InputError
 from sslus.engine.plan import Plan
 from sslus.ssl import methods, optimizers
+from sslus.ssl.cores import MOST_THREADS
 from sslus.ssl.runs import check_type
 from sslus.ssl.views import parse as parse_views
 from sslus.ssl.world import pays_bf16
@@ -29,7 +30,6 @@ from sslus.ssl.world import pays_bf16
 WAYS = ("eager", "compile", "graph")  # to execute an update, see ssl/step.py
 WHERE = {"device": "auto", "tier": "auto", "threads": None}  # and their defaults
 WHERE_KINDS = {"device": str, "tier": str, "threads": int | None}
-MOST_THREADS = 1024  # as --threads has it
 TOO_LARGE = 2**63  # for a whole number: PyTorch raises OverflowError or worse
 LARGEST = torch.finfo(torch.float32).max
 CHOICES = {

@@ -2,6 +2,8 @@
 
 import click
 
+from sslus.ssl.cores import MOST_THREADS
+
 
 @click.command("evaluate", short_help="Measure a backbone with labels, split by patient.")
 @click.argument("run", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
@@ -38,7 +40,7 @@ import click
     help="Where features are computed and backbones fine-tuned; auto: on a GPU if there is one.",
 )  # fmt: skip
 @click.option(
-    "--threads", type=click.IntRange(1, 1024),
+    "--threads", type=click.IntRange(1, MOST_THREADS),
     help="CPU threads, for all that is computed.  [default: all cores]",
 )  # fmt: skip
 def command(run, labels, protocol, fractions, seeds, steps, out, shards, device, threads):

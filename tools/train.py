@@ -2,6 +2,8 @@
 
 import click
 
+from sslus.ssl.cores import MOST_THREADS
+
 METHOD = "vicreg"  # the default; its file is not imported before the command line is parsed
 ALL = "all"
 SHARDS = "shards"  # the default too
@@ -216,7 +218,7 @@ def _option(f, default) -> click.Option:
     help="With several GPUs: BatchNorm statistics over all of them, or of each separately.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 1024),
+    "--threads", type=click.IntRange(1, MOST_THREADS),
     help="CPU threads; on the CPU, no more than there are free cores.  [default: all cores]",
 )  # fmt: skip
 @click.option(
