@@ -35,11 +35,6 @@ def torchrun(num: int) -> int:
         env = os.environ | {EXIT_CODE_FILE: str(code)}
         # torchrun's own default is one thread per process.
         env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num)))
-        process = subprocess.Popen(line, env=env)
-        # Ctrl-C in a terminal reaches the processes directly; they save while this one waits.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num)))
         # Of its own session, so that this process alone hears of Ctrl-C: Python answers it with a
         # traceback until torchrun has been imported, which takes seconds.
         seen = []
