@@ -290,6 +290,17 @@ def test_there_is_no_tensor_of_the_mask():
         assert 60 << 10 < kilobytes < 68 << 10
 
 
+def test_a_patch_larger_than_the_image_is_the_image(largest):
+    """Padded to whole cells, two small images would take gigabytes."""
+    target, ids = noise(2, 1, 24, 40), ids_of(2)
+    for kind in ("patches", "rectangles"):
+        whole, larger = (Mask(kind, patch=patch, background=0.3) for patch in (40, 1 << 12))
+        with largest:
+            hidden = draw_mask(target, ids, larger)
+        assert largest.numel <= 2 * 40 * 40 * 32  # pixels of a cell, for each rectangle
+        assert torch.equal(hidden, draw_mask(target, ids, whole))
+
+
 def test_compiled_without_a_break():
     x, ids = noise(3, 1, 32, 48), ids_of(3)
     layer = torch.nn.Conv2d(1, 1, 3, padding=1)

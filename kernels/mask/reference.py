@@ -76,6 +76,7 @@ def plan(
     share: float,
 ) -> Plan:
     """Raises ValueError if the image has more than MAX_CELLS cells."""
+    patch = min(patch, max(height, width))  # the same cell; the reference pads images to whole ones
     rows, columns = -(-height // patch), -(-width // patch)
     if not 1 <= rows * columns <= MAX_CELLS:
         raise ValueError(
