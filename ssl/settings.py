@@ -41,7 +41,7 @@ CHOICES = {
 }
 LEAST = {"log_every": 1, "health_every": 1, "checkpoint_every": 1, "keep": 0, "online_every": 0}
 ABOVE_0 = (
-    "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "max_seconds",
+    "image_size", "accumulate", "epochs", "max_steps", "lr", "base_lr", "clip_norm", "max_seconds",
 )  # fmt: skip
 
 

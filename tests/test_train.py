@@ -587,6 +587,7 @@ def test_bad_settings_are_one_line(shards, tmp_path):
         ({"warmup_steps": 11}, "more than the run's 10 steps"),
         ({"seed": -1}, "seed -1: want a whole number from 0"),
         ({"lr": -1.0}, "lr must be above 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0"),  # it would not clip at all
         ({"lr": math.inf}, "lr inf: want a number from 0 to 3e\\+38"),
         ({"dual_task": 1e300}, "dual_task 1e\\+300: want a number from 0 to 3e\\+38"),
         ({"accumulate": 10**20}, "accumulate 1(0+): want a whole number from 0, below"),
