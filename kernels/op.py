@@ -136,6 +136,11 @@ class Op:
         # Ops choose their precision themselves; autocast would round their products.
         with torch.autocast(x.device.type, enabled=False):
             if which != "reference":
+                if learned := _learned(scalars):  # a temperature, say, which would stay
+                    raise RuntimeError(
+                        f"op {self.name!r} has no derivative by {', '.join(learned)};"
+                        " SSLUS_KERNELS=reference has, or detach() it"
+                    )
                 if not torch.compiler.is_compiling() and any(map(_has_tangent, tensors)):
                     raise RuntimeError(
                         f"op {self.name!r} has no forward-mode derivative; SSLUS_KERNELS=reference"
@@ -198,6 +203,13 @@ def _elsewhere(which: str, x: Tensor) -> str | None:
         or (which == "gpu" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"))
     )
     return None if here else f"the tensors are on {x.device}"
+
+
+def _learned(scalars: dict[str, object]) -> list[str]:
+    """The scalars that want a gradient."""
+    if not torch.is_grad_enabled():
+        return []
+    return [name for name, x in scalars.items() if isinstance(x, Tensor) and x.requires_grad]
 
 
 def _has_tangent(t: Tensor | None) -> bool:

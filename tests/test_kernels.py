@@ -696,6 +696,14 @@ def test_derivatives_that_an_op_does_not_have_are_refused(name, shapes, which):
             (leaf.detach(),),
             (torch.ones_like(leaf),),
         )
+    for number in op.numbers.keys() & scalars.keys():  # a temperature that is learned, say
+        learned = scalars | {number: torch.tensor(float(scalars[number]), requires_grad=True)}
+        with pytest.raises(RuntimeError, match=f"no derivative by {number}; SSLUS_KERNELS=ref"):
+            op.run(which, *tensors, **learned)
+        op.run("reference", *tensors, **learned).backward()
+        assert learned[number].grad != 0
+        with torch.no_grad():
+            assert torch.equal(op.run(which, *tensors, **learned), loss)
 
 
 @pytest.mark.parametrize("which", KERNELS)
