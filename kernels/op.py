@@ -78,6 +78,10 @@ class Op:
                 self.fused[which] = _register(self, which, implementation)
         OPS[self.name] = self
 
+    def __reduce__(self):
+        """Copied and pickled by its name, like a function: a module may hold an op."""
+        return _named, (self.name,)
+
     def __call__(
         self, *tensors: Tensor | None, group: dist.ProcessGroup | None = None, **scalars: float
     ) -> Tensor:
@@ -182,6 +186,10 @@ class Op:
             if self.numbers[name] is float:
                 check_number(self.name, name, x)
         return found, rest
+
+
+def _named(name: str) -> Op:
+    return load_all()[name]
 
 
 def check_number(who: str, name: str, x: object) -> None:

@@ -7,8 +7,10 @@ The reference itself is held against an oracle written from the paper, without a
 """
 
 import contextlib
+import copy
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -679,6 +681,17 @@ def test_dispatch_uses_the_kernel_and_scales_its_gradient(toy_op, monkeypatch):
         leaf = x.clone().requires_grad_()
         (3 * toy_op(leaf)).backward()
         torch.testing.assert_close(leaf.grad, 6 * x)
+
+
+def test_a_module_that_holds_an_op_can_be_copied():
+    """For a teacher, say, or another process, in which no op was imported yet."""
+    model = torch.nn.Identity()
+    for op in LOSSES:
+        model.loss = op
+        assert copy.deepcopy(model).loss is op is pickle.loads(pickle.dumps(model)).loss
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).name)"
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(op), capture_output=True)
+    assert done.stdout.decode() == f"{op.name}\n", done.stderr
 
 
 @pytest.mark.parametrize("which", KERNELS)
