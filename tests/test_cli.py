@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -253,6 +254,16 @@ def test_paths_in_the_next_command(tmp_path, monkeypatch):
     assert screen.argument("-x") == "./-x"  # not an option
     assert screen.argument(tmp_path.parent) == str(tmp_path.parent)
     assert [screen.count(n, "file") for n in (0, 1, 1000)] == ["0 files", "1 file", "1,000 files"]
+
+
+def test_the_command_after_a_picture_takes_its_views(shards, tmp_path, capsys):
+    """At the size of the picture: `sslus train` refuses this blur at its own."""
+    views = ["--preset", "simclr,max_sigma=0.5", "--image-size", "16"]
+    assert cli.main(["views", str(shards), *views, "-o", str(tmp_path / "v.png")]) == 0
+    going = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: sslus train"))
+    assert going[1:] == [
+        "--method", "simclr", "--views", "simclr,max_sigma=0.5", "--image-size", "16"
+    ]  # fmt: skip
 
 
 def test_a_full_disk_under_a_log_is_no_fault_of_the_files():

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+IMAGE_SIZE = 224  # the default
+
 
 @click.command("views", short_help="Draw pairs of views of some frames.")
 @click.argument("shards", type=click.Path(), default="shards")
@@ -14,7 +16,9 @@ import click
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("views.png"),
               show_default=True, help="PNG file to write.")  # fmt: skip
 @click.option("--frames", default=6, show_default=True, help="Number of frames, one per column.")
-@click.option("--image-size", default=224, show_default=True, help="Side of a view in pixels.")
+@click.option(
+    "--image-size", default=IMAGE_SIZE, show_default=True, help="Side of a view in pixels."
+)
 @click.option(
     "--seed", default=0, show_default=True,
     help="Random seed for choosing frames and drawing views.",
@@ -68,6 +72,8 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     base = preset.partition(",")[0]
     method = base if base in methods.names() else "vicreg"
     going = ["--method", method, "--views", preset]
+    if image_size != IMAGE_SIZE:  # a blur that suits it may be refused at another size
+        going += ["--image-size", str(image_size)]
     if pairs == "nearby":
         going += ["--pairs", pairs, "--max-seconds", f"{max_seconds:g}"]
     summary(
