@@ -163,7 +163,7 @@ def _write_loss(
         if strip == 0:
             every = rest
             rest = every - _add_up(sums + (view + _DIAGONAL) * P, num_columns)
-            if rest < every * _LEFT:
+            if (num_exact > 0) & (rest < every * _LEFT):
                 rest = _add_up(sums + (view + _EXACT) * P, num_exact)
         total += off * rest
     tl.store(loss, total.to(tl.float32))
@@ -528,7 +528,7 @@ def apply(
         g -= x * tl.load(col + row * D + at, mask=ok, other=0)[None, :]
         g += pull * _pull(za, zb, weights, r, at, view, N, D, WEIGHTED)
     kept = N  # rows to write: none if `exact` has written this gradient
-    if strip == 0:
+    if (strip == 0) & (num_exact > 0):
         kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, BARLOW))
     inside = (r[:, None] < kept) & ok[None, :]
     out = ga if view == 0 else gb
@@ -560,7 +560,9 @@ def barlow_apply(
     out = ga if view == 0 else gb
     to_other = tl.load(col + 2 * D + c, mask=ok, other=0)[None, :]
     root = tl.load(col + view * D + c, mask=ok, other=0)
-    kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, True))  # see `apply`
+    kept = N  # see `apply`
+    if num_exact > 0:
+        kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, True))
     mean = tl.zeros((BD,), tl.float32)
     if ONE:
         r = tl.arange(0, BN)
@@ -814,6 +816,7 @@ def gram(
         every = sums[ALL : ALL + views, :tiles].sum(1)
         if (every - sums[DIAGONAL : DIAGONAL + views, 0] < LEFT * every).any():
             return tiled(*rows, loss, ranks)
+        exact_blocks = 0  # decided: a kernel that adds up in another order must not differ
 
     out = new((), dtype=torch.float32)
     if loss.barlow:

@@ -150,6 +150,22 @@ def terms(rank, alone):
     assert torch.isclose(sum(weights[k] * v for k, v in got.items()), loss)
 
 
+def decided(rank, alone):
+    """Whether sums cancel is decided once: a kernel of another opinion would find no sums."""
+    if not os.environ.get("TRITON_INTERPRET"):
+        return
+    for i in (6, 7):  # with a dominant column, D > N
+        name, shapes, dominant = CASES[i]
+        own = [x[rank * ROWS :][:ROWS] for x, _ in joined(name, shapes, dominant, 3)]
+        with mock.patch("sslus.kernels.gram_gpu.LEFT", 0):
+            loss, grads = gradients(name, "gpu", own)
+        want, want_grads = alone[3, i]
+        assert abs(loss - want) <= 1e-2 * abs(want), (name, loss, want)
+        for g, w in zip(grads, want_grads, strict=True):
+            error = (g - w[rank * ROWS :][:ROWS]).abs().max() / w.abs().max()
+            assert error <= 1e-2, (name, error)
+
+
 def work(rank, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -168,6 +184,7 @@ def work(rank, folder):
         remembered(rank)
         compiled(rank, alone)
         terms(rank, alone)
+        decided(rank, alone)
         pair = dist.new_group([0, 1])
         if rank < 2:
             check(rank, 2, pair, alone)
