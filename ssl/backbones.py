@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sslus.engine.atomic import atomic_file
 from sslus.engine.errors import InputError
+from sslus.ssl.small_maps import use_products
 
 
 def build(name: str, image_size: int, seed: int, zero_init_residual: bool = False) -> nn.Module:
@@ -42,7 +43,7 @@ def build(name: str, image_size: int, seed: int, zero_init_residual: bool = Fals
             why = str(e) or "the size does not suit it"  # an assertion may say nothing
             raise InputError(f"backbone {name!r} cannot be built at {image_size} px: {why}") from e
     model.num_features = width  # timm's is that of the last map; some models widen after pooling
-    return model.train()
+    return use_products(model.train())
 
 
 def _created(name: str, seed: int, zero_init_residual: bool, options: dict) -> nn.Module:

@@ -86,13 +86,13 @@ class Loop:
             loader.gpu_waits()  # discard those of the trial
             self.log.restart_clock()
             while state.step < s.max_steps:
-                features = update(self.take(batches), self.learning_rate(state.step))
+                lr, line = self.learning_rate(state.step), self.line_is_due(state.step + 1)
+                features = update(self.take(batches), lr, with_norm=line)
                 self.log.add_step(loader.gpu_waits())
                 done = state.step == s.max_steps
-                if state.step % self.options.log_every == 0 or done:
-                    lr = self.learning_rate(state.step - 1)
-                    epoch = state.step / self.per_epoch
-                    self.log.add_line(state.step, epoch, lr, state.take_window(), features)
+                if line:
+                    epoch, window = state.step / self.per_epoch, state.take_window()
+                    self.log.add_line(state.step, epoch, lr, window, update.grad_norm, features)
                 if self.report and self.world.is_main:
                     self.report(state.step * num_frames, s.max_steps * num_frames, self.log.note)
                 stop = agreed(signals.seen or (TIME_IS_UP if self.time_is_up() else 0))
@@ -142,6 +142,9 @@ class Loop:
     def time_is_up(self) -> bool:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.started > limit
+
+    def line_is_due(self, step: int) -> bool:
+        return step % self.options.log_every == 0 or step == self.settings.max_steps
 
     def look_is_due(self) -> bool:
         """Whether the last step was the first of an epoch with an online evaluation, or the end."""

@@ -23,6 +23,7 @@ class _Pending:
 
     line: dict
     window: Window
+    grad_norm: Tensor
     features: Tensor | None
     arrived: object  # a CUDA event, or None
     gpu_waits: list[tuple]  # pairs of CUDA events between which the GPU waited for views
@@ -90,10 +91,17 @@ class MetricsLog:
         self.gpu_waits += gpu_waits
 
     def add_line(
-        self, step: int, epoch: float, lr: float, window: Window, features: Tensor
+        self,
+        step: int,
+        epoch: float,
+        lr: float,
+        window: Window,
+        grad_norm: Tensor,
+        features: Tensor,
     ) -> None:
-        """Begin the line of a step with the means of the window, and sometimes a look at features
-        (V, N, F), those of all ranks together. Every rank calls this at the same steps."""
+        """Begin the line of a step with the means of the window, the gradient norm of this step,
+        and sometimes a look at features (V, N, F), those of all ranks together. Every rank calls
+        this at the same steps."""
         seconds, s = time.monotonic() - self.tick, self.settings
         line = {
             "step": step,
@@ -112,10 +120,13 @@ class MetricsLog:
         if window.sums.is_cuda:
             line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             window = window._replace(sums=window.sums.to("cpu", non_blocking=True))
+            grad_norm = grad_norm.to("cpu", non_blocking=True)
             features = features if features is None else features.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending.append(_Pending(line, window, features, arrived, self.gpu_waits, seconds))
+        self.pending.append(
+            _Pending(line, window, grad_norm, features, arrived, self.gpu_waits, seconds)
+        )
         self.restart_clock()
         self.flush(wait=False)
 
@@ -138,12 +149,14 @@ class MetricsLog:
 
     def _write(self, p: _Pending) -> None:
         names, step = p.window.names, p.line["step"]
-        values = p.window.sums.tolist()
-        health.refuse_not_finite(names, values, step, self.settings.lr, self.run)
+        values, norm = p.window.sums.tolist(), p.grad_norm.item()
+        health.refuse_not_finite(
+            (*names, "grad_norm"), [*values, norm], step, self.settings.lr, self.run
+        )
         idle = sum(before.elapsed_time(after) for before, after in p.gpu_waits) / 1000
         p.line["data_wait"] = min(1.0, p.line["data_wait"] + idle / p.seconds)
         means = {name: v / p.window.num_steps for name, v in zip(names, values, strict=True)}
-        line = {k: p.line[k] for k in ("step", "epoch")} | means | p.line
+        line = {k: p.line[k] for k in ("step", "epoch")} | means | {"grad_norm": norm} | p.line
         if p.features is not None and self.world.is_main:
             found, collapsed = health.look(p.features)
             line |= found
@@ -170,7 +183,7 @@ class MetricsLog:
 
 def _shown(line: dict, names: tuple[str, ...]) -> Iterator[str]:
     """The parts of a line of metrics, for the screen."""
-    terms = [n for n in names if n not in ("loss", "grad_norm")]
+    terms = [n for n in names if n != "loss"]
     yield f"loss {line['loss']:.4g}" + (
         f" ({', '.join(f'{n} {line[n]:.3g}' for n in terms)})" if terms else ""
     )

@@ -16,7 +16,7 @@ from sslus.ssl.world import World
 
 
 class Window(NamedTuple):
-    """Sums of the loss, its terms and the gradient norm over some steps."""
+    """Sums of the loss and its terms over some steps."""
 
     names: tuple[str, ...]
     sums: Tensor  # (K,) float32

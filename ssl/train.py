@@ -39,7 +39,7 @@ from sslus.ssl.step import possible
 from sslus.ssl.versions import versions
 from sslus.ssl.world import World, enter
 
-FORMAT = 3  # of config.json; incremented when a run can no longer be continued exactly
+FORMAT = 4  # of config.json; incremented when a run can no longer be continued exactly
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,18 @@ def test_gradients_are_clipped_and_the_norm_before_is_logged():
     step = Step(state, settings)
     step([views_of(16)], 1.0)
     assert (weights_of(state) - start).norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert dict(zip(step.names, state.window.tolist(), strict=True))["grad_norm"] > 0.1
+    assert step.grad_norm > 0.1
+
+
+def test_a_line_has_the_gradient_norm_of_its_step(shards, tmp_path):
+    settings = dataclasses.replace(SMALL, max_steps=4)
+    each, some = (
+        {m["step"]: m["grad_norm"] for m in run.metrics}
+        for run in (
+            run_train(shards, tmp_path / str(every), settings, log_every=every) for every in (1, 3)
+        )
+    )
+    assert len(set(each.values())) == 4 and some == {step: each[step] for step in (3, 4)}
 
 
 def test_the_norm_of_all_gradients():

@@ -76,16 +76,20 @@ def children(pid) -> list[int]:
 
 
 def cpu_seconds(pid) -> float:
-    """How far a process has come, however busy the machine is."""
-    return sum(map(int, stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+    """How far a process has come, however busy the machine is; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        return sum(map(int, stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+    return 0
 
 
 def workers(process) -> list[int]:
     """The processes that torchrun, a child of `process`, has started. Imports may start others."""
-    return [
-        pid for child in children(process.pid) for pid in children(child)
-        if b"sslus.tools" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]  # fmt: skip
+    found = []
+    for pid in (pid for child in children(process.pid) for pid in children(child)):
+        with contextlib.suppress(OSError):
+            if b"sslus.tools" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):

@@ -2,9 +2,9 @@
 
 Against a ceiling that no loader can beat: the same model, loss and optimiser on one batch of ready
 views that stays on the device. Also against the usual loops: torchvision transforms in a PyTorch
-DataLoader, with lightly's heads and losses (if lightly can be imported) and with this project's
-definitions in plain PyTorch, which are the losses of solo-learn and of the authors' code. Floor:
-the step's multiplications at the rate of a bare matrix product.
+DataLoader and a plain timm model, with lightly's heads and losses (if lightly can be imported) and
+with this project's definitions in plain PyTorch, which are the losses of solo-learn and of the
+authors' code. Floor: the step's multiplications at the rate of a bare matrix product.
 """
 
 import importlib.util
@@ -166,6 +166,7 @@ class Setting:
 
         from sslus.engine.store import FrameStore
         from sslus.ssl.loader import Views
+        from sslus.ssl.small_maps import SmallMapConv2d
 
         s = self.settings
         frames = Frames(FrameStore.open(self.shards), s.image_size)
@@ -175,6 +176,9 @@ class Setting:
             pin_memory=self.device == "cuda",
         )  # fmt: skip
         step = self.step if whose == "definition" else self.lightly
+        for module in self.state.backbone.modules():
+            if type(module) is SmallMapConv2d:
+                module.__class__ = torch.nn.Conv2d  # timm's, as everybody else has it
 
         def views():
             for batch in loader:
