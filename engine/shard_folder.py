@@ -30,6 +30,8 @@ class ShardFolder:
      "sources": {name: [id, size, modification time]}, "labels": a digest or None}
 
     local/request.json adds the manifest's "digest", which says to which shards local/ belongs.
+    Merged shards (engine/merge.py) have no key, and a request of "merged", the digests of the
+    shards that they come from, and "sources".
     """
 
     def __init__(self, out: Path):
@@ -37,7 +39,8 @@ class ShardFolder:
 
     def refuse_strangers(self) -> None:
         """Only what an earlier run has made is ever replaced: `-o .` may be anybody's folder."""
-        if any((folder / "key").exists() for folder in (self.local, self.work)) or self._is_ours():
+        keys = (folder / "key" for folder in (self.local, self.work))
+        if any(key.exists() for key in keys) or self._is_ours() or self.is_merging():
             return
         patterns = (manifests.NAME, "shard-*.tar", "shard-*.idx", "store", "local/*")
         for path in (path for pattern in patterns for path in self.out.glob(pattern)):
@@ -100,11 +103,20 @@ class ShardFolder:
 
     def refusal(self, request: dict) -> str:
         """Why the shards that are there are not those of the request."""
+        was = self.request()
+        if _is_merged(was):
+            return "the shards there were merged from other folders (sslus merge)"
         if not (self.local / REQUEST).exists():
             return f"has shards, but what they were made from is not in {self.local}; put that back"
-        if what := _differences(self.request(), request):
+        if what := _differences(was, request):
             return f"the shards there are of other videos, labels or settings ({what})"
         return f"the shards there are damaged, of another version, or not those of {self.local}"
+
+    def record(self, ledger: list[dict], request: dict, digest: str) -> None:
+        """What is known of the files behind the shards that are there."""
+        _write_ledger(self.local / LEDGER, ledger)
+        with atomic_file(self.local / REQUEST, "w") as f:
+            json.dump(request | {"digest": digest}, f)
 
     def record_moves(self, ledger: list[dict], places: dict[str, str]) -> list[dict]:
         """The ledger with the current paths of the videos, by id: evaluation looks them up."""
@@ -127,6 +139,17 @@ class ShardFolder:
         with atomic_file(made_for, "w") as f:
             json.dump(wanted | {"anew": anew}, f)
 
+    def is_merging(self) -> bool:
+        """Whether the work folder is that of `sslus merge`."""
+        return _is_merged(_read_json(self.work / REQUEST))
+
+    def begin_merging(self, request: dict) -> None:
+        """Make the work folder anew."""
+        self.give_up()
+        self.work.mkdir()
+        with atomic_file(self.work / REQUEST, "w") as f:
+            json.dump(request, f)
+
     def remove_halves(self) -> None:
         """Delete files of the work folder that were interrupted while they were written."""
         for half in self.work.rglob("*.tmp"):
@@ -137,7 +160,7 @@ class ShardFolder:
         _write_ledger(self.work / LEDGER, ledger)
         return self.work / LEDGER
 
-    def replace(self, manifest: Manifest, request: dict, key: bytes) -> None:
+    def replace(self, manifest: Manifest, request: dict, key: bytes | None) -> None:
         """Put what is in the work folder in the place of the old shards, and delete that folder.
 
         Until the manifest is written, last, the folder counts as unfinished and the spools still
@@ -149,7 +172,8 @@ class ShardFolder:
             old.unlink()
         for path in sorted((self.work / "new").iterdir()):
             path.rename(self.out / path.name)
-        keep_key(self.local, key)
+        if key:
+            keep_key(self.local, key)
         (self.work / LEDGER).replace(self.local / LEDGER)
         sync_folder(self.local)
         sync_folder(self.out)
@@ -161,6 +185,10 @@ class ShardFolder:
     def give_up(self) -> None:
         """Delete the work folder, of a run that was stopped."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _is_merged(request) -> bool:
+    return isinstance(request, dict) and "merged" in request
 
 
 def frames_by(request: dict) -> dict:

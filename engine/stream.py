@@ -192,22 +192,10 @@ class Reader:
         return np.searchsorted(self.ends, indices, "right")
 
     def _open(self, number: int) -> Archive:
-        entry, where = self.entries[number], self.store.where
-        name = shown(_inside(where, entry["name"]))
-        data = _fetch(where, entry["name"])
-        if len(data) != entry["bytes"]:
-            raise InputError(
-                f"{name}: has {len(data)} bytes, but the manifest says {entry['bytes']}; it was cut"
-                f" off or replaced. Copy it again, or {REMEDY}"
-            )
-        if number not in self.checked:  # only once: it costs a twentieth of the decoding
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise InputError(
-                    f"{name}: its digest is wrong; copy the shards again, or make them again:"
-                    " sslus shard --force"
-                )
-            self.checked.add(number)
-        return Archive(name, data, entry["num_frames"])
+        # Verified only once: it costs a twentieth of the decoding.
+        shard = fetch_shard(self.store.where, self.entries[number], number not in self.checked)
+        self.checked.add(number)
+        return shard
 
     def _label(self, shard: Archive, sample: Sample) -> int:
         try:
@@ -240,6 +228,26 @@ class Reader:
         if self.gpu:
             raise InputError(f"nvJPEG: {str(failure).splitlines()[0]}; use --device cpu")
         return frames
+
+
+def fetch_shard(where: str, entry: dict, verify: bool = True) -> Archive:
+    """A shard in the folder or URL `where`, by its entry in the manifest.
+
+    Raises InputError if it is missing, cut off or damaged; without `verify`, its digest is not
+    compared.
+    """
+    name, data = shown(_inside(where, entry["name"])), _fetch(where, entry["name"])
+    if len(data) != entry["bytes"]:
+        raise InputError(
+            f"{name}: has {len(data)} bytes, but the manifest says {entry['bytes']}; it was cut"
+            f" off or replaced. Copy it again, or {REMEDY}"
+        )
+    if verify and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise InputError(
+            f"{name}: its digest is wrong; copy the shards again, or make them again:"
+            " sslus shard --force"
+        )
+    return Archive(name, data, entry["num_frames"])
 
 
 def _inside(where: str, name: str) -> str:

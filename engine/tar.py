@@ -44,7 +44,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
     Both files are written atomically. Returns the archive's length in bytes and its sha256.
     """
-    digest, offset, lines = hashlib.sha256(), 0, []
+    digest, offset, samples_at = hashlib.sha256(), 0, []
     with atomic_file(path) as f:
 
         def put(data: bytes) -> None:
@@ -54,18 +54,25 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             offset += len(data)
 
         for key, members in samples:
-            groups = []
+            places = {}
             for extension, data in members.items():
-                name = f"{key}.{extension}"
-                put(header(name, len(data)))
-                groups.append(f"{extension} {offset} {len(data)} {name}")
+                put(header(f"{key}.{extension}", len(data)))
+                places[extension] = offset, len(data)
                 put(data + b"\0" * (-len(data) % BLOCK))
-            lines.append(" ".join(groups))
+            samples_at.append((key, places))
         put(b"\0" * (2 * BLOCK))
         put(b"\0" * (-offset % RECORD))
-    with atomic_file(index_path(path), "w") as f:
-        f.write(f"{INDEX_VERSION} {len(lines)}\n" + "".join(line + "\n" for line in lines))
+    write_index(path, samples_at)
     return offset, digest.hexdigest()
+
+
+def write_index(shard: Path, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> None:
+    """Write the DALI index of a shard, atomically; samples: as `read_index` gives them."""
+    with atomic_file(index_path(shard), "w") as f:
+        f.write(f"{INDEX_VERSION} {len(samples)}\n")
+        for key, members in samples:
+            parts = (f"{x} {offset} {size} {key}.{x}" for x, (offset, size) in members.items())
+            f.write(" ".join(parts) + "\n")
 
 
 def index_path(shard: Path) -> Path:

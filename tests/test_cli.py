@@ -22,6 +22,7 @@ OPTIONS = {
     "synth": "out --videos --patients --seed",
     "shard": "paths -o --out --size --stride --rate --all --quality --labels --jobs --strict"
     " --force --device",
+    "merge": "shards -o --out",
     "train": "shards --method --backbone --batch-size --epochs --max-steps --max-seconds --lr"
     " --init --seed --run --resume --device --views --pairs --recipe --gpus --tier",
     "evaluate": "run --labels --protocol --fractions --seeds --steps -o --out --shards --device"

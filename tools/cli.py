@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 # In the order in which a newcomer meets them.
-COMMANDS = ("synth", "shard", "views", "train", "evaluate", "doctor")
+COMMANDS = ("synth", "shard", "merge", "views", "train", "evaluate", "doctor")
 # What takes less memory, by command.
 LESS_MEMORY = {
     "synth": "give fewer --jobs",

@@ -145,7 +145,6 @@ def command(paths, images, out, size, stride, rate, every, quality, region, labe
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.shard_folder import ShardFolder
     from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, num_pictures
 
     ledger, manifest = result.ledger, result.manifest
@@ -189,12 +188,7 @@ def show(result) -> None:
             f"{count(len(uncropped), 'file')} kept whole, with any text in the image; --region"
             f" {region} removes what stands beside the ultrasound"
         )
-    region, warnings = manifest.settings["region"], []
-    if not ShardFolder(result.out).is_private():
-        warnings.append(
-            f"others can read {result.out / 'local'}, which has the names of files and patients:"
-            " the file system there does not keep permissions; protect this folder"
-        )
+    region, warnings = manifest.settings["region"], exposed(result.out)
     if result.new_ids:
         warnings.append(
             f"the key of the old shards was not in {result.out / 'local'}, so all videos and"
@@ -231,6 +225,18 @@ def show(result) -> None:
         warnings.append(TRY_AGAIN)
     where = "" if result.out == Path("shards") else f" {argument(result.out)}"
     summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")
+
+
+def exposed(out: Path) -> list[str]:
+    """A warning if local/ of these shards can be read by others."""
+    from sslus.engine.shard_folder import ShardFolder
+
+    if ShardFolder(out).is_private():
+        return []
+    return [
+        f"others can read {out / 'local'}, which has the names of files and patients: the file"
+        " system there does not keep permissions; protect this folder"
+    ]
 
 
 def _moves_everywhere(line: dict) -> bool:
