@@ -21,9 +21,9 @@ def command(shards, out):
     sslus merge clinic-a/ clinic-b/ s3://clinic-c/shards -o all/
     sslus train all/ --method vicreg
 
-    The shards are verified, and hard links where the file system can, so that they take no more
-    space; else they are copied. The order of the folders does not matter. Folders that share a
-    video are refused. Labels that were stored with --labels are kept; a class is known by its name.
+    The shards are verified and linked, so that they take no more space, or copied where the file
+    system cannot link. The order of the folders does not matter. Folders that share a video are
+    refused. Labels that were stored with --labels are kept; a class is known by its name.
 
     Where a folder has its local/, its videos are found by sslus evaluate --labels in the merged
     shards too. The same command brings that up to date.
