@@ -26,8 +26,9 @@ import simplejpeg
 
 from sslus.engine import shard as shards
 from sslus.engine import tar
+from sslus.engine.atomic import atomic_file, atomic_folder
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.ids import video_ids
+from sslus.engine.ids import keyed_hash, video_ids
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
@@ -615,7 +616,17 @@ def test_what_no_earlier_run_has_made_is_not_replaced(name, clips, tmp_path, key
     assert theirs.read_text() == "theirs"
 
 
+def test_ids_are_the_same_in_every_version():
+    """Shards of one key match, however old; a patient named like a file is not its video."""
+    source, key = Source(Path("/videos/a/x.mp4"), "a/x.mp4"), bytes.fromhex(KEY)
+    assert video_ids([source], key) == {"a/x.mp4": "f2dcbe6c565f7286"}
+    assert keyed_hash(key, "patient", "a/x.mp4") == "ab1eb884c483bd3a"
+
+
 def test_a_new_key_comes_with_its_shards(clips, tmp_path, key):
+    (tmp_path / "other").write_text("ff" * 31)
+    with pytest.raises(InputError, match="want 64 hex digits"):  # half a key can be guessed
+        make(clips, tmp_path / "out", tmp_path / "other")
     (tmp_path / "other").write_text("ff" * 32)
     make(clips, tmp_path / "out", key)
     first = make(clips, tmp_path / "out", tmp_path / "other", force=True)
@@ -1022,6 +1033,28 @@ def test_that_others_can_read_local_is_told(refuses, clips, tmp_path, key, monke
     assert "others can read" not in capsys.readouterr().err
 
 
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    """So that a power cut leaves the old content or the new, and whole."""
+    done = []
+
+    def noted(what: str, real: Callable, place: Callable) -> Callable:
+        return lambda *x: (done.append(f"{what} {Path(place(*x)).name}"), real(*x))[1]
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fsync = noted("sync", os.fsync, lambda fd: Path(f"/proc/self/fd/{fd}").readlink())
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, noted("name", getattr(Path, name), lambda _, to: to))
+    with atomic_file(folder / "a", "w") as f:
+        f.write("a")
+    assert done == ["sync a.tmp", "name a", "sync folder"]
+    done.clear()
+    with atomic_folder(folder / "b") as new:
+        (new / "c").touch()
+    assert done == ["sync .b.tmp", "name b", "sync folder"]
+
+
 def test_a_file_system_that_syncs_no_folders_is_no_obstacle(clips, tmp_path, key, monkeypatch):
     """As one that VirtualBox shares."""
     fsync = os.fsync
@@ -1156,6 +1189,11 @@ def test_changed_sources_are_seen(pattern, clip, tmp_path):
     other = replace(SMALL, quality=50)
     with pytest.raises(InputError, match=r"quality was \d+, now 50; labels: none before\)"):
         shard([videos], tmp_path / "out", other, labels=videos / "labels.csv", device="cpu", jobs=1)
+    make(videos, tmp_path / "out", None, jobs=1, force=True)
+    for row in ("x.mp4,a,q", "x.mp4,b,p"):  # another patient, another label
+        (videos / "labels.csv").write_text(f"path,label,patient\n{row}\n")
+        with pytest.raises(InputError, match=r"other videos, labels or settings \(labels\)"):
+            make(videos, tmp_path / "out", None, jobs=1)
 
 
 def test_a_manifest_that_cannot_be_used_says_why(clips, tmp_path, key):
