@@ -477,6 +477,9 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path):
     (damaged / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
     with pytest.raises(InputError, match="checkpoint .*cannot be read.*delete the run's folder"):
         run_train(shards, damaged, resume=True)
+    torch.save({"format": checkpoints.FORMAT, "code": Path("/")}, tmp_path / "code.pt")
+    with pytest.raises(InputError, match="cannot be read .UnpicklingError"):  # nor is it run
+        checkpoints.load(tmp_path / "code.pt")
     shutil.copytree(run / "checkpoints", damaged / "checkpoints")
     shutil.copy(run / "metrics.jsonl", damaged)
     newest, before = sorted((damaged / "checkpoints").glob("step-*.pt"), reverse=True)
