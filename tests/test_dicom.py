@@ -15,7 +15,7 @@ from sslus.engine import _luma, dicom
 from sslus.engine.dicom_header import is_dicom, read_header
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import prepare
-from sslus.engine.region import Box, Region
+from sslus.engine.region import Box, Region, moving
 from sslus.engine.shard import Settings, shard
 from sslus.engine.sources import OTHER_DICOM, UNKNOWN, find_videos
 from sslus.engine.video import VideoError
@@ -382,8 +382,8 @@ def test_a_region_may_be_found_or_given(pattern, tmp_path):
 
     found = lines("auto")
     assert [line["status"] for line in found] == ["ok", "ok", "refused", "ok", "refused"]
-    moving, both, still, alone, screen = found
-    assert numbers(moving["region"]) == pytest.approx([20, 30, 90, 60], abs=3)
+    free, both, still, alone, screen = found
+    assert numbers(free["region"]) == pytest.approx([20, 30, 90, 60], abs=3)
     assert numbers(both["region"]) == pytest.approx([30, 30, 80, 60], abs=3)
     assert alone["region"] == "30,20,90,76"
     for line in (still, screen):
@@ -395,6 +395,18 @@ def test_a_region_may_be_found_or_given(pattern, tmp_path):
     info = dicom.probe(videos / "b.dcm")
     cut = [f.image for f in whole.prepared(videos / "b.dcm", info, lambda *_: True, 64, 95)]
     np.testing.assert_array_equal(cut, [prepare(f[30:90, 20:110], 64) for f in screens])
+
+
+def test_a_page_that_is_shown_between_stays_out(pattern, tmp_path):
+    """Where the region was found by what moves: on another screen it may be text."""
+    screens = np.zeros((6, 96, 128), np.uint8)
+    screens[:, 4:12, 4:120] = 220
+    screens[:, 30:90, 20:110] = pattern(6, 60, 90)
+    region = moving((screen, False) for screen in screens)
+    path = write(tmp_path / "a.dcm", np.concatenate([screens, 255 - screens[:1]]))
+    backend, info = dicom.DicomBackend(region), dicom.probe(path)
+    found = list(backend.prepared(path, info, lambda *_: True, 64, 95))
+    assert [f.elsewhere for f in found] == [f.image is None for f in found] == [0] * 6 + [1]
 
 
 def test_a_narrow_banner_outside_of_what_is_declared_stays_out(pattern, tmp_path):
