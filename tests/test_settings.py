@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sslus.engine.errors import InputError
 from sslus.ssl.settings import (
     WHERE,
     Options,
@@ -13,6 +14,7 @@ from sslus.ssl.settings import (
     of_new_run,
     of_resumed_run,
     recorded_how,
+    refuse_changes,
 )
 from sslus.tools.cli import sslus
 
@@ -61,6 +63,24 @@ def test_a_resumed_run_takes_what_is_asked_then_what_is_recorded(asked, want):
     }
     found = values_of(*of_resumed_run(asked, recorded))
     assert {name: found[name] for name in want} == want
+
+
+@pytest.mark.parametrize(
+    "part, name, said",
+    [("settings", "seed", "seed was 1, now 2"), ("method_config", "scale", "scale was 1, now 2"),
+     ("shards", "digest", "the shards are not those of /there"),
+     ("shards", "streamed", "frames were streamed or not"), ("settings", "step", None)],
+)  # fmt: skip
+def test_what_determines_the_result_stays_when_a_run_goes_on(part, name, said, tmp_path):
+    old = {"settings": {}, "method_config": {}, "method_file": None,
+           "shards": {"path": "/there", "digest": 0, "streamed": 0}}  # fmt: skip
+    new = old | {part: old[part] | {name: 2}}
+    old = old | {part: old[part] | {name: 1}}
+    if said is None:  # how an update is executed
+        refuse_changes(tmp_path, old, new)
+    else:
+        with pytest.raises(InputError, match=f"was started with other settings: {said}"):
+            refuse_changes(tmp_path, old, new)
 
 
 @pytest.mark.parametrize(
