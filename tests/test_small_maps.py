@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sslus.ssl import backbones
-from sslus.ssl.small_maps import SmallMapConv2d, product
+from sslus.ssl.small_maps import SmallMapConv2d, product, use_products
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,25 @@ def test_a_resnet_trains_as_without(layout):
     for half in (False, True):
         a, b = ((gradients(m, x, half) - exact).norm() / exact.norm() for m in (ours, plain))
         assert a <= 1.25 * b, f"{'bf16' if half else 'fp32'}: {a:.2e}, with convolutions {b:.2e}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 2}, {"bias": True}, {"dilation": 2}, {"padding": 0}, {"stride": 3},
+     {"padding_mode": "circular"}, {"kernel_size": 5, "padding": 2}, {"stride": (1, 2)},
+     {"in_channels": 8}],
+)  # fmt: skip
+def test_what_is_computed_otherwise_stays_a_convolution(options):
+    usual = {"in_channels": 256, "kernel_size": 3, "padding": 1, "bias": False}
+
+    class Standardised(nn.Conv2d):
+        """As timm's, which transform their weights first."""
+
+    for kind, changes, small in (
+        (nn.Conv2d, {}, True), (nn.Conv2d, options, False), (Standardised, {}, False),
+    ):  # fmt: skip
+        conv = kind(**(usual | changes), out_channels=256)
+        assert (type(use_products(conv)) is SmallMapConv2d) == small
 
 
 def test_which_maps_are_small():
