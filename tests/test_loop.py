@@ -25,9 +25,10 @@ from sslus.ssl.dual import DualTask
 from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
+from sslus.ssl.metrics_log import MetricsLog
 from sslus.ssl.online import Online
 from sslus.ssl.optimizers import OPTIMIZERS, default_lr, make
-from sslus.ssl.state import State
+from sslus.ssl.state import State, Window
 from sslus.ssl.step import Snapshot, Step, choose, total_norm
 from sslus.ssl.train import Settings, train
 from sslus.ssl.world import World
@@ -142,6 +143,42 @@ def test_the_norm_of_all_gradients():
     want = torch.cat([p.reshape(-1) for p in parts]).double().norm()
     assert total_norm(parts).item() == pytest.approx(want.item(), rel=1e-6)
     assert not total_norm([*parts, torch.tensor([math.inf])]).isfinite()
+
+
+def test_of_micro_batches_the_last_one_alone_is_exchanged(monkeypatch):
+    """Then the sums of all of them are: earlier, the ranks would drift apart."""
+    quiet, exchanged = [], []
+
+    class Parallel(nn.Module):
+        def __init__(self, method, **_):
+            super().__init__()
+            self.method = method
+
+        def forward(self, views):
+            exchanged.append(not quiet)
+            return self.method(views)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            quiet.append(True)
+            yield
+            quiet.clear()
+
+    monkeypatch.setattr("sslus.ssl.step.DistributedDataParallel", Parallel)
+    settings = dataclasses.replace(SMALL, accumulate=3)
+    state = dataclasses.replace(state_of(settings), world=World(CPU, size=2))
+    Step(state, settings)([views_of(8, seed) for seed in range(3)], 1e-3)
+    assert exchanged == [False, False, True]
+
+
+def test_ranks_begin_alike_and_draw_different_numbers():
+    seeds, weights = set(), []
+    for rank in range(2):
+        settings = SMALL.resolved(CPU, 100)
+        state = State.build(settings, HEAD, World(CPU, rank, 2))
+        seeds.add(torch.initial_seed())
+        weights.append(weights_of(state))
+    assert torch.equal(*weights) and len(seeds) == 2
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -590,6 +627,26 @@ def test_a_loss_that_runs_away_is_named_once(losses, at):
     assert at is None or "Try a lower --lr" in said[at]
     if at == 1:  # a resumed run has not forgotten its beginning
         assert health.Divergence(losses[:1])(losses[1])
+
+
+def test_a_log_goes_on_where_it_was(tmp_path):
+    """It knows the losses before, and features are looked at at the same steps."""
+
+    def looks(begin: int, *steps: int, **options) -> list[int]:
+        settings = dataclasses.replace(SMALL, max_steps=1000).resolved(CPU, 100)
+        log = MetricsLog(tmp_path, settings, Options(**options), begin, World(CPU), str)
+        with log:
+            for step in steps:
+                window = Window(("loss",), torch.tensor([4.0]), 1)
+                log.add_line(step, 0.0, 0.0, window, torch.tensor(1.0), torch.randn(2, 8, 4))
+        said.extend(log.warnings)
+        return [m["step"] for m in checkpoints.read_metrics(file) if "rankme" in m]
+
+    said, file = [], tmp_path / "metrics.jsonl"
+    assert looks(0, 30, 60, 90, 120, log_every=30) == [60, 120] and not said
+    file.write_text('{"step": 60, "loss": 1.0}\n')
+    assert looks(60, 70, 100) == [100]
+    assert len(said) == 1 and "the loss diverges: 4, after 1 at the start" in said[0]
 
 
 def test_what_a_user_sees_of_a_run(shards, tmp_path, monkeypatch):
