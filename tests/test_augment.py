@@ -371,6 +371,11 @@ def test_writes_where_it_is_told(batch):
     room = torch.full((26, 1, 50, 60), -7.0)
     assert views(*batch, size=(50, 60), out=room[1:25]).data_ptr() == room[1].data_ptr()
     assert (room[0] == -7).all() and (room[25] == -7).all() and (room[1:25] != -7).all()
+    weight = torch.ones((), requires_grad=True)
+    product = (weight * room[1:25]).sum()
+    views(*batch, size=(50, 60), out=room[1:25])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()  # else with the new views, without a word
     empty = views(batch[0], batch[1][:0], batch[2][:0], size=224)
     assert empty.shape == (0, 1, 224, 224)
 
