@@ -68,6 +68,11 @@ class State:
         if world.size > 1 and s.batch_norm == "sync":
             method = batchnorm.synchronise(method, world.device)
         method.train()
+        if not any(p.requires_grad for p in method.parameters()):
+            raise InputError(
+                f"{s.method}: no gradient of the loss reaches the backbone, which would stay as it"
+                " is, as nothing in the method can be trained: do not freeze all of it"
+            )
         optimizer = optimizers.make(s.optimizer, method, s.lr, s.weight_decay)
         if world.size > 1:  # ranks must draw different numbers for dropout and the like
             torch.manual_seed(s.seed + 1 + world.rank)

@@ -270,6 +270,7 @@ def test_a_method_without_its_backbone_is_told_before_it_trains(name, file, shar
     [
         ("super().__init__()\n", "backbone.requires_grad_(False)"),
         ("self.backbone(views.vb)\n", "ha, hb = ha.detach(), hb.detach()"),
+        ("torch.zeros(()))\n", "self.requires_grad_(False)"),  # nothing is left to train
     ],
 )
 def test_a_backbone_that_cannot_learn_is_told_in_the_first_step(line, more, file, shards, capsys):
