@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -40,8 +41,15 @@ def shards(made, tmp_path):
 def test_store_holds_the_shards_frames_in_order(shards, by_hand, monkeypatch):
     monkeypatch.setattr("sslus.engine.store.CHUNK_BYTES", 7 * 64 * 64)  # several, the last shorter
     monkeypatch.setattr("sslus.engine.store.SYNC_BYTES", 15 * 64 * 64)
-    seen = []
+    seen, synced, fsync = [], set(), os.fsync
+
+    def noted(fd: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
     store = FrameStore.open(shards, report=lambda done, total, note: seen.append((done, total)))
+    assert synced >= {"frames.u8", "index.npz", "store.json", ".store.tmp"}
     want = {(fact["video"], fact["frame"]): (x, fact) for x, fact in by_hand(shards)}
     assert len(store) == len(want) and store.size == 64 and store.frames.dtype == np.uint8
     keys = [(store.video_ids[v], int(f)) for v, f in zip(store.video, store.frame, strict=True)]
