@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -32,7 +33,7 @@ from sslus.engine.ids import keyed_hash, video_ids
 from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.prepare import prepare
 from sslus.engine.shard import Settings, shard
-from sslus.engine.sources import Source, find_videos
+from sslus.engine.sources import HIDDEN_FOLDERS, Source, find_videos
 from sslus.engine.spool import choose_backends
 from sslus.engine.video import PyavBackend, VideoError, decode
 from sslus.engine.workers import Workers, uninterrupted, worker_pool
@@ -505,6 +506,17 @@ def test_what_is_left_out_is_said(clips, tmp_path):
     assert "1 further links to a file, each of which was taken once" in result.stdout
     assert "1 to folders, not followed" in result.stdout and "not videos" not in result.stdout
     assert json.loads((out / "local" / "ledger.jsonl").read_text())["other_streams"] == 1
+
+
+def test_of_many_problems_a_few_are_shown(clips, tmp_path, key, capsys):
+    result = make(clips, tmp_path / "out", key, jobs=1)
+    for status, again in (("refused", True), ("incomplete", False)):
+        ledger = [r | {"status": status, "why": f"why {i}"} for i, r in enumerate(result.ledger)]
+        show(replace(result, ledger=ledger, ignored=Counter({HIDDEN_FOLDERS: 1})))
+        out, err = capsys.readouterr()
+        assert "why 4\n" in err and "why 5" not in err and "1 more file refused or incomp" in err
+        assert ("once the cause is fixed, add --force to the same command" in err) == again
+        assert "1 folder not searched; to include them, name them too" in out
 
 
 def test_a_truncated_video_is_said_and_its_good_frames_kept(clip, pattern, tmp_path):
