@@ -31,8 +31,8 @@ from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
 from sslus.ssl.optimizers import LARS, learning_rate
 from sslus.ssl.settings import settings_from
-from sslus.ssl.train import Settings, train
-from sslus.ssl.world import enter, pick_device
+from sslus.ssl.train import Settings, open_run, train
+from sslus.ssl.world import World, enter, pick_device
 from sslus.tools.cli import main, sslus
 
 STEPS = 10
@@ -273,7 +273,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(shards, whole_run, tmp_pa
         run_train(shards, run, report=stop, checkpoint_every=100)
     assert e.value.signum == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
     assert checkpoints.load(run / "checkpoint.pt")["step"] == at
-    assert (run / "backbone.safetensors").exists()  # the curves would take seconds
+    assert backbones.step_of(run / "backbone.safetensors") == at  # the curves would take seconds
     torch.manual_seed(99)
     run_train(shards, run, resume=True)
     assert_same_run(whole_run.run, run)
@@ -492,10 +492,35 @@ def test_existing_finished_and_changed_runs(shards, whole_run, tmp_path):
     assert_same_run(run, damaged)
 
 
-def test_a_run_that_goes_back_keeps_the_checkpoints_of_its_new_course(tmp_path):
+def test_a_restarted_process_goes_on_only_with_what_its_torchrun_began(
+    whole_run, tmp_path, monkeypatch
+):
+    """Another run that was there before is refused, as at the first start."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    world = World(torch.device("cpu"))
+    config = open_run(whole_run.run, False, world)  # of the same parent process
+    (tmp_path / "config.json").write_text(json.dumps(config | {"launcher": os.getppid() + 1}))
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(InputError, match="already exists; --resume continues it"):
+        open_run(tmp_path, False, world)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_run_that_goes_back_keeps_the_checkpoints_of_its_new_course(
+    has_links, tmp_path, monkeypatch
+):
+    def refuse(*_) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:  # as on exFAT
+        monkeypatch.setattr(os, "link", refuse)
     for step in (200, 400, 600, 400, 500):
         checkpoints.save(tmp_path / "checkpoint.pt", {"step": step})
-        checkpoints.keep(tmp_path / "checkpoint.pt", step, 2, None)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / "best.json.tmp").touch()  # of a process that was killed
+        for _ in range(2):  # again, as a resumed run does
+            checkpoints.keep(tmp_path / "checkpoint.pt", step, 2, None)
+            assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     kept = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [checkpoints.load(p)["step"] for p in kept] == [400, 500]
     assert [p.name for p in kept] == ["step-00000400.pt", "step-00000500.pt"]
