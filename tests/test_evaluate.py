@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from sklearn.metrics import f1_score, roc_auc_score
 from threadpoolctl import threadpool_info
 
@@ -515,6 +515,11 @@ def test_features_are_frozen(run, shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(views, "whole", None)  # what is in the cache is not computed again
         assert np.array_equal(compute(index, tmp_path / "a"), together)
+    nan = torch.full((len(index), 1, 32, 32), torch.nan)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="are not finite; train"):
+        patch.setattr(views, "whole", lambda frames, *_: nan[: len(frames)])
+        compute(index, tmp_path / "c")
+    assert not list((tmp_path / "c").iterdir())
     (cached,) = (tmp_path / "a").iterdir()
     for size in (0, 100, 2000):  # copied in part
         os.truncate(cached, size)
@@ -1134,6 +1139,33 @@ def test_one_video_under_two_patients_is_named(run, videos, clip, tmp_path):
     assert other == [False, True]
 
 
+def test_what_the_table_rests_on_is_told():
+    frames = small((0, 1), (2, 3))
+    every, blank = np.arange(len(frames)), np.zeros((len(frames), 2, 2), np.uint8)
+    tasks = [scores.Task("vicreg", 100.0, 0, every, every)]
+
+    def told(digest: str, step: int, label: int, **facts) -> list[str]:
+        settings = {"dual_task": 0.5, "max_steps": 9}
+        config = {"settings": settings, "shards": {"digest": "that of the run"}}
+        run = Run(Path("run"), config, save({}, {"step": str(step)}))
+        labels = np.full(len(frames), label)
+        store = SimpleNamespace(digest=digest, label=labels, frames=blank, video_ids=None)
+        return list(evaluate._warnings(run, store, dataclasses.replace(frames, **facts), tasks))
+
+    assert not told("that of the run", 9, label=-1)
+    (learnt,) = told("that of the run", 9, label=0)
+    assert "learned the labels of 8 of the 8 frames that it is tested on" in learnt
+    found = told("another", 3, label=0, moved=True, num_without_frames=2)
+    for line, words in zip(
+        found,
+        ("found by their positions relative to labels.csv", "2 labelled videos gave no frame",
+         "was trained on other shards (digest that of ; these have another)",
+         "its backbone is from step 3 of 9"),
+        strict=True,
+    ):  # fmt: skip
+        assert words in line
+
+
 def test_a_class_that_some_fold_cannot_learn_is_named(run, videos, tmp_path):
     patients = {"dark": "ab", "bright": "bc", "striped": "ca"}  # two of three are in one fold
 
@@ -1261,6 +1293,9 @@ def test_the_online_probe_keeps_patients_apart(monkeypatch):
         monkeypatch.setattr(online, "probe", lambda *a, spied=spied: (spied(*a), None, True))
         assert look(None) == {"knn_accuracy": 1.0, "knn_macro_f1": 1.0, "probe_macro_f1": 1.0}
         assert met == [4, 4]
+    monkeypatch.setattr(online, "NUM_FRAMES", 60)
+    some = np.searchsorted(used, online.Online(store, 32, 0, torch.device("cpu")).frames.index)
+    assert 30 < len(some) <= 60 and len({*np.diff(some)}) == 1  # from all of the videos
 
 
 def test_the_online_probe_tests_every_class_if_a_fold_has_them_all():
