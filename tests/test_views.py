@@ -291,6 +291,15 @@ def test_a_picture_of_views(store, tmp_path):
     assert len(picture) == 3 * 50 - 2 and 10 < margin < 60
     assert picture[:, margin:].std() > 20 and (picture[48:50] == 255).all()
     assert all(picture[y : y + 48, :margin].min() < 128 for y in (0, 50, 100))
+    pictures, size = [], store.size
+    for preset, seconds in (("ultrasound", None), ("ultrasound", 9.0), ("autoencoder", None)):
+        picture_of(store, preset, tmp_path / "p.png", num=1, size=size, seed=0, max_seconds=seconds)
+        column = np.asarray(Image.open(tmp_path / "p.png"))[:, -size:]
+        pictures.append((column[:size], column[size + 2 : 2 * size + 2], column[-size:]))
+    same, near, plain = pictures
+    assert (same[1] == near[1]).all() and (same[2] != near[2]).any()  # another frame
+    assert all((x == plain[0]).all() for x in (same[0], near[0], plain[1]))  # the frame as it is
+    assert any((x == plain[0]).all() for x in store.frames)
     one = dataclasses.replace(store, frames=store.frames[:1])
     picture_of(one, "ultrasound", tmp_path / "new" / "one.png", num=6, size=48, seed=0)
     width, height = Image.open(tmp_path / "new" / "one.png").size
