@@ -466,6 +466,16 @@ def test_auroc_is_that_of_the_classes_that_are_tested():
     assert predictions.auroc(y, probability) == pytest.approx(np.mean(each))
 
 
+def test_the_majority_of_a_fixed_split_is_that_of_its_training_part():
+    frames = small((0, 1, 2), (3, 4, 5, 6))
+    frames = dataclasses.replace(frames, test=np.isin(frames.patient, (2, 4, 5, 6)))
+    part = np.flatnonzero(~frames.test), np.flatnonzero(frames.test)
+    task = scores.Task("one", 100.0, 0, *part)
+    sure = np.eye(2)[frames.y[task.test]]
+    table, _ = scores.rows(frames, [task], [predictions.Guess(sure.argmax(1), sure)], [[part]])
+    assert np.sum(table[-1].confusion, axis=0).tolist() == [len(task.test), 0]
+
+
 def test_fits_with_other_probabilities_are_not_one_fit():
     """Fine-tunings of two seeds, which predict the same classes."""
     frames = small((0, 1), (2, 3))
@@ -1137,6 +1147,17 @@ def test_one_video_under_two_patients_is_named(run, videos, clip, tmp_path):
     assert not any("under several patients" in line for line in before.warnings)
     other = [any("trained on other shards" in x for x in r.warnings) for r in (before, result)]
     assert other == [False, True]
+
+
+def test_videos_that_only_begin_alike_are_no_copies():
+    """As those of a machine that shows its maker's name first."""
+    frames = small((0, 1), (2, 3))  # a video of two frames each
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 4, 4), np.uint8)
+    pictures[::2] = pictures[0]
+    store = SimpleNamespace(frames=pictures, video_ids=list("abcd"))
+    assert splits.copies(store, frames) == []
+    pictures[5] = pictures[1]
+    assert splits.copies(store, frames) == [["a", "c"]]
 
 
 def test_what_the_table_rests_on_is_told():
