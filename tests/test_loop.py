@@ -32,6 +32,7 @@ from sslus.ssl.state import State, Window
 from sslus.ssl.step import Snapshot, Step, choose, total_norm
 from sslus.ssl.train import Settings, train
 from sslus.ssl.world import World
+from sslus.tools import training
 from sslus.tools.cli import main
 from sslus.tools.training import _evaluate
 
@@ -111,12 +112,14 @@ def test_the_time_in_which_a_gpu_had_no_views_is_told(shards, tmp_path, monkeypa
     assert [m["data_wait"] for m in result.metrics] == [1, 1]
 
 
-def test_gradients_are_clipped_and_the_norm_before_is_logged():
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_gradients_are_clipped_and_the_norm_before_is_logged(with_norm):
+    """Clipped by their own norm at steps of which nothing is logged, too."""
     settings = dataclasses.replace(SMALL, optimizer="sgd", weight_decay=0.0, clip_norm=0.01)
     state = state_of(settings)
     start = weights_of(state)
     step = Step(state, settings)
-    step([views_of(16)], 1.0)
+    step([views_of(16)], 1.0, with_norm)
     assert (weights_of(state) - start).norm().item() == pytest.approx(0.01, rel=1e-3)
     assert step.grad_norm > 0.1
 
@@ -243,10 +246,11 @@ def test_the_dual_task_learns_the_labels_and_wants_some(shards, clips, tmp_path)
 
 
 def test_a_look_on_the_way_at_labelled_frames(shards, tmp_path):
-    plain = run_train(shards, tmp_path / "plain")
-    looked = run_train(shards, tmp_path / "looked", online_every=1)
+    settings = dataclasses.replace(SMALL, max_steps=9)
+    plain = run_train(shards, tmp_path / "plain", settings)
+    looked = run_train(shards, tmp_path / "looked", settings, online_every=1)
     found = [m for m in looked.metrics if "knn_accuracy" in m]
-    assert {m["step"] for m in found} >= {6}
+    assert len(found) == 2 and found[0]["step"] < 8  # and steps follow the first
     assert all(0 <= m[k] <= 1 for m in found for k in ("knn_macro_f1", "probe_macro_f1"))
     losses = [[m["loss"] for m in r.metrics if "loss" in m] for r in (plain, looked)]
     assert losses[0] == losses[1]  # a look changes nothing
@@ -553,6 +557,8 @@ def test_the_printed_command_goes_on_as_before(shards, tmp_path, capsys):
     assert lines[0] == lines[1] and len(lines[0]) == 4
     kept = [sorted(p.name for p in (r / "checkpoints").glob("step*")) for r in (whole, run)]
     assert kept[0] == kept[1]
+    assert main([*going[1:], "--keep", "7"]) == 0  # and the next one as this one
+    assert json.loads((run / "config.json").read_text())["how"]["keep"] == 7
     assert main([*going[1:], "--tier", "ram"]) == 1  # but another order is another run
     assert "frames were streamed or not" in capsys.readouterr().err
 
@@ -563,6 +569,23 @@ def test_one_process_tells_of_its_run_whatever_its_rank(shards, tmp_path, capsys
     small = "--backbone test_resnet --image-size 32 --batch-size 16 --max-steps 1 --device cpu"
     assert main(["train", str(shards), *small.split(), "--run", str(tmp_path / "run")]) == 0
     assert "Next: sslus evaluate" in capsys.readouterr().out
+
+
+def test_of_all_methods_the_first_builds_the_store_and_all_share_the_time(
+    shards, tmp_path, monkeypatch
+):
+    asked, clock = [], iter(range(0, 1000, 10))
+
+    def trained(run, mine, going):
+        asked.append(mine)
+        return SimpleNamespace(run=run, signum=0, stopped=False, warnings=[], metrics=[], step=1)
+
+    monkeypatch.setattr(training, "_train", trained)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    line = ["train", str(shards), "--method", "all", "--run", str(tmp_path / "all")]
+    assert main([*line, "--device", "cpu", "--rebuild-store", "--time-limit", "35"]) == 0
+    assert [mine.get("rebuild_store", False) for mine in asked] == [True] + 6 * [False]
+    assert [mine["time_limit"] for mine in asked] == [25, 15, 5, 0, 0, 0, 0]
 
 
 def test_the_next_command_can_be_pasted():
@@ -632,13 +655,13 @@ def test_a_loss_that_runs_away_is_named_once(losses, at):
 def test_a_log_goes_on_where_it_was(tmp_path):
     """It knows the losses before, and features are looked at at the same steps."""
 
-    def looks(begin: int, *steps: int, **options) -> list[int]:
+    def looks(begin: int, *steps: int, draw=torch.randn, **options) -> list[int]:
         settings = dataclasses.replace(SMALL, max_steps=1000).resolved(CPU, 100)
         log = MetricsLog(tmp_path, settings, Options(**options), begin, World(CPU), str)
         with log:
             for step in steps:
                 window = Window(("loss",), torch.tensor([4.0]), 1)
-                log.add_line(step, 0.0, 0.0, window, torch.tensor(1.0), torch.randn(2, 8, 4))
+                log.add_line(step, 0.0, 0.0, window, torch.tensor(1.0), draw(2, 8, 4))
         said.extend(log.warnings)
         return [m["step"] for m in checkpoints.read_metrics(file) if "rankme" in m]
 
@@ -647,6 +670,8 @@ def test_a_log_goes_on_where_it_was(tmp_path):
     file.write_text('{"step": 60, "loss": 1.0}\n')
     assert looks(60, 70, 100) == [100]
     assert len(said) == 1 and "the loss diverges: 4, after 1 at the start" in said[0]
+    assert looks(100, 150, 200, draw=torch.zeros) == [100, 150, 200]
+    assert len([line for line in said if "have collapsed" in line]) == 1  # not at every look
 
 
 def test_what_a_user_sees_of_a_run(shards, tmp_path, monkeypatch):
