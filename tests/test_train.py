@@ -108,6 +108,12 @@ def test_plan_does_not_depend_on_the_number_of_processes(world):
         assert np.array_equal(whole, np.concatenate(parts))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_plan_says_which_seeds_there_are(seed):
+    with pytest.raises(InputError, match=f"seed {seed}: want a whole number from 0 to"):
+        Plan(10, 2, seed)
+
+
 def test_plan_says_which_batch_would_fit():
     with pytest.raises(InputError, match="30 frames .* batch of 64: give --batch-size 30 or less"):
         Plan(30, 64, 0)
