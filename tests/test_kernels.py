@@ -796,6 +796,9 @@ def test_losses_refuse_what_they_cannot_compare(which):
     for name in ("ntxent", "infonce_queue"):
         with pytest.raises(ValueError, match="greater than 0"):
             OPS[name].run(which, *[torch.ones(3, 3)] * (2 + (name != "ntxent")), temperature=0.0)
+    z, learned = torch.randn(4, 3, device=device_of(which)), torch.ones(4, device=device_of(which))
+    with pytest.raises(ValueError, match="vicreg: weights get no gradient; detach"):
+        OPS["vicreg"].run(which, z, z, learned.requires_grad_())
 
 
 @pytest.mark.parametrize("which", ["auto", "reference"])
