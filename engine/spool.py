@@ -108,9 +108,8 @@ def spool_video(
             raise VideoError(path, "; ".join(f"{b.name}: {why}" for b, why in reasons))
         for backend in able:
             tried = _decode_video(path, video_id, info, backend, settings, work)
-            whole = tried["decoded_frames"] == info.num_frames and not tried["corrupt_frames"]
             # If a decoder loses frames, the next one is tried; the result of the last one counts.
-            if whole or backend is able[-1]:
+            if tried["decoded_frames"] == info.num_frames and not tried["corrupt_frames"]:
                 break
         record |= tried
     except VideoError as e:
