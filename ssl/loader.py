@@ -50,7 +50,7 @@ class Views(NamedTuple):
     """Two views of the frames of one batch, on the training device."""
 
     va: Tensor  # (B, 1, h, w) float32, normalised by the store's mean and std
-    vb: Tensor  # the same
+    vb: Tensor  # the same; va itself where a method uses only one view
     weights: Tensor | None  # (B,) float32, of the pairs
     ids: Tensor  # (B,) int64, `sample_ids`
     labels: Tensor  # (B,) int64, of the first view's frame; -1 without a label
@@ -60,8 +60,8 @@ class _Drawn(NamedTuple):
     """A batch whose views are drawn but not made yet."""
 
     batch: Batch
-    index: Tensor  # (2B,) int64, the frames of the first views, then those of the second ones
-    params: Tensor  # (2B, P) float32, of these views
+    index: Tensor  # (VB,) int64, the frames of the first views, then those of the second ones
+    params: Tensor  # (VB, P) float32, of these views
     ids: Tensor  # (B,) int64
     labels: Tensor | None  # (B,) int64; None if the frames are streamed, and labels with them
 
@@ -158,6 +158,9 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
 class Loader:
     """Iterating yields `Views`: two views of every frame of every batch, on `device`.
 
+    presets: of the views, (first, second) or (first,), which makes only one view. The first views
+    are the same in either case.
+
     A background thread makes them `ahead` batches early (by default one that is ready and one in
     progress); its exceptions are raised when the next batch is requested. Order and values do not
     depend on `threads` or `ahead`, nor on the tier, except that a streamed frame has another
@@ -169,7 +172,7 @@ class Loader:
         self,
         store: Store,
         batches: Iterator[Batch],
-        presets: tuple[ViewConfig, ViewConfig],
+        presets: tuple[ViewConfig, ...],
         *,
         size: int,
         seed: int,
@@ -259,7 +262,7 @@ class Loader:
         num_waiting = 0
         for group in _grouped(self.batches):
             if self.tier == "disk":
-                self._advise(np.concatenate([x for b in group for x in (b.first, b.second)]))
+                self._advise(np.concatenate([x for b in group for x in self._frames_of(b)]))
             elif self.tier == "stream":
                 self.reader.read_ahead(np.concatenate([b.first for b in group]))
             most = 2 if self.tier == "disk" else math.inf  # it must not fall behind
@@ -271,6 +274,9 @@ class Loader:
                 num_waiting -= _num_frames(waiting[0])
                 yield waiting.popleft()
         yield from waiting
+
+    def _frames_of(self, batch: Batch) -> tuple[np.ndarray, ...]:
+        return (batch.first, batch.second)[: len(self.presets)]
 
     def _advise(self, frames: np.ndarray) -> None:
         self.advice.append(self.advising.submit(self.store.read_ahead, frames))
@@ -299,7 +305,7 @@ class Loader:
         drawn, end = [], 0
         for batch, ids, labels in zip(group, all_ids, all_labels, strict=True):
             start, end = end, end + len(batch.first)
-            index = np.concatenate([batch.first, batch.second])
+            index = np.concatenate(self._frames_of(batch))
             params = np.concatenate([table[start:end] for table in tables])
             drawn.append(
                 _Drawn(batch, torch.from_numpy(index), torch.from_numpy(params), ids, labels)
@@ -314,7 +320,8 @@ class Loader:
                 raise ValueError("loader: in the stream tier, both views must be of the same frame")
             frames, labels = self.reader.read(batch.first)
             frames = self._on_gpu(frames) if self.reader.gpu else torch.from_numpy(frames)
-            index, labels = torch.arange(len(labels)).repeat(2), torch.from_numpy(labels)
+            index = torch.arange(len(labels)).repeat(len(self.presets))
+            labels = torch.from_numpy(labels)
         else:
             frames = self.frames
         weights = None if batch.weights is None else torch.from_numpy(batch.weights)
@@ -367,7 +374,8 @@ class Loader:
             for x in (out, *rest):
                 if x is not None:
                     x.record_stream(current)  # keeps its memory until the step is done
-        return Views(*out.chunk(2), *rest)  # with one channel this is channels_last too
+        made = out.chunk(len(self.presets))  # with one channel this is channels_last too
+        return Views(made[0], made[-1], *rest)
 
 
 def _grouped(batches: Iterator[Batch]) -> Iterator[list[Batch]]:

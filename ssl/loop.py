@@ -45,7 +45,9 @@ class Loop:
         self.world, self.device = state.world, state.world.device
         self.per_epoch = plan.steps_per_epoch / settings.accumulate
         # Now: a method's file may be edited or gone later.
-        self.comparable = getattr(methods.load(settings.method), "COMPARABLE_LOSS", True)
+        method = methods.load(settings.method)
+        self.comparable = getattr(method, "COMPARABLE_LOSS", True)
+        self.num_views = 1 if getattr(method, "ONE_VIEW", False) else 2
         self.log = MetricsLog(run, settings, options, state.step, self.world, say)
         self.signum = 0  # of a signal that arrived when there was nothing left to stop
         self.online: Online | None = None
@@ -69,7 +71,7 @@ class Loop:
             Loader(
                 self.store,
                 self.batches(state.step),
-                parse_views(s.views),
+                parse_views(s.views)[: self.num_views],
                 size=s.image_size,
                 seed=s.seed,
                 device=self.device,

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -42,8 +43,8 @@ def batches_of(store, size=16, seed=3, epochs=(0, 1), start=0):
             yield Batch(epoch, indices, indices)
 
 
-def loader_of(store, batches, **options) -> Loader:
-    return Loader(store, batches, PRESETS, size=24, seed=5, device=CPU, **options)
+def loader_of(store, batches, presets=PRESETS, **options) -> Loader:
+    return Loader(store, batches, presets, size=24, seed=5, device=CPU, **options)
 
 
 def run(store, batches, **options) -> list[Views]:
@@ -82,6 +83,16 @@ def test_stream_makes_the_batches_of_the_store(shards, store):
     same.frames[:] = store.frames[order]
     assert equal(many, run(same, batches_of(streamed), wanted_tier="ram"))
     assert {int(x) for batch in many for x in batch.labels} == {0, 1}
+
+
+@pytest.mark.parametrize("wanted", ["ram", "disk", "stream"])
+def test_of_one_view_no_second_is_made(shards, wanted):
+    store = open_store(shards, wanted)
+    two = run(store, batches_of(store))
+    with mock.patch.object(loaders, "views", wraps=loaders.views) as made:
+        one = run(store, batches_of(store), presets=PRESETS[:1])
+    assert {len(call.args[2]) for call in made.call_args_list} == {16}  # rows of parameters
+    assert equal([batch._replace(vb=batch.va) for batch in two], one)
 
 
 def loaders_index(path):

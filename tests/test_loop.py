@@ -135,6 +135,26 @@ def test_a_line_has_the_gradient_norm_of_its_step(shards, tmp_path):
     assert len(set(each.values())) == 4 and some == {step: each[step] for step in (3, 4)}
 
 
+def test_a_view_that_the_method_does_not_use_is_not_made(shards, tmp_path, monkeypatch):
+    num, weights = [], []
+
+    class Counting(Loader):
+        def __init__(self, store, batches, presets, **options):
+            num.append(len(presets))
+            super().__init__(store, batches, presets, **options)
+
+    monkeypatch.setattr("sslus.ssl.loop.Loader", Counting)
+    values, config = methods.recipe("inpainting", "default")
+    settings = dataclasses.replace(SMALL, method="inpainting", max_steps=2, **values)
+    for one in (True, False):
+        monkeypatch.setattr(methods.load("inpainting"), "ONE_VIEW", one)
+        run = train(shards, settings, config, tmp_path / str(one), device="cpu", threads=1).run
+        weights.append(load_file(run / "backbone.safetensors"))
+    run_train(shards, tmp_path / "vicreg", dataclasses.replace(SMALL, max_steps=1))
+    assert num == [1, 2, 2]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
 def test_the_norm_of_all_gradients():
     g = torch.Generator().manual_seed(0)
     wide = torch.randn(8, 4, 3, 3, generator=g)

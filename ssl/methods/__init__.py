@@ -25,6 +25,8 @@ which paper) and
                                         deviation that views are normalised with
 
     TWO_VIEWS = False                   optional: the method uses single frames, not pairs
+    ONE_VIEW = True                     optional: the method uses views.va alone, so no other view
+                                        is made; views.vb is views.va
     COMPARABLE_LOSS = False             optional: the task itself changes from step to step, so that
                                         the lowest loss does not mark the best checkpoint
     check_views(first, second) -> None  optional: raises InputError for unsuitable views
