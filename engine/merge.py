@@ -58,13 +58,14 @@ def merge(
         ledger, sources, num_named = _names(stores)
         request = {"merged": [s.digest for s in stores], "sources": sources}
         told = MergeReport(target.out, manifest, len(stores), num_named, already=True)
-        if target.has_shards() and read_manifest(target.out).digest != manifest.digest:
-            raise InputError(
-                f"{target.out}: has other shards; remove them, or name another folder with -o"
-            )
-        if _is_whole(target.out, manifest):
-            target.record(ledger, request, manifest.digest)
-            return told
+        if target.has_shards():
+            if read_manifest(target.out).digest != manifest.digest:
+                raise InputError(
+                    f"{target.out}: has other shards; remove them, or name another folder with -o"
+                )
+            if target.is_whole(manifest):
+                target.record(ledger, request, manifest.digest)
+                return told
         if (target.work / REQUEST).exists() and not target.is_merging():
             raise InputError(
                 f"{target.out}: has videos of an unfinished `sslus shard`; finish it, or name"
@@ -167,12 +168,6 @@ def _names(stores: list[StreamStore]) -> tuple[list[dict], dict, int]:
             of = folder.request()["sources"]
             sources |= {f"{store.digest[:16]}/{name}": facts for name, facts in of.items()}
     return ledger, sources, len(set(where.values()))
-
-
-def _is_whole(out: Path, manifest: Manifest) -> bool:
-    sizes = {path.name: path.stat().st_size for path in out.glob("shard-*.tar")}
-    there = (out / "manifest.json").exists()
-    return there and sizes == {entry["name"]: entry["bytes"] for entry in manifest.shards}
 
 
 def _write(stores: list[StreamStore], manifest: Manifest, new: Path, report) -> int:

@@ -95,11 +95,12 @@ class ShardFolder:
             return None
         if was != request | {"digest": manifest.digest} or len(ledger) != len(request["sources"]):
             return None
-        for entry in manifest.shards:
-            path = self.out / entry["name"]
-            if not path.exists() or path.stat().st_size != entry["bytes"]:
-                return None
-        return manifest, ledger
+        return (manifest, ledger) if self.is_whole(manifest) else None
+
+    def is_whole(self, manifest: Manifest) -> bool:
+        """Whether all shards are there, with their lengths."""
+        paths = ((self.out / entry["name"], entry["bytes"]) for entry in manifest.shards)
+        return all(path.exists() and path.stat().st_size == length for path, length in paths)
 
     def refusal(self, request: dict) -> str:
         """Why the shards that are there are not those of the request."""
@@ -115,6 +116,9 @@ class ShardFolder:
     def record(self, ledger: list[dict], request: dict, digest: str) -> None:
         """What is known of the files behind the shards that are there."""
         _write_ledger(self.local / LEDGER, ledger)
+        self._write_request(request, digest)
+
+    def _write_request(self, request: dict, digest: str) -> None:
         with atomic_file(self.local / REQUEST, "w") as f:
             json.dump(request | {"digest": digest}, f)
 
@@ -177,8 +181,7 @@ class ShardFolder:
         (self.work / LEDGER).replace(self.local / LEDGER)
         sync_folder(self.local)
         sync_folder(self.out)
-        with atomic_file(self.local / REQUEST, "w") as f:
-            json.dump(request | {"digest": manifest.digest}, f)
+        self._write_request(request, manifest.digest)
         manifest.write(self.out)
         shutil.rmtree(self.work)
 

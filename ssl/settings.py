@@ -151,7 +151,7 @@ class Settings:
         """Whether the method can use the views and pairs of these resolved settings."""
         module = methods.load(self.method)
         views = parse_views(self.views, self.image_size)
-        if not getattr(module, "TWO_VIEWS", True) and (self.pairs == "nearby" or self.pair_weights):
+        if not getattr(module, "PAIRS", True) and (self.pairs == "nearby" or self.pair_weights):
             raise InputError(
                 f"{methods.name_of(self.method)} learns from single frames: leave out"
                 " --pairs nearby and --pair-weights"

@@ -93,7 +93,7 @@ def no_driver_needed(monkeypatch):
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("precision, options", [("bf16", PLAIN), ("fp32", RICH)])
 def test_a_step_stays_on_the_gpu_and_waits_for_nothing(name, precision, options):
-    if not getattr(methods.load(name), "TWO_VIEWS", True):
+    if not getattr(methods.load(name), "PAIRS", True):
         options = {k: v for k, v in options.items() if k != "pairs"}
     state, features = two_steps(name, precision, **options)
     kept = [*state.method.state_dict().values(), state.window, features]

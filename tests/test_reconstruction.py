@@ -181,7 +181,7 @@ def test_painting_is_learnt(module):
 
 @pytest.mark.parametrize("module", BOTH)
 def test_reconstruction_refuses_pairs_and_senseless_options(module):
-    assert not module.TWO_VIEWS
+    assert not module.PAIRS
     with pytest.raises(InputError, match="no pair weights"):
         build(module)(batch()._replace(weights=torch.ones(4)))
     if module is autoencoder:

@@ -8,8 +8,8 @@ import click
 @click.command("merge", short_help="Merge folders of shards, of several clinics say.")
 @click.argument("shards", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the merged"
-    " shards.",
+    "-o", "--out", required=True, type=click.Path(path_type=Path),
+    help="Folder for the merged shards.",
 )  # fmt: skip
 def command(shards, out):
     """Merge two or more folders, or URLs, of SHARDS into one, to train on all of them.

@@ -177,7 +177,7 @@ def train_all(folder: Path, asked: dict) -> None:
 
 def _part_of(name: str, asked: dict) -> dict:
     """What is asked of the method `name`: nothing about pairs of views if it has none."""
-    pairs = getattr(methods.load(name), "TWO_VIEWS", True)
+    pairs = getattr(methods.load(name), "PAIRS", True)
     mine = {k: v for k, v in asked.items() if pairs or k not in OF_PAIRS}
     return mine | {"method": name}
 

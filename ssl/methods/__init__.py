@@ -24,7 +24,7 @@ which paper) and
                                         optional; called once, with the mean and standard
                                         deviation that views are normalised with
 
-    TWO_VIEWS = False                   optional: the method uses single frames, not pairs
+    PAIRS = False                       optional: the method uses single frames, not pairs
     ONE_VIEW = True                     optional: the method uses views.va alone, so no other view
                                         is made; views.vb is views.va
     COMPARABLE_LOSS = False             optional: the task itself changes from step to step, so that

@@ -20,7 +20,7 @@ from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 from sslus.ssl.views import ViewConfig
 
-TWO_VIEWS = False  # both come from one frame: no nearby pairs
+PAIRS = False  # both come from one frame: no nearby pairs
 CELLS = 32  # across the image: the resolution at which the ultrasound sector is found
 
 

@@ -20,7 +20,7 @@ from sslus.ssl.decoder import Decoder, encode
 from sslus.ssl.loader import Views
 from sslus.ssl.methods import Output
 
-TWO_VIEWS, ONE_VIEW = False, True
+PAIRS, ONE_VIEW = False, True
 MAX_CELLS = 32  # across the image: the finest mask
 
 
