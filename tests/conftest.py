@@ -13,21 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def mend_index() -> None:
-    """Triton 3.6's interpreter makes an index of an array of one number: numpy 2.5 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
+def load_sibling(name: str):
+    """tests/NAME.py, which `import` does not find."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    mend_index()
+    load_sibling("interpreter").prepare()
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +167,7 @@ def by_hand():
 
 
 def run_rank(rank: int, work, *args) -> None:
-    """In the new process, where importing this file has called `mend_index`."""
+    """In the new process, where importing this file has prepared the interpreter."""
     work(rank, *args)
 
 

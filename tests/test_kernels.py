@@ -13,7 +13,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +26,6 @@ from sslus.kernels.ranks import Ranks
 
 load_all()
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRET:
-    where = Path(__file__).with_name("interpreter_bf16.py")
-    spec = importlib.util.spec_from_file_location(where.stem, where)
-    spec.loader.exec_module(mended := importlib.util.module_from_spec(spec))
-    mended.mend()
 LOSSES = [op for op in OPS.values() if isinstance(op, Op)]
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{k}") for op in LOSSES for k, case in enumerate(op.cases)
