@@ -12,7 +12,10 @@ from sslus.engine.errors import InputError
 FORMAT = 1
 NAME = "manifest.json"
 MOST_FRAMES = 2**40  # 72 PB of 256 x 256: a sample's id has no more bits for its number
-REMEDY = "make the shards again: sslus shard --force"
+REMEDY = (
+    "make the shards again: sslus shard --force, or, if they were merged, delete them and run sslus"
+    " merge"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ def _check(manifest: Manifest) -> None:
     want(type(size) is int and 1 <= size <= 4096, f"a size of 1 to 4096 pixels, got {size!r:.40}")
     want(0 <= manifest.mean <= 1 and 0 <= manifest.std <= 1, "mean and std from 0 to 1")
     want(isinstance(labels, list) and all(isinstance(x, str) for x in labels), "names as labels")
+    decoders = manifest.decoders
+    counted = isinstance(decoders, dict) and all(type(n) is int for n in decoders.values())
+    want(counted, "a number of videos for each decoder")
     total = 0
     for entry in manifest.shards:
         name, num = entry["name"], entry["num_frames"]

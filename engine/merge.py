@@ -134,9 +134,10 @@ def _joined(stores: list[StreamStore]) -> Manifest:
 
 
 def _common(values: list):
-    """The value that all have, or a text that lists them."""
-    same = all(value == values[0] for value in values)
-    return values[0] if same else " | ".join(sorted(set(map(str, values))))
+    """The value that all have, or a text that lists them; some may be such texts already."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return " | ".join(sorted({x for value in values for x in str(value).split(" | ")}))
 
 
 def _names(stores: list[StreamStore]) -> tuple[list[dict], dict, int]:

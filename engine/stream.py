@@ -243,10 +243,7 @@ def fetch_shard(where: str, entry: dict, verify: bool = True) -> Archive:
             f" off or replaced. Copy it again, or {REMEDY}"
         )
     if verify and hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise InputError(
-            f"{name}: its digest is wrong; copy the shards again, or make them again:"
-            " sslus shard --force"
-        )
+        raise InputError(f"{name}: its digest is wrong; copy it again, or {REMEDY}")
     return Archive(name, data, entry["num_frames"])
 
 
@@ -266,9 +263,7 @@ def _fetch(where: str, name: str):
                 return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e:  # ValueError: it is empty
             why = getattr(e, "strerror", None) or e
-            raise InputError(
-                f"{full}: {why}; copy the shards again, or make them again: sslus shard --force"
-            ) from e
+            raise InputError(f"{full}: {why}; copy it again, or {REMEDY}") from e
     import fsspec
 
     told = shown(full)

@@ -11,7 +11,7 @@ from sslus.engine import tar
 from sslus.engine.errors import InputError
 from sslus.engine.labels import labelled_videos
 from sslus.engine.manifest import read_manifest
-from sslus.engine.merge import merge
+from sslus.engine.merge import _common, merge
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 from sslus.tools.cli import main
@@ -68,6 +68,11 @@ def test_all_frames_are_there_as_they_were(clinics, by_hand, tmp_path):
     # In any order.
     other = merge([clinics / "x", clinics / "y"], tmp_path / "other").manifest
     assert other == manifest and not (out / "local" / "work").exists()
+
+
+def test_settings_that_differ_are_listed_once():
+    assert _common(["a", "b | c", "b", "a"]) == "a | b | c"
+    assert _common([95, 95]) == 95 and _common([95, 90, None]) == "90 | 95 | None"
 
 
 def test_shards_are_copied_where_they_cannot_be_linked(clinics, by_hand, tmp_path, monkeypatch):

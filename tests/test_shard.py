@@ -1241,6 +1241,8 @@ def test_a_manifest_that_cannot_be_used_says_why(clips, tmp_path, key):
         (lambda m: m.update(mean=float("nan")), "mean and std from 0 to 1"),
         (lambda m: m.update(labels=[["a"]]), "names as labels"),
         (lambda m: m.update(settings=[]), "list indices"),
+        (lambda m: m.update(decoders={"pyav": "2"}), "a number of videos for each decoder"),
+        (lambda m: m.update(decoders=["pyav"]), "a number of videos for each decoder"),
     ],
 )
 def test_a_manifest_that_says_what_no_shards_have_is_refused(change, why, shards, tmp_path):

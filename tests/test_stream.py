@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sslus.engine import stream, tar
 from sslus.engine.errors import InputError
-from sslus.engine.manifest import read_manifest
+from sslus.engine.manifest import REMEDY, read_manifest
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 from sslus.engine.stream import Reader, StreamPlan, StreamStore
@@ -196,7 +196,7 @@ def test_damage_is_one_line_that_names_shard_and_member(shards, many_shards):
         with pytest.raises(InputError, match=words) as e:
             read(shards)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
-        assert str(e.value).endswith("make the shards again: sslus shard --force")
+        assert str(e.value).endswith(REMEDY)
         shutil.rmtree(shards)
         shutil.copytree(many_shards, shards)
 
