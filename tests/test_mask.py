@@ -348,6 +348,7 @@ def test_what_cannot_be_masked_is_refused():
         ((x[:0], ids[:0]), PATCHES, "the batch is empty"),
         ((x, ids.int()), PATCHES, "ids of torch.int64"),
         ((x.half(), ids), PATCHES, "want images of torch.float32, torch.bfloat16"),
+        ((x.clone().requires_grad_(), ids), PATCHES, r"no gradient; detach\(\) the images"),
     ]:
         with pytest.raises(ValueError, match=why):
             mask_fill(*tensors, mask)

@@ -116,12 +116,15 @@ def mask_fill(
     x: float32 or bfloat16. ids: (B,) int64; what is hidden depends only on the id and the sector,
     not on the position in the batch. fill: in x's units, where 0 is the mean of normalised frames.
     target: the same images before corruption, (B, 1, H, W), default x; the sector is located in
-    it, so pass the same target to `masked_mse`. Not differentiable.
+    it, so pass the same target to `masked_mse`.
 
-    Raises ValueError for wrong dtypes or shapes, and for more than 1024 cells.
+    Raises ValueError for wrong dtypes or shapes, for more than 1024 cells, and for an x that wants
+    a gradient, which this does not have.
     """
     target = x if target is None else target
     _check(x, target, ids)
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("mask: mask_fill has no gradient; detach() the images")
     if not torch.compiler.is_compiling():
         check_number("mask", "fill", fill)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
