@@ -126,7 +126,7 @@ def _turn(picture, path: Path) -> tuple[int, bool]:
 
 def _luma(picture) -> np.ndarray:
     mode = picture.mode
-    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):  # before Pillow 11
+    if mode.startswith("I;16"):
         tags = picture.tag_v2 if picture.format == "TIFF" else {}
         (bits,) = tags.get(BITS, (16,))
         most = (1 << bits) - 1

@@ -260,7 +260,7 @@ def _tick_seconds(stream) -> float:
 def _num_samples(container, stream) -> int:
     """How many frames the header counts; without the samples of an MP4 or MOV that are empty, which
     go on showing the previous image, and those that FFmpeg leaves out for the edit list."""
-    index = getattr(stream, "index_entries", ())  # old versions of PyAV have none
+    index = stream.index_entries
     if "mp4" not in _formats(container) or not stream.frames or not len(index):
         return stream.frames
     return sum(entry.size > 0 for entry in index)
