@@ -4,7 +4,7 @@
 
 #include "clones.h"
 
-#if defined(__has_builtin) && !defined(SSLUS_NO_BIT_CAST)
+#if defined(__has_builtin) && !defined(SSLUS_OLD_COMPILER)
 #if __has_builtin(__builtin_bit_cast)
 #define SSLUS_BIT_CAST
 #endif

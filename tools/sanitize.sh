@@ -23,7 +23,7 @@ compile jpeg engine/jpeg_fuzz.cpp "${checks[@]}"
 compile packbits engine/packbits_fuzz.cpp "${checks[@]}"
 compile address $views -DSSLUS_NO_CLONES "${checks[@]}"
 compile threads $views -O1 -DSSLUS_NO_CLONES -fsanitize=thread
-compile baseline $views -O3 -DSSLUS_NO_CLONES -DSSLUS_NO_BIT_CAST # also what old compilers make of it
+compile baseline $views -O3 -DSSLUS_NO_CLONES -DSSLUS_OLD_COMPILER # and without their newer builtins
 compile processor $views -O3
 for pid in "${pids[@]}"; do wait "$pid"; done
 for name in "${names[@]}"; do

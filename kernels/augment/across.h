@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;  // rows transposed together
 
-#if defined(__has_builtin)
+#if defined(__has_builtin) && !defined(SSLUS_OLD_COMPILER)
 #if __has_builtin(__builtin_shufflevector) && __has_builtin(__builtin_convertvector)
 #define SSLUS_SHUFFLES
 #endif
