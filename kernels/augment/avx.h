@@ -146,7 +146,7 @@ SSLUS_AVX512 void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis
     const int16_t* row[kTaps];
     __m512i weight[kTaps];
     for (int k = 0; k < kTaps; ++k) {
-      row[k] = rows + (std::min(axis.first[y] + k, static_cast<int>(axis.span) - 1) & ring) * n;
+      row[k] = rows + ((axis.first[y] + k) & ring) * n;
       weight[k] = _mm512_set1_epi16(axis.weights[k * axis.stride + y]);
     }
     for (int64_t x = 0; x < n; x += 32) {

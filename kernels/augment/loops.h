@@ -55,11 +55,12 @@ SSLUS_INLINE void blend_row(const int16_t* row, const int16_t* const* others,
 }
 
 // Rows y0 .. y1 - 1 of the results: sum_k weights[k * stride + y] * row (first[y] + k), then
-// brightness, in kStep steps. Row r is stored at rows + (r & ring) * n.
+// brightness, in kStep steps. Row r is stored at rows + (r & ring) * n; a row after the last, which
+// is any other one there, has weight 0.
 SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
                              int64_t y0, int64_t y1, int64_t n, int16_t* out,
                              int64_t out_stride) {
-  const int64_t taps = axis.taps, stride = axis.stride, last = axis.span - 1;
+  const int64_t taps = axis.taps, stride = axis.stride;
   const int32_t* first = axis.first;
   const int16_t* others[4];
   for (int64_t y = y0; y < y1; ++y, out += out_stride) {
@@ -68,7 +69,7 @@ SSLUS_CLONES void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis
     for (int64_t k = 1; k < taps || k == 1; k += 4) {
       const int64_t num = std::min<int64_t>(4, taps - k);
       for (int64_t j = 0; j < num; ++j)
-        others[j] = rows + (std::min(first[y] + k + j, last) & ring) * n;
+        others[j] = rows + ((first[y] + k + j) & ring) * n;
       const int16_t* wk = w + k * stride;
       switch (num + (k > 1 ? 5 : 0) + (k + 4 < taps ? 10 : 0)) {
         case 0: blend_row<0, false, true>(row, others, wk, stride, factor, n, out); break;
@@ -145,8 +146,7 @@ SSLUS_CLONES int64_t total(const int16_t* in, int64_t stride, int64_t num_rows, 
 // bound). Unsigned 16 bits suffice: 3 * white < 2^16, and subtraction saturates at 0.
 SSLUS_CLONES void stretch(int16_t* row, int64_t stride, int64_t num_rows, int64_t n,
                           uint16_t factor, int add) {
-  const auto least = static_cast<uint16_t>(std::min(65535, std::max(0, -add)));
-  const auto offset = static_cast<uint16_t>(add < 0 ? -int{least} : add);
+  const auto least = static_cast<uint16_t>(std::max(0, -add)), offset = static_cast<uint16_t>(add);
   for (int64_t y = 0; y < num_rows; ++y, row += stride)
     for (int64_t i = 0; i < n; ++i) {
       const auto x = static_cast<uint16_t>(row[i] << 2);

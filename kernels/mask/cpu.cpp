@@ -172,7 +172,7 @@ void find_sector(const Plan& p, const T* target, float background, Scratch& s, i
     int64_t low = 0, high = n - 1;
     while (low < n && !lit[static_cast<size_t>(first + low * step)]) ++low;
     while (high > low && !lit[static_cast<size_t>(first + high * step)]) --high;
-    for (int64_t i = low; i < n && i <= high; ++i) cells[first + i * step] += bit;
+    for (int64_t i = low; i <= high; ++i) cells[first + i * step] += bit;
   };
   std::fill_n(cells, num_cells, 0);
   for (int64_t row = 0; row < p.rows; ++row) span(row * p.columns, 1, p.columns, 1);
