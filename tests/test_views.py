@@ -45,18 +45,23 @@ def test_philox_known_answers():
 
 
 EVERYTHING = ViewConfig(
-    min_area=0.2, p_jitter=0.7, gamma=0.3, p_blur=0.4, p_solarize=0.3, p_gain=0.6, gain=0.3,
-    p_speckle=0.5, speckle=0.2,
+    min_area=0.2, p_jitter=0.7, contrast=0.2, gamma=0.3, p_blur=0.4, p_solarize=0.3, solarize=0.6,
+    p_gain=0.6, gain=0.3, p_speckle=0.5, speckle=0.2,
 )  # fmt: skip
 
 
 def test_draws_have_their_ranges_and_probabilities():
     c, frames = EVERYTHING, np.arange(20_000)
-    table = draw(c, frames, 0, 0, 7, store=256, size=224)
+    table = draw(c, frames, 0, 0, 7, store=256, size=448)
     column = dict(zip(COLUMNS, table.T, strict=True))
     for start, length in (("top", "height"), ("left", "width")):
-        # Every place is as likely: the middle of the crops is the middle of the frame.
+        # Every place is as likely, the first and the last among them.
         assert (column[start] + column[length] / 2).mean() == pytest.approx(128, abs=1)
+        cut = column[length] < 256
+        start, length = column[start][cut], column[length][cut]
+        share = (1 / (257 - length)).mean()
+        for at_edge in (start == 0, start + length == 256):
+            assert at_edge.mean() == pytest.approx(share, rel=0.1)
     area = column["height"] * column["width"] / 256**2  # uniform, but for the sides' rounding
     assert np.quantile(area, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 1], abs=0.01
@@ -72,21 +77,44 @@ def test_draws_have_their_ranges_and_probabilities():
         changed = column[name] != neutral
         assert changed.mean() == pytest.approx(probability, abs=0.02), name
     for name, low, high in [
-        ("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("gain_near", 0.7, 1.3),
-        ("gamma", np.exp(-0.3), np.exp(0.3)),
+        ("brightness", 0.6, 1.4), ("contrast", 0.8, 1.2), ("gain_near", 0.7, 1.3),
+        ("gain_far", 0.7, 1.3), ("gamma", np.exp(-0.3), np.exp(0.3)), ("speckle", 0, 0.2),
     ]:  # fmt: skip
         assert low <= column[name].min() < low + 0.01, name
         assert high - 0.01 < column[name].max() <= high + 1e-6, name
     blurred = column["sigma"][column["sigma"] > 0]
-    assert 0.1 <= blurred.min() < 0.11 and 1.99 < blurred.max() <= 2
+    assert 0.2 <= blurred.min() < 0.21 and 3.98 < blurred.max() <= 4
+    assert set(column["solarize"]) == {np.float32(0.6), 2}
     assert len(np.unique(column["seed"])) > 0.99 * len(frames)
     # Independent columns, the box aside: else two of them would share a random number.
     correlation = np.corrcoef(table.T) - np.eye(len(COLUMNS))
     assert COLUMNS[:4] == ("top", "left", "height", "width")
     assert np.abs(correlation[4:]).max() < 0.05
-    for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8)):  # view, epoch, seed
-        again = draw(c, frames, *other, store=256, size=224)
+    for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8), (0, 0, 7 + 2**32)):  # view, epoch, seed
+        again = draw(c, frames, *other, store=256, size=448)
         assert (again[:, 0] != table[:, 0]).mean() > 0.9
+
+
+def test_sides_are_rounded_to_whole_pixels():
+    for store, area, want in [
+        (256, (100.4 / 256) ** 2, 100), (256, (100.6 / 256) ** 2, 101), (32, 1e-4, 1),
+    ]:  # fmt: skip
+        config = ViewConfig(min_area=area, max_area=area, max_aspect=1)
+        table = draw(config, np.arange(9), 0, 0, 0, store=store, size=32)
+        assert (table[:, [COLUMNS.index("height"), COLUMNS.index("width")]] == want).all()
+
+
+def test_the_border_refuses_tables_that_do_not_fit():
+    """The compiled function trusts nobody: it would read or write beyond them."""
+    nine = np.arange(9)
+    fits = [np.ones(16), nine, nine, 0, 0, 64.0, 32.0, np.empty((9, len(COLUMNS)), np.float32)]
+    _cpu.draw_views(*fits)
+    narrow = fits[7][:, :13].copy()
+    for i, wrong in [(0, np.ones(15)), (1, nine[:8]), (2, nine[:8]), (7, fits[7][:8]), (7, narrow)]:
+        with pytest.raises(ValueError, match="^views: "):
+            _cpu.draw_views(*fits[:i], wrong, *fits[i + 1 :])
+    with pytest.raises(TypeError):  # the table would be written to a copy
+        _cpu.draw_views(*fits[:7], fits[7].astype(np.float64))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -155,9 +183,10 @@ def test_the_compiled_border_knows_the_bounds_of_the_table(monkeypatch):
             (np.nextafter(np.float32(low), np.float32(-1)), False),
             (64.1 if side else np.nextafter(np.float32(high), np.float32(np.inf)), False),
             (np.nan, False), (0.5, name not in ("flip", "seed", "height", "width")),
+            *[(63 + low + over, over < 1e-3) for over in (5e-4, 2e-3) if side],  # rounding errors
         ]:  # fmt: skip
             params = identity(1, 64)
-            if side and right:
+            if side:
                 params[0, :4] = torch.tensor([0.0, 0, 1, 1])
             params[0, column] = float(value)
             try:
