@@ -207,6 +207,19 @@ def test_pixel_crops_and_borders(make):
     assert_near(got, frames, index, params, (20, 24))
 
 
+@pytest.mark.parametrize("width, step", [(24, 0.25), (96, 1.0)])
+def test_crops_of_every_width(make, width, step):
+    """Eight or 32 neighbours share a window of 16 to 128 pixels, unless they need more."""
+    rows = [
+        {"height": 4, "width": w, "left": 512 - w if i % 2 else 17.3, "flip": i % 3 == 0}
+        for i, w in enumerate(np.arange(width, 5 * width, step))
+    ]
+    frames, index = frames_of(512, num=1) // 128 * 255, torch.zeros(len(rows), dtype=torch.int64)
+    params = table(512, rows)
+    got = make(frames, index, params, size=(4, width), **GREY)
+    assert_near(got, frames, index, params, (4, width), worst=0.5)
+
+
 def test_bfloat16_is_the_rounded_float32(make):
     frames, index = frames_of(80), torch.tensor([0, 1])
     params = table(80, [draw(np.random.default_rng(1), 80) for _ in index])
