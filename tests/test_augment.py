@@ -220,6 +220,21 @@ def test_crops_of_every_width(make, width, step):
     assert_near(got, frames, index, params, (4, width), worst=0.5)
 
 
+@pytest.mark.parametrize("store", [15, 32, 100])
+def test_black_beside_a_pixel_without_weight_is_black(make, store):
+    """Rounding makes some of these sums negative, which as an unsigned number would be white."""
+    frames = torch.zeros(-(-255 // store), store, store, dtype=torch.uint8)
+    frames.view(-1, store)[:255, 5] = torch.arange(1, 256)
+    rows = [  # in the third result, pixel 5 has a weight of 1e-5
+        {"width": 4 * scale, "left": 5.5 - 1.5 * scale - 1e-5}
+        for scale in np.linspace(2.5, 3.5, 61)
+    ]
+    params = table(store, rows).repeat(len(frames), 1)
+    index = torch.arange(len(frames)).repeat_interleave(len(rows))
+    got = make(frames, index, params, size=(store, 4), **GREY)
+    assert_near(got, frames, index, params, (store, 4), worst=0.5)
+
+
 def test_bfloat16_is_the_rounded_float32(make):
     frames, index = frames_of(80), torch.tensor([0, 1])
     params = table(80, [draw(np.random.default_rng(1), 80) for _ in index])
