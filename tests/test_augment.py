@@ -235,6 +235,15 @@ def test_black_beside_a_pixel_without_weight_is_black(make, store):
     assert_near(got, frames, index, params, (store, 4), worst=0.5)
 
 
+def test_solarize_inverts_from_its_threshold_on(make):
+    greys = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    thresholds = [0, 100.01 / 255, 1]
+    params = table(16, [{"solarize": threshold} for threshold in thresholds])
+    got = make(greys, torch.zeros(3, dtype=torch.int64), params, size=16, **GREY)
+    for first, view in zip((0, 101, 255), got, strict=True):
+        assert torch.equal(view, torch.where(greys >= first, 255 - greys, greys).float())
+
+
 def test_bfloat16_is_the_rounded_float32(make):
     frames, index = frames_of(80), torch.tensor([0, 1])
     params = table(80, [draw(np.random.default_rng(1), 80) for _ in index])
