@@ -244,6 +244,16 @@ def test_solarize_inverts_from_its_threshold_on(make):
         assert torch.equal(view, torch.where(greys >= first, 255 - greys, greys).float())
 
 
+def test_gamma_and_speckle_are_nearly_exact(make):
+    """Within 0.03 grey levels, and rounded, not cut off: no darker on average."""
+    greys = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    rows = [{"gamma": gamma} for gamma in (0.2, 0.7, 1.3, 2.5, 5)] + [{"speckle": 0.3, "seed": 5}]
+    index, params = torch.zeros(len(rows), dtype=torch.int64), table(16, rows)
+    got = make(greys, index, params, size=16, **GREY)
+    error = got - truth(greys, index, params, (16, 16))
+    assert error.abs().max() <= 0.03 and error.mean((1, 2, 3)).abs().max() <= 0.002
+
+
 def test_bfloat16_is_the_rounded_float32(make):
     frames, index = frames_of(80), torch.tensor([0, 1])
     params = table(80, [draw(np.random.default_rng(1), 80) for _ in index])
