@@ -254,6 +254,13 @@ def test_gamma_and_speckle_are_nearly_exact(make):
     assert error.abs().max() <= 0.03 and error.mean((1, 2, 3)).abs().max() <= 0.002
 
 
+def test_the_mean_of_a_very_wide_view(make):
+    """Contrast leaves white as it is, but for a sum that overflowed."""
+    white, index = torch.full((1, 8, 8), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    got = make(white, index, table(8, [{"contrast": 0.5}]), size=(1, 140_000), **GREY)
+    assert (got == 255).all()
+
+
 def test_bfloat16_is_the_rounded_float32(make):
     frames, index = frames_of(80), torch.tensor([0, 1])
     params = table(80, [draw(np.random.default_rng(1), 80) for _ in index])
