@@ -434,6 +434,18 @@ def test_writes_where_it_is_told(batch):
     assert empty.shape == (0, 1, 224, 224)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_large_batches_anywhere_in_memory(batch, dtype, monkeypatch):
+    """Stores past the caches want aligned addresses, which a part of a tensor need not have."""
+    monkeypatch.setenv("SSLUS_KERNELS", "cpu")
+    (frames, *rows), shape = batch, (24, 1, 320, 320)
+    few = zip(*(x.split(4) for x in rows), strict=True)
+    want = torch.cat([views(frames, *x, size=320, dtype=dtype) for x in few])
+    for first in (0, 1, 8, 16):
+        out = torch.empty(want.numel() + first, dtype=dtype)[first:].view(shape)
+        assert torch.equal(views(*batch, size=320, dtype=dtype, out=out), want)
+
+
 def column(name, value):
     def change(frames, index, params):
         params[2, COLUMNS.index(name)] = value
