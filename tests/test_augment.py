@@ -174,7 +174,7 @@ def test_noise_is_philox_and_near_normal():
 @pytest.mark.parametrize(
     "store, size",
     [(256, (224, 224)), (32, (32, 32)), (33, (96, 17)), (100, (7, 130)), (512, (64, 224)),
-     (1024, (160, 100)), (64, (1, 1)), (1000, (3, 2))],
+     (1024, (160, 100)), (64, (1, 1)), (1000, (3, 2)), (48, (40, 1)), (48, (1, 40))],
 )  # fmt: skip
 def test_parity(make, store, size):
     rng = np.random.default_rng(store)
