@@ -196,11 +196,13 @@ def test_parity_at_the_extremes(make, name):
 
 
 def test_pixel_crops_and_borders(make):
-    frames, index = frames_of(64), torch.zeros(5, dtype=torch.int64)
+    frames, index = frames_of(64), torch.zeros(6, dtype=torch.int64)
     one = {"height": 1, "width": 1}
     params = table(64, [
         one, one | {"top": 63, "left": 63}, one | {"top": 30.5, "left": 0.25},
         {"height": 1, "top": 62.75, "width": 64}, {"width": 1.5, "left": 62.5, "flip": 1},
+        # Of two pixels, the second has all of the weight but 1e-5: in 15 bits, more than fits.
+        {"height": 20, "top": 0.99999, "width": 24, "left": 20.99999},
     ])  # fmt: skip
     got = make(frames, index, params, size=(20, 24), **GREY)
     assert (got[0] == frames[0, 0, 0]).all() and (got[1] == frames[0, 63, 63]).all()
