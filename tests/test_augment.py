@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from sslus.kernels import _cpu
 from sslus.kernels.augment import COLUMNS, PARAMS, identity, reference, views
 from sslus.kernels.op import MAPS
 
@@ -508,5 +509,15 @@ def test_the_compiled_border_is_safe_by_itself(batch):
             border(frames, index, wrong, out, mean=0.0, std=1.0, threads=1)
     with pytest.raises(ValueError, match="view 0"):
         border(frames, index + 4, params, out, mean=0.0, std=1.0, threads=1)
+    fits = [frames, index, params, out]
+    for i, wrong, message in [
+        (0, frames[:, :100].contiguous(), "square"), (2, params[:23], "params must"),
+        (2, params[:, :13].contiguous(), "params must"), (3, out.double(), "float32 or bfloat16"),
+        (3, out[:23], "out must be"), (3, torch.empty(24, 2, 8, 8), "out must be"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            _cpu.views(*fits[:i], wrong, *fits[i + 1 :], 0.0, 1.0, 1)
+    for height, width in ((0, 8), (8, 0)):  # there is nothing to do
+        _cpu.views(*fits[:3], torch.empty(24, 1, height, width), 0.0, 1.0, 1)
     with pytest.raises(TypeError):  # noconvert: a converted copy of out would lose the result
         border(frames, index, params, out.mT, mean=0.0, std=1.0, threads=1)
