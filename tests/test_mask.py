@@ -71,10 +71,13 @@ def test_every_implementation_hides_the_same_pixels(which, shape, dtype, monkeyp
         assert torch.equal(got.cpu(), want), mask
         assert torch.equal(tensors[0].cpu(), x.to(dtype))  # a copy was filled
     # A grey value of exactly the threshold is background, in float32 as in the definition.
-    flat = torch.full((1, 1, *shape), 0.1, device=device)
-    mask = Mask("patches", patch=4, background=0.1)
-    hidden = draw_mask(flat.cpu(), ids[:1], mask)
-    got = mask_fill(flat, ids[:1].to(device), mask, fill=-77)
+    grey = 0.1 if dtype == torch.float32 else 0.125  # in bfloat16 0.1 is more
+    image = torch.full((1, 1, *shape), grey, dtype=dtype)
+    image[..., shape[1] // 2 :] = 1
+    mask = Mask("patches", patch=4, background=grey, share=0)
+    hidden = draw_mask(image.float(), ids[:1], mask)
+    assert not hidden[..., : shape[1] // 2 - 3].any()
+    got = mask_fill(image.to(device), ids[:1].to(device), mask, fill=-77)
     assert torch.equal(got.cpu()[:, 0] == -77, hidden)
 
 
