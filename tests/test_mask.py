@@ -262,6 +262,16 @@ def test_mixed_types_and_threads(which, monkeypatch):
     assert torch.equal(loss, losses[1]) and torch.equal(again.grad, full.grad)
 
 
+def test_no_nan_is_rounded_to_a_number():
+    """As a number, one whose bits are all ones would become -0, and the divergence not show."""
+    target = torch.full((1, 1, 8, 20), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    prediction = torch.zeros(1, 1, 8, 20, dtype=torch.bfloat16, requires_grad=True)
+    OPS["masked_mse"].run(
+        "cpu", prediction, target, ids_of(1), **vars(Mask(patch=4)), hole=1.0, rest=1.0
+    ).backward()
+    assert prediction.grad.isnan().all()
+
+
 MEMORY = """
 import re, torch
 from sslus.kernels.mask import Mask, mask_fill, masked_mse
