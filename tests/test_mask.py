@@ -4,6 +4,7 @@ test_kernels.py holds the loss against an oracle that draws the mask a pixel at 
 gradients against float64; here is what a mask looks like.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from sslus.kernels import _cpu
 from sslus.kernels.mask import Mask, draw_mask, mask_fill, masked_mse, sample_ids
+from sslus.kernels.mask.reference import plan
 from sslus.kernels.op import MAPS, OPS
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -387,19 +390,41 @@ def test_what_cannot_be_masked_is_refused():
 
 
 def test_the_border_refuses_what_does_not_fit():
-    """The compiled function trusts nobody: wrong numbers are an error, not a wild write."""
-    from sslus.kernels import _cpu
-    from sslus.kernels.mask.reference import plan
-
-    x, ids = torch.zeros(2, 1, 32, 32), torch.arange(2)
-    numbers = plan(32, 32, **vars(PATCHES)).numbers
-    fits = [x, x, ids, torch.empty_like(x), numbers, 0.0, 0.0, 1]
-    _cpu.mask_fill(*fits)
-    for i, wrong in [
-        (0, x[:1]), (1, x[:, :, :31].contiguous()), (2, ids[:1]), (3, x.bfloat16()),
-        (4, plan(40, 32, **vars(PATCHES)).numbers), (4, (32, 32, 16, 3, 2, *numbers[5:])),
+    """The compiled functions trust nobody: wrong numbers are an error, not a wild write."""
+    p = plan(32, 32, **vars(RECTANGLES))
+    x, ids, out = torch.zeros(2, 1, 32, 32), torch.arange(2), torch.zeros(2, 1, 32, 32)
+    table = torch.zeros(2, 4 * p.num + p.cells, dtype=torch.int32)
+    losses = torch.zeros(2, dtype=torch.float64)
+    calls = [
+        (_cpu.mask_fill, [x, x, ids, out, p.numbers, 0.0, 0.0, 1]),
+        (_cpu.mask_table, [x, ids, table, p.numbers, 0.0, 1]),
+        (_cpu.masked_mse, [x, x, table, out, losses, p.numbers, 1.0, 0.0, 1]),
+    ]
+    for function, fits in calls:
+        function(*fits)
+        for i, right in enumerate(fits):
+            if not isinstance(right, torch.Tensor):
+                continue
+            gaps = torch.zeros(*right.shape, 2, dtype=right.dtype)[..., 0]
+            wrong = [right[:1], gaps, right.float() if right.dtype != torch.float32 else x.double()]
+            if right.ndim == 4:
+                sizes = (2, 1, 31, 32), (2, 1, 32, 31), (2, 2, 32, 32)
+                wrong += [torch.zeros(size) for size in sizes]
+            wrong += [out.bfloat16()] if right is out else []
+            wrong += [table[:, 1:].contiguous()] if right is table else []
+            for other in wrong:
+                with pytest.raises((ValueError, TypeError)):  # TypeError: else written to a copy
+                    function(*fits[:i], other, *fits[i + 1 :])
+    many = torch.zeros(2, 1, 33, 32)
+    for images, change, why in [
+        (x, {"height": 0}, "cells"), (x, {"width": 0}, "cells"), (x, {"patch": 0}, "cells"),
+        (x, {"rows": 3}, "cells"), (x, {"columns": 1}, "cells"),
+        (many, {"height": 33, "patch": 1, "rows": 33, "columns": 32}, "cells"),
+        (x, {"num": -1}, "num or ratio"), (x, {"num": 33}, "num or ratio"),
+        (x, {"ratio": -1}, "num or ratio"), (x, {"ratio": 65537}, "num or ratio"),
+        *((x, {f"{end}_{side}": n}, "rectangles") for side in ("height", "width")
+          for end, n in (("low", 0), ("low", 32), ("high", 33))),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match="mask: "):
-            _cpu.mask_fill(*fits[:i], wrong, *fits[i + 1 :])
-    with pytest.raises(TypeError):  # or the result would be written to a copy
-        _cpu.mask_fill(*fits[:3], x.mT, *fits[4:])
+        numbers = dataclasses.replace(p, **change).numbers
+        with pytest.raises(ValueError, match=f"^mask: .*{why}"):
+            _cpu.mask_fill(images, images, ids, torch.empty_like(images), numbers, 0.0, 0.0, 1)
