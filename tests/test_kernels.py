@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sslus.kernels import _cpu
 from sslus.kernels.moments import moments
 from sslus.kernels.op import CHOICES, OPS, Op, load_all
 from sslus.kernels.ranks import Ranks
@@ -528,6 +529,31 @@ def test_moments(shape, dtype, kind):
         # A few roundings for each row: see moments_stripe in products.cpp.
         most = 2**-22 * scale.abs().amax(0)
         assert ((x - w).abs() <= most + len(za) * 2**-21 * w.abs() + most**2).all()
+
+
+def test_the_border_of_the_products_refuses_what_does_not_fit():
+    """The compiled functions trust nobody: they would read or write beyond a tensor's memory."""
+    z, x, row, weights = torch.ones(9, 70), torch.ones(9, 70), torch.ones(70), torch.ones(9)
+    for name, fits in [
+        ("centre_columns", [z, x, row, 0.1, 1]),
+        ("distance", [z, z, weights, 1]),
+        ("spread_gradient", [z, z, weights, 1.0, z, 1.0, row, x, 1]),
+        ("distances", [z, z, row, 1]),
+        ("moments", [z, z, torch.ones(5, 70), 1]),
+        ("cross_gradients", [x, x, x, x, row, 1.0, row, row, row, row, 1]),
+    ]:
+        function = getattr(_cpu, name)
+        function(*fits)
+        for i, right in enumerate(fits):
+            if not isinstance(right, torch.Tensor):
+                continue
+            gaps = torch.ones(*right.shape, 2)[..., 0]
+            for wrong in (right[..., :-1], right[:-1], gaps, right.double(), right.half()):
+                with pytest.raises((ValueError, TypeError)):  # TypeError: else written to a copy
+                    function(*fits[:i], wrong, *fits[i + 1 :])
+        if name not in ("distance", "spread_gradient", "distances"):  # needs a first row
+            with pytest.raises(ValueError, match="products: want"):
+                function(*(t[:0] if t is z or t is x else t for t in fits))
 
 
 def test_a_failure_in_a_thread_is_an_exception():
