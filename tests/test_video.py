@@ -759,6 +759,14 @@ def test_prepare_undoes_anamorphic_pixels():
     assert fit(576, 720, 256, pixel_aspect=16 / 15)[2:] == (192, 256)
 
 
+def test_moments_are_exact_for_rows_of_any_length_and_with_gaps():
+    wide = np.full((2, 140_000), 255, np.uint8)  # more than 2^32 / 255^2 in a row
+    wide[1] = 3
+    for image in (wide, wide[:, :70], wide[::2], wide[:, :0]):
+        exact = image.astype(np.int64)
+        assert moments(image) == (exact.sum(), (exact**2).sum())
+
+
 def test_native_code_refuses_what_would_be_lost():
     from sslus.engine import _luma
 
