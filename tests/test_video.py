@@ -770,16 +770,33 @@ def test_moments_are_exact_for_rows_of_any_length_and_with_gaps():
 def test_native_code_refuses_what_would_be_lost():
     from sslus.engine import _luma
 
-    good = np.zeros((4, 4), np.uint8)
-    with pytest.raises(TypeError):
-        _luma.expand(good, np.zeros((4, 4), np.float32))
-    with pytest.raises(TypeError):
-        _luma.expand(good, np.zeros((4, 8), np.uint8)[:, ::2])
-    with pytest.raises(ValueError, match="same shape"):
-        _luma.expand(good, np.zeros((4, 5), np.uint8))
-    taps = np.zeros(4, np.int32), np.full((4, 5), 1, np.int32)
-    with pytest.raises(ValueError, match="inside the image"):
-        _luma.resize(good, False, good.copy(), 0, 0, *taps, *taps)
+    good, gaps = np.zeros((4, 5), np.uint8), np.zeros((4, 10), np.uint8)[:, ::2]
+    out, colours = np.zeros((8, 8), np.uint8), np.zeros((4, 5, 3), np.uint8)
+    rows, columns = (np.arange(n, dtype=np.int32) for n in (3, 4))
+    taps = np.full((4, 2), 1 << 13, np.int32)
+    resize = [good, False, out, 5, 4, rows, taps[:3], columns, taps]
+    down, below, above = columns[::-1].copy(), rows - 1, rows + 1
+    for function, fits, wrongs in [
+        (_luma.expand, [good, good.copy()], [
+            (0, gaps), (0, good[:3]), (0, good[:, :4]), (1, gaps), (1, good.astype(np.float32)),
+        ]),
+        (_luma.resize, resize, [
+            (0, gaps), (0, good[:3]), (0, good[:, :4]), (2, out[:7]), (2, out[:, :7].copy()),
+            (2, out.T[::2]), (2, out.astype(np.float32)), (3, -1), (4, -1), (5, rows[:2]),
+            (5, below), (5, above), (7, down), (7, columns - 1), (7, columns + 1), (8, taps[:3]),
+            (6, taps[:3].astype(float)), (5, rows.astype(np.int64)),
+            (8, taps.astype(float)), (7, columns.astype(np.int64)),
+        ]),
+        (_luma.moments, [good], [(0, gaps)]),
+        (_luma.rgb, [colours, good.copy()], [
+            (0, colours[:3]), (0, colours[:, :4]), (1, gaps), (1, good.astype(np.float32)),
+        ]),
+        (_luma.unpack, [good[0], good[1].copy()], [(0, gaps[0]), (1, gaps[0]), (1, np.zeros(5))]),
+    ]:  # fmt: skip
+        function(*fits)
+        for i, wrong in wrongs:
+            with pytest.raises((ValueError, TypeError)):
+                function(*fits[:i], wrong, *fits[i + 1 :])
 
 
 # ---------------------------------------------------------------- find
