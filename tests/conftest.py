@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,27 @@ def start_ranks():
 def no_curves(monkeypatch):
     """No curves.png at the end of a run, which takes longer than a few steps."""
     monkeypatch.setattr("sslus.ssl.curves.draw", lambda metrics, path: None)
+
+
+@pytest.fixture(scope="session")
+def others_run():
+    """others_run(work, places): whether other threads run during `work`, of 10 ms or more.
+
+    places: a numpy view of one number in each part of what `work` writes, none of which becomes 77.
+    Where it keeps the GIL, this thread sees none of the parts written or all, but never some.
+    """
+
+    def stages(work, places) -> set[int]:
+        places[:] = 77
+        other = threading.Thread(target=work)
+        other.start()
+        seen = set()
+        while other.is_alive():
+            seen.add(int((places != 77).sum()))
+        return seen - {0, len(places)}
+
+    # On a busy machine one of the threads may have to wait for long: another try.
+    return lambda work, places: any(stages(work, places) for _ in range(100))
 
 
 @pytest.fixture

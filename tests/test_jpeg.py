@@ -144,3 +144,12 @@ def test_threads_with_other_tables_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@needs_avx2
+def test_others_run_while_it_decodes(others_run):
+    """The threads of a store and of a stream decode at the same time."""
+    image = np.random.default_rng(4).integers(0, 256, (2000, 2000)).astype(np.uint8)
+    image[:, -8:] = 0
+    jpeg, out = encoded(image), np.empty_like(image)
+    assert others_run(lambda: fast(jpeg, out), out[:, -1])

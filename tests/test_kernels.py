@@ -556,6 +556,13 @@ def test_the_border_of_the_products_refuses_what_does_not_fit():
                 function(*(t[:0] if t is z or t is x else t for t in fits))
 
 
+def test_others_run_during_a_pass(others_run):
+    """Such as the threads that load the next batch; all passes share one loop."""
+    z, x = torch.ones(2, 2048, 4096)
+    places = x.numpy()[-1, ::256]
+    assert others_run(lambda: _cpu.centre_columns(z, x, z[0], -1.0, 1), places)
+
+
 def test_a_failure_in_a_thread_is_an_exception():
     """Where memory runs out in a loop of OpenMP, which must not be left by an exception."""
     script = """if True:

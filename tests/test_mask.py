@@ -275,6 +275,18 @@ def test_no_nan_is_rounded_to_a_number():
     assert prediction.grad.isnan().all()
 
 
+def test_others_run_while_masks_are_made(others_run):
+    x, ids, losses = torch.ones(64, 1, 512, 512), ids_of(64), torch.empty(64, dtype=torch.float64)
+    p, out = plan(512, 512, **vars(Mask("rectangles", background=0.5))), torch.empty_like(x)
+    table = torch.empty(64, 4 * p.num + p.cells, dtype=torch.int32)
+    for work, places in [
+        (lambda: _cpu.mask_table(x, ids, table, p.numbers, 0.5, 1), table[:, -1]),
+        (lambda: _cpu.mask_fill(x, x, ids, out, p.numbers, 0.5, 0.0, 1), out[:, 0, -1, -1]),
+        (lambda: _cpu.masked_mse(x, x, table, out, losses, p.numbers, 1.0, 0.0, 1), losses),
+    ]:
+        assert others_run(work, places.numpy())
+
+
 MEMORY = """
 import re, torch
 from sslus.kernels.mask import Mask, mask_fill, masked_mse

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -115,6 +116,13 @@ def test_the_border_refuses_tables_that_do_not_fit():
             _cpu.draw_views(*fits[:i], wrong, *fits[i + 1 :])
     with pytest.raises(TypeError):  # the table would be written to a copy
         _cpu.draw_views(*fits[:7], fits[7].astype(np.float64))
+
+
+def test_others_run_while_views_are_drawn(others_run):
+    frames, ranges = np.arange(100_000), np.array(list(vars(EVERYTHING).values()), np.float64)
+    out = np.empty((100_000, len(COLUMNS)), np.float32)
+    draw_all = partial(_cpu.draw_views, ranges, frames, frames, 0, 7, 256.0, 224.0, out)
+    assert others_run(draw_all, out[::1000, COLUMNS.index("flip")])
 
 
 @pytest.mark.parametrize("name", PRESETS)
