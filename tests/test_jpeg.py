@@ -122,6 +122,10 @@ def test_damaged_files_and_other_sizes_are_refused():
     for wrong in (out[:, ::2], out.astype(np.int8), out[None]):
         with pytest.raises(TypeError):
             decode(jpeg, wrong)
+    data = np.frombuffer(jpeg, np.uint8)
+    assert not _jpeg.decode(data[:-1], out)  # what comes after it in memory is not part of it
+    with pytest.raises(TypeError):
+        _jpeg.decode(data.repeat(2)[::2], out)
 
 
 def test_threads_with_other_tables_do_not_disturb_each_other():
