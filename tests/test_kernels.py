@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sslus.kernels import _cpu
 from sslus.kernels.moments import moments
 from sslus.kernels.op import CHOICES, OPS, Op, load_all
+from sslus.kernels.products import standardised
 from sslus.kernels.ranks import Ranks
 
 load_all()
@@ -529,6 +530,15 @@ def test_moments(shape, dtype, kind):
         # A few roundings for each row: see moments_stripe in products.cpp.
         most = 2**-22 * scale.abs().amax(0)
         assert ((x - w).abs() <= most + len(za) * 2**-21 * w.abs() + most**2).all()
+
+
+@pytest.mark.parametrize("eps", [None, 0.0, 0.5])
+def test_columns_are_standardised_alike_in_both_precisions(eps):
+    z = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    for found, want in zip(
+        *(standardised(z, t, eps) for t in (torch.float32, torch.float64)), strict=True
+    ):
+        torch.testing.assert_close(found, want.float())
 
 
 def test_the_border_of_the_products_refuses_what_does_not_fit():
