@@ -297,8 +297,7 @@ void require(bool ok, const std::string& message) {
 Plan checked(const Numbers& numbers) {
   Plan p;
   std::memcpy(&p, numbers.data(), sizeof(p));
-  require(p.height > 0 && p.width > 0 && p.patch > 0 &&
-              p.rows == (p.height + p.patch - 1) / p.patch &&
+  require(p.patch > 0 && p.rows == (p.height + p.patch - 1) / p.patch &&
               p.columns == (p.width + p.patch - 1) / p.patch && p.rows * p.columns <= kMaxCells,
           "the cells do not fit the image");
   require(p.num >= 0 && p.num <= 32 && p.ratio >= 0 && p.ratio <= kOne, "num or ratio");
