@@ -265,6 +265,14 @@ def test_mixed_types_and_threads(which, monkeypatch):
     assert torch.equal(loss, losses[1]) and torch.equal(again.grad, full.grad)
 
 
+def test_no_thread_overwrites_what_another_has_counted():
+    """Thousands of samples that are drawn in no time: all threads are at the sum at once."""
+    x, ids, p = torch.zeros(4000, 1, 8, 8), ids_of(4000), plan(8, 8, **vars(Mask(patch=4)))
+    table = torch.empty(4000, p.cells, dtype=torch.int32)
+    hidden = {_cpu.mask_table(x, ids, table, p.numbers, -torch.inf, 4) for _ in range(500)}
+    assert hidden == {4000 * 3 * 16}
+
+
 def test_no_nan_is_rounded_to_a_number():
     """As a number, one whose bits are all ones would become -0, and the divergence not show."""
     target = torch.full((1, 1, 8, 20), 2**31 - 1, dtype=torch.int32).view(torch.float32)
