@@ -13,6 +13,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "pool.h"
 #include "augment/views.h"
@@ -141,6 +142,24 @@ bool pool_passes_exceptions_on(int64_t threads) {
   return true;
 }
 
+// Of two callers at the same time, each has all of its work done when its call returns.
+bool callers_take_turns() {
+  std::atomic<bool> right{true};
+  const auto call = [&right] {
+    for (int i = 0; i < 300; ++i) {
+      std::atomic<int64_t> num_done{0};
+      sslus::Pool::run(
+          9, 2, [](void* done, int64_t) { ++*static_cast<std::atomic<int64_t>*>(done); },
+          &num_done);
+      if (num_done != 9) right = false;
+    }
+  };
+  std::thread other(call);
+  call();
+  other.join();
+  return right;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -148,6 +167,7 @@ int main(int argc, char** argv) {
   const int64_t runs = argc > 2 ? std::atoll(argv[2]) : 300;
   for (int64_t threads = 1; threads <= 3; ++threads)
     if (!pool_passes_exceptions_on(threads)) return std::fputs("an exception is lost\n", stderr), 1;
+  if (!callers_take_turns()) return std::fputs("a caller's work is not done\n", stderr), 1;
   std::ifstream known(argv[1], std::ios::binary);
   std::ofstream written;
   if (!known) written.open(argv[1], std::ios::binary);
