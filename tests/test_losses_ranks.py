@@ -38,6 +38,8 @@ CASES = [
     ("infonce_queue", [(ROWS, 5), (ROWS, 5), (11, 5)], 1),
     ("byol", [(ROWS, 5)] * 4, 1),
     ("masked_mse", [(ROWS, 1, 7, 6), (ROWS, 1, 7, 6), (ROWS,)], 1),
+    ("vicreg", [(ROWS, 40)] * 2, (1000, 1)),  # of one view alone
+    ("barlow", [(2, 3)] * 2, 1),  # not a batch of two, which would be another formula
 ]
 
 
@@ -53,7 +55,7 @@ def joined(name, shapes, dominant, world):
         batched = OPS[name].num_batched is None or i < OPS[name].num_batched
         x = torch.randn(rows * world if batched else rows, *rest, generator=g) + 0.3
         if rest:
-            x[:, 0] *= dominant
+            x[:, 0] *= dominant[i] if isinstance(dominant, tuple) else dominant
         out.append((x, batched))
     return out
 
@@ -73,7 +75,8 @@ def gradients(name, which, tensors, group=None):
 def check(rank, world, group, alone):
     for i, (name, shapes, dominant) in enumerate(CASES):
         batch = joined(name, shapes, dominant, world)
-        rows = slice(rank * ROWS, (rank + 1) * ROWS)
+        num = shapes[0][0]
+        rows = slice(rank * num, (rank + 1) * num)
         own = [x[rows] if batched else x for x, batched in batch]
         for which in ("cpu", "reference", "gpu"):
             if OPS[name].why_not(which, own[0]):  # gpu: runs here in Triton's interpreter alone
