@@ -18,15 +18,18 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import sslus.kernels
+from sslus.kernels import gram_gpu
 from sslus.kernels import op as ops
 from sslus.kernels.mask import Mask
 from sslus.kernels.ranks import Ranks
@@ -207,11 +210,11 @@ def test_a_mask_is_never_a_tensor(kind, monkeypatch):
     assert 2 * gradient <= found.backward_bytes <= 2 * gradient + spare
 
 
-@pytest.mark.parametrize("num, ragged", [(2, False), (3, True)])
+@pytest.mark.parametrize("num, rows, ragged", [(2, 16, False), (3, 16, True), (2, 17, True)])
 @pytest.mark.parametrize("name", ["vicreg", "barlow"])
-def test_blocks_are_for_the_columns_of_a_rank(name, num, ragged, monkeypatch):
-    """Of D = 8192 three ranks have 2731 each, whose numbers are loaded one by one."""
-    from sslus.kernels import gram_gpu
+def test_blocks_are_for_the_columns_of_a_rank(name, num, rows, ragged, monkeypatch):
+    """Of D = 8192 three ranks have 2731 each, whose numbers are loaded one by one; K's, too, where
+    the rows of all ranks are no multiple of 16."""
 
     class OneOf(Ranks):
         """Its rows and columns, in numbers: nothing computes."""
@@ -237,7 +240,7 @@ def test_blocks_are_for_the_columns_of_a_rank(name, num, ragged, monkeypatch):
         gram_gpu, "_launch", lambda _, name, *__, kind, **___: kinds.setdefault(name, kind)
     )
     op = ops.load_all()[name]
-    tensors = [torch.zeros(16, 8192, dtype=torch.bfloat16) for _ in "ab"]
+    tensors = [torch.zeros(rows, 8192, dtype=torch.bfloat16) for _ in "ab"]
     op.gpu(*tensors, ranks=OneOf(), **op.cases[0]["scalars"])
     assert "multiply 64" in kinds and all(kind.ragged == ragged for kind in kinds.values()), kinds
 
@@ -303,12 +306,40 @@ def assert_parity(name, shape, dtype):
     ids=str,
 )
 def test_parity_of_what_large_inputs_take(name, shape, limits, dtype, monkeypatch):
-    from sslus.kernels import gram_gpu
-
     for limit, value in limits.items():
         assert getattr(gram_gpu, limit) > value
         monkeypatch.setattr(gram_gpu, limit, value)
     assert_parity(name, shape, dtype)
+
+
+@triton.jit
+def triangle_kernel(out, first, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    i, j = gram_gpu._triangle(first + at)
+    tl.store(out + at, i)
+    tl.store(out + BLOCK + at, j)
+
+
+@that_computes
+@pytest.mark.parametrize("row", [0, 4000])  # of tiles: 128,000 of K
+@pytest.mark.parametrize("digits", [-1, 0, 1])
+def test_tiles_of_a_triangle_are_counted_whatever_the_last_digit_of_a_root(
+    digits, row, monkeypatch
+):
+    """Which on a GPU may be wrong, up or down."""
+    if not torch.cuda.is_available():
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def sqrt(builder, x):
+            root = np.sqrt(x.data)
+            return TensorHandle((root * (1 + digits * 2**-23)).astype(root.dtype), x.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_sqrt", sqrt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.empty(2, 8192, dtype=torch.int32, device=device)
+    triangle_kernel[(1,)](out, row * (row + 1) // 2, BLOCK=8192)
+    pairs = [(i, j) for i in range(row, row + 128) for j in range(i + 1)][:8192]
+    assert torch.equal(out.cpu(), torch.tensor(pairs, dtype=torch.int32).T)
 
 
 @on_a_gpu
