@@ -59,6 +59,24 @@ def test_gradients_too_small_for_float16_are_scaled_first(name):
         assert (g - w).abs().max() <= torch.finfo(F16).eps * w.abs().max()
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="plays a GPU in Triton's interpreter"
+)
+@pytest.mark.parametrize("name", ["byol", "ntxent", "infonce_queue"])
+def test_one_column_has_no_gradient_with_the_division_of_a_gpu(name, monkeypatch):
+    """There `/` is a product with the reciprocal, and 41 x (1 / 41) is not 1."""
+    from triton.runtime import interpreter
+
+    def divide(builder, a, b):
+        return interpreter.TensorHandle(a.data * (1 / b.data), a.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", divide)
+    op = parity.OPS[name]
+    tensors = [torch.arange(1.0, 98.0).view(-1, 1) for _ in op.cases[0]["tensors"]]
+    _, *grads = parity.value_and_grads(op, "gpu", tensors, op.cases[0]["scalars"])
+    assert all((g == 0).all() for g in grads)
+
+
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, F32), (F32, F32, BF16), (BF16, F32, F16)], ids=str)
 def test_a_queue_of_another_type(dtypes):
     check("infonce_queue", [(9, 48), (9, 48), (70, 48)], dtypes, 0.05)
