@@ -31,6 +31,16 @@ def device_of(which):
     return "cuda" if which == "gpu" and torch.cuda.is_available() else "cpu"
 
 
+def choose(which, monkeypatch):
+    """Runs the implementation `which`; on a GPU in small tiles, so that an image takes several."""
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    if which == "gpu":
+        from sslus.kernels.mask import gpu
+
+        monkeypatch.setattr(gpu, "TILE", 256)
+        monkeypatch.setattr(gpu, "COUNT_TILE", 256)
+
+
 def ids_of(num, seed=0):
     """Any 64 bits may be an id."""
     g = torch.Generator().manual_seed(seed)
@@ -55,7 +65,7 @@ SAME += [pytest.param("gpu", shape, marks=needs_gpu) for shape in SHAPES[1:2]]  
 @pytest.mark.parametrize("which, shape", SAME)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_implementation_hides_the_same_pixels(which, shape, dtype, monkeypatch):
-    monkeypatch.setenv("SSLUS_KERNELS", which)
+    choose(which, monkeypatch)
     device, ids = device_of(which), ids_of(2)
     x, target = noise(2, 1, *shape), noise(2, 1, *shape, seed=1)
     for mask in (
@@ -185,6 +195,12 @@ def test_the_sector_of_a_phantom_frame():
         assert hidden[:, inside].any(0).float().mean() > 0.85
 
 
+def test_the_seed_is_spread_as_by_splitmix64():
+    """Its first two numbers for the seed 0, as Java's SplittableRandom gives them."""
+    for seed, want in ((0, 0xE220A8397B1DCDAF), (0x9E3779B97F4A7C15, 0x6E789E6AA1B965F4)):
+        assert sample_ids(torch.zeros(1), seed=seed, epoch=0).item() % 2**64 == want
+
+
 def test_ids_differ_for_each_sample_and_epoch():
     samples, epochs = torch.tensor([7, 8, 7], dtype=torch.int32), torch.tensor([3, 3, 4])
     one, next_sample, next_epoch = sample_ids(samples, seed=0, epoch=epochs).tolist()
@@ -212,7 +228,7 @@ def test_a_mask_is_of_the_sample_and_the_epoch_alone(mask):
 @pytest.mark.parametrize("which", ["reference", *KERNELS])
 @pytest.mark.parametrize("mask", [Mask(patch=8), Mask("rectangles", patch=8, background=0.1)])
 def test_the_loss_is_where_it_belongs(mask, which, monkeypatch):
-    monkeypatch.setenv("SSLUS_KERNELS", which)
+    choose(which, monkeypatch)
     device, ids = device_of(which), ids_of(3)
     prediction, target = noise(3, 1, 40, 33), noise(3, 1, 40, 33, seed=1)
     hidden = draw_mask(target, ids, mask).unsqueeze(1)
@@ -234,6 +250,20 @@ def test_the_loss_is_where_it_belongs(mask, which, monkeypatch):
         assert still.grad is None
         if not rest:
             assert (gradient[~hidden] == 0).all() and (gradient[hidden] != 0).all()
+
+
+@pytest.mark.parametrize("which", KERNELS)
+def test_a_cell_of_many_pixels(which, monkeypatch):
+    """Pixels times 2^16 would not fit into 32 bits: of the two cells, the one on the left alone
+    is bright enough."""
+    monkeypatch.setenv("SSLUS_KERNELS", which)
+    x = torch.zeros(1, 1, 200, 400)
+    x[..., :190, :190] = 1
+    x[..., :100, 200:] = 1
+    mask = Mask(patch=200, ratio=1, background=0.5, share=0.9)
+    ids, device = ids_of(1), device_of(which)
+    filled = mask_fill(x.to(device), ids.to(device), mask, fill=-7).cpu()
+    assert (filled[..., :200] == -7).all() and torch.equal(filled[..., 200:], x[..., 200:])
 
 
 @pytest.mark.parametrize("which", KERNELS)
