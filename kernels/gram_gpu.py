@@ -528,7 +528,7 @@ def apply(
         g -= x * tl.load(col + row * D + at, mask=ok, other=0)[None, :]
         g += pull * _pull(za, zb, weights, r, at, view, N, D, WEIGHTED)
     kept = N  # rows to write: none if `exact` has written this gradient
-    if (strip == 0) & (num_exact > 0):
+    if num_exact > 0:
         kept = N * (1 - _cancels(sums, P, view, num_columns, num_tiles, BARLOW))
     inside = (r[:, None] < kept) & ok[None, :]
     out = ga if view == 0 else gb
