@@ -20,7 +20,7 @@ from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.shard import Settings as ShardSettings
 from sslus.engine.shard import shard
 from sslus.engine.store import FrameStore
-from sslus.ssl import backbones, checkpoints, curves, health, methods, online
+from sslus.ssl import backbones, checkpoints, curves, health, loop, methods, online
 from sslus.ssl.dual import DualTask
 from sslus.ssl.loader import Loader, Views
 from sslus.ssl.loop import Options
@@ -725,20 +725,60 @@ def test_tensorboard_gets_every_number(shards, tmp_path, monkeypatch):
     assert got == [x for x in want if x[0] not in ("step", "epoch")] and len(got) > 20
 
 
+def test_the_curves_are_drawn_now_and_then(shards, tmp_path, monkeypatch):
+    """After a checkpoint, if the last were drawn long ago; and at the end."""
+    run, drawn = tmp_path / "run", []
+
+    def clock():  # a step takes 10 s
+        return 10.0 * len(checkpoints.read_metrics(run / "metrics.jsonl"))
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(loop, "CURVES_EVERY_SECONDS", 30)
+    monkeypatch.setattr(curves, "draw", lambda metrics, path: drawn.append(len(metrics)))
+    run_train(shards, run, checkpoint_every=2)
+    assert drawn == [4, 6]
+
+
 def test_the_curves_show_everything_that_is_logged():
-    keys = (*curves.KNOWN, "variance", *curves.ONLINE)
-    metrics = [{"step": i, **{k: 0.5 + i for k in keys if k != "step"}} for i in (1, 2)]
-    panels = {axes.get_title(): axes for axes in curves.plot(metrics).axes if axes.get_title()}
+    keys = (*curves.KNOWN, "variance", "covariance", *curves.ONLINE)
+    values = {k: n + 0.5 for n, k in enumerate(keys)} | {"uniformity": -2.0}
+    every = [{k: v + i / 10 for k, v in values.items()} | {"step": 10 * i} for i in (1, 2)]
+    looks = [{k: m[k] for k in ("step", *curves.ONLINE)} for m in every]  # lines of their own
+    metrics = [{k: v for k, v in m.items() if k not in curves.ONLINE} for m in every]
+    figure = curves.plot([*metrics, *looks])
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert list(panels)[1:] == [
         "Optimisation", "Health", "Dead features", "Views", "Speed", "GPU",
         "Labelled frames, by patient",
     ]  # fmt: skip
-    labels = [t.get_text() for t in panels["Labelled frames, by patient"].get_legend().texts]
-    assert labels == [k.replace("_", " ") for k in curves.ONLINE]
-    sides = {axes.get_ylabel() for axes in curves.plot(metrics).axes}
-    assert panels["Speed"].get_ylim() == pytest.approx((0, 2.5 * 1.05))
-    assert {"RankMe", "alignment", "uniformity", "memory, GiB", "gradient norm"} <= sides
+    drawn = {
+        line.get_label() if axes.get_legend() else axes.get_ylabel(): line
+        for axes in figure.axes
+        for line in axes.get_lines()
+    }
+    names = {
+        "lr": "learning rate", "grad_norm": "gradient norm", "rankme": "RankMe",
+        "feature_std": "mean std of a feature", "dead_features": "share of the features",
+        "samples_per_second": "samples/s", "data_wait": "share waiting for data",
+        "gpu_memory_gib": "memory, GiB", **{k: k.replace("_", " ") for k in curves.ONLINE},
+    }  # fmt: skip
+    for key in set(keys) - {"step", "epoch"}:
+        line = drawn.pop(names.get(key, key))
+        assert line.get_xdata().tolist() == [10, 20], key
+        assert line.get_ydata().tolist() == [m[key] for m in every], key
+    assert not drawn
+    most = metrics[1]["samples_per_second"]
+    sides = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert panels["Speed"].get_ylim() == pytest.approx((0, most * 1.05), rel=1e-3)
+    assert sides["share waiting for data"].get_ylim() == (0, 1)
+    assert sides["uniformity"].get_ylim()[0] < sides["uniformity"].get_ylim()[1] == 0
     assert len(curves.plot([{"step": 1, "loss": 2.0, "lr": 0.1}]).axes) == 2
+
+
+@pytest.mark.parametrize("last, scale", [(5.0, "linear"), (0.05, "log")])
+def test_the_loss_has_a_log_scale_only_if_it_falls_far(last, scale):
+    metrics = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": last}]
+    assert curves.plot(metrics).axes[0].get_yscale() == scale
 
 
 def test_the_fastest_way_that_works_is_taken(monkeypatch):
