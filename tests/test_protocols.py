@@ -139,6 +139,27 @@ def test_every_share_has_the_same_steps_and_batch_norm_learns_only_in_training(t
         handle.remove()
 
 
+def test_the_seed_draws_the_views(toy, monkeypatch):
+    """Of the same frames in the same order."""
+    order = finetune.batches(20, 32, 1, 0)
+    monkeypatch.setattr(finetune, "batches", lambda *a: order)
+    met = []
+
+    def hook(module, inputs):
+        if module.training:
+            met.append(inputs[0].clone())
+
+    handle = toy.start.register_forward_pre_hook(hook)
+    try:
+        for seed in (0, 0, 1):
+            tune(toy, 1, seed=seed)
+    finally:
+        handle.remove()
+    first, again, other = met
+    assert torch.equal(first, again)
+    assert (first - other).abs().flatten(1).amax(1).min() > 0.1  # every view is another one
+
+
 def test_batches_are_epochs_without_gaps():
     at, epoch = finetune.batches(5, 8, 10, seed=3)
     assert at.shape == epoch.shape == (10, 8)
@@ -203,7 +224,22 @@ def test_on_a_full_disk_no_training_seems_finished(toy, small_disk):
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_kept_result_is_that_of_the_same_training_only(toy):
+def test_a_training_follows_its_settings(toy, monkeypatch):
+    """A tenth of the steps warms up, and the last is at a thousandth of the peak."""
+    make, set_lr, decays, rates = finetune.optimizers.make, finetune.optimizers.set_lr, [], []
+    monkeypatch.setattr(finetune.optimizers, "make", lambda *a: (decays.append(a[3]), make(*a))[1])
+    monkeypatch.setattr(
+        finetune.optimizers, "set_lr", lambda *a: (rates.append(a[1]), set_lr(*a))[1]
+    )
+    settings = finetune.Settings.of(20, CPU, "test_resnet", 32)
+    finetune.tune(job(toy), toy.start, toy.pictures, settings, lambda _: None)
+    peak = settings.lr
+    assert rates[:2] == [peak / 2, peak] and rates[2] < peak
+    assert len(rates) == 20 and rates[-1] == pytest.approx(peak / 1000)
+    assert decays == [settings.weight_decay] and decays[0] > 0
+
+
+def test_a_kept_result_is_that_of_the_same_training_only(toy, monkeypatch):
     def name(job, settings=SETTINGS, start=toy.start, pictures=toy.pictures):
         (name,) = finetune._names([job], {"toy": start}, pictures, settings)
         return name
@@ -224,6 +260,8 @@ def test_a_kept_result_is_that_of_the_same_training_only(toy):
     ]  # fmt: skip
     assert len(set(names)) == len(names)
     assert name(job(toy)) == names[0]
+    monkeypatch.setattr(finetune, "parse", lambda text: "what the words mean in another version")
+    assert name(one) not in names
 
 
 def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path, monkeypatch):
@@ -236,6 +274,9 @@ def test_a_loss_that_is_not_finite_is_one_line(toy, tmp_path, monkeypatch):
             [job(toy)], {"toy": broken}, toy.pictures, SETTINGS, tmp_path, {}, lambda *a: None
         )
     assert not list(tmp_path.iterdir())
+    long = dataclasses.replace(SETTINGS, steps=50)  # not known only at its end
+    with pytest.raises(InputError, match=r"no longer finite \(by step 10 of seed 1\)"):
+        finetune.tune(job(toy), broken, toy.pictures, long, lambda step: None)
     with pytest.raises(InputError, match="--steps 0: want at least 1"):
         finetune.Settings.of(0, CPU, "test_resnet", 32)
     alone = job(toy, train=np.array([1]), y=np.array([1]))  # of one class, which needs no training
