@@ -284,7 +284,9 @@ def test_urls_are_folders_elsewhere(shards, many_shards):
 
 
 def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypatch):
-    calls, cat = [], LocalFileSystem.cat_file
+    calls, waits, cat = [], [], LocalFileSystem.cat_file
+    monkeypatch.setattr(stream, "WAITS_SECONDS", (1, 5))
+    monkeypatch.setattr("time.sleep", waits.append)
 
     def fails(self, path, *args, **kwargs):
         calls.append(path)
@@ -297,6 +299,7 @@ def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypat
     with pytest.raises(InputError, match="shard-000002.tar: cannot be read .*: reset by\\)") as e:
         read(where)  # the manifest came at the third attempt
     assert "\n" not in str(e.value) and sum("000002" in c for c in calls) == 3
+    assert waits == [1, 5, 1, 5]  # and none behind the last attempt
 
 
 def test_a_protocol_that_is_not_installed_says_what_to_install(monkeypatch):
