@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sslus.engine.errors import InputError
-from sslus.engine.plan import nearby
+from sslus.engine.plan import Plan, nearby
 from sslus.engine.store import FrameStore
 from sslus.kernels import _cpu
 from sslus.kernels.augment import COLUMNS, PARAMS, check_params, identity, views
@@ -262,6 +262,18 @@ def test_whole_is_the_frame_resized(store):
     half = whole(frames, 32, 0.0, 1.0)
     want = F.resize(torch.from_numpy(np.array(frames))[:, None] / 255, [32, 32], antialias=True)
     torch.testing.assert_close(half, want, atol=1 / 255, rtol=0)
+
+
+def test_partners_and_the_order_are_drawn_from_different_numbers():
+    """Else those of the frames that come first in an epoch would not be any."""
+    num = 1000
+    order = Plan(num, 4, 3).order(5)
+    partners, _ = nearby(np.zeros(num, int), np.zeros(num), np.arange(num), 1.0, 3, 5)
+    # Sorted by the numbers that the partners were drawn from, these would be the order.
+    own = np.random.Philox(key=[3, 5]).random_raw(num)
+    same = (own % np.uint64(num - 1)).astype(int)
+    assert np.array_equal(np.argsort(own, kind="stable"), order)
+    assert (partners == same + (same >= np.arange(num))).mean() < 0.02
 
 
 def test_nearby_frames_are_of_the_same_video_and_in_reach():
