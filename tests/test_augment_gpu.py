@@ -127,6 +127,16 @@ def test_noise_has_the_reference_bits():
 
 
 @runs
+def test_noise_and_values_of_a_view_of_several_tiles_in_a_row():
+    frames, size = frames_of(32), (5, 300)  # a tile has 256 columns at most
+    params = table(32, [{"speckle": 0.25, "seed": 3}, {"sigma": 2, "speckle": 0.25, "seed": 4}])
+    got = make(frames, torch.tensor([0, 2]), params, size).double()
+    index = torch.tensor([0, 2])
+    want = views(frames, index, params.double(), size=size, std=1 / 255, dtype=torch.float64)
+    assert (got - want).abs().max() < 0.5
+
+
+@runs
 def test_bfloat16_and_normalisation():
     frames, index, params = frames_of(40), torch.arange(3), table(40, [BOX, {}, {"sigma": 1.5}])
     full = make(frames, index, params, (33, 48), mean=0.3, std=0.2)
