@@ -64,7 +64,9 @@ ROWS = [
     {"contrast": 0.2},
     {"gamma": 0.6},
     {"gamma": 3},
+    {"top": 4 - 5e-4, "height": 20 + 1e-3, "left": 3 - 5e-4, "width": 9 + 1e-3},  # rounded sums
     {"sigma": 0.4},
+    {"sigma": 1e-38},  # of whose reciprocal the square is not finite
     {"sigma": 2, "gamma": 0.8, "contrast": 1.5},
     {"sigma": 16},
     {"gain_near": 0.4, "gain_far": 1.9},
@@ -151,11 +153,12 @@ def test_bfloat16_and_normalisation():
 @runs
 def test_what_is_not_there_becomes_nan_and_leaves_its_neighbours():
     frames, store, size = frames_of(32), 32, (20, 24)
-    rows = [{"sigma": 1}, {"top": 20}, {"height": np.nan}, {}, {}, {"seed": np.inf}, {"flip": 1}]
-    index = torch.tensor([0, 1, 2, 3, -1, 0, 1])
+    rows = [{"sigma": 1}, {"top": 20}, {"height": np.nan}, {}, {}, {"seed": np.inf}]
+    rows += [{"sigma": np.inf}, {"flip": 1}]
+    index = torch.tensor([0, 1, 2, 3, -1, 0, 0, 1])
     got = make(frames, index, table(store, rows), size)
-    assert got[1:6].isnan().all()
-    kept = [0, 6]
+    assert got[1:7].isnan().all()
+    kept = [0, 7]
     alone = make(frames, index[kept], table(store, [rows[i] for i in kept]), size)
     assert torch.equal(got[kept], alone) and alone.isfinite().all()
 
