@@ -94,6 +94,22 @@ def test_every_implementation_hides_the_same_pixels(which, shape, dtype, monkeyp
     assert torch.equal(got.cpu()[:, 0] == -77, hidden)
 
 
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("strided", ["x", "target", "ids"])
+def test_strided_tensors_are_copied_first(strided, which, monkeypatch):
+    choose(which, monkeypatch)
+    mask, ids = Mask(patch=5, background=0.3), ids_of(2)
+    x, target = noise(2, 1, 17, 23), noise(2, 1, 17, 23, seed=1)
+    want = torch.where(draw_mask(target, ids, mask).unsqueeze(1), -7, x)
+    given = {"x": x, "target": target, "ids": ids}
+    t = given[strided]
+    given[strided] = t.repeat_interleave(2)[::2] if t.ndim == 1 else t.mT.contiguous().mT
+    given = {name: t.to(device_of(which)) for name, t in given.items()}
+    assert not given[strided].is_contiguous()
+    filled = mask_fill(given["x"], given["ids"], mask, fill=-7, target=given["target"])
+    assert filled.is_contiguous() and torch.equal(filled.cpu(), want)
+
+
 def test_patches_hide_the_exact_share():
     ids = ids_of(50)
     hidden = hidden_cells(draw_mask(torch.zeros(50, 1, 224, 224), ids, PATCHES), 16)
@@ -360,11 +376,12 @@ def test_a_patch_larger_than_the_image_is_the_image(largest):
     """Padded to whole cells, two small images would take gigabytes."""
     target, ids = noise(2, 1, 24, 40), ids_of(2)
     for kind in ("patches", "rectangles"):
-        whole, larger = (Mask(kind, patch=patch, background=0.3) for patch in (40, 1 << 12))
+        whole, larger = (Mask(kind, patch, 0.5, background=0.3) for patch in (40, 1 << 12))
         with largest:
             hidden = draw_mask(target, ids, larger)
         assert largest.numel <= 2 * 40 * 40 * 32  # pixels of a cell, for each rectangle
         assert torch.equal(hidden, draw_mask(target, ids, whole))
+        assert kind == "rectangles" or hidden.all()  # of an oblong one, too
 
 
 def test_compiled_without_a_break():
@@ -391,6 +408,7 @@ def test_what_cannot_be_masked_is_refused():
         ({"kind": "rectangle"}, "patches or rectangles"),
         ({"ratio": 0}, "ratio above 0"),
         ({"patch": 0}, "patch of 1"),
+        ({"patch": 32769}, "patch of 1 to 32768 px"),
         ({"num": 33}, "1 to 32 rectangles"),
         ({"min_side": 0.5}, "min_side <= max_side"),
         ({"share": 2}, "share in 0..1"),
@@ -413,6 +431,7 @@ def test_what_cannot_be_masked_is_refused():
         ((x, ids[:1]), PATCHES, "want 2 ids"),
         ((x[:0], ids[:0]), PATCHES, "the batch is empty"),
         ((x, ids.int()), PATCHES, "ids of torch.int64"),
+        ((x, ids.to("meta")), PATCHES, "on one device, got cpu, cpu, meta"),
         ((x.half(), ids), PATCHES, "want images of torch.float32, torch.bfloat16"),
         ((x.clone().requires_grad_(), ids), PATCHES, r"no gradient; detach\(\) the images"),
     ]:
