@@ -471,6 +471,11 @@ def column(name, value):
         (None, {"dtype": torch.float16}, "want dtype .*got torch.float16"),
         (None, {"out": torch.empty(24, 1, 112, 224)[..., ::2]}, "want out .*not contiguous"),
         (None, {"out": torch.empty(24, 1, 112, 112).double()}, "want out .*float64"),
+        (
+            None,
+            {"out": torch.empty(24, 1, 112, 112, device="meta")},
+            "want frames, index, params and out on one device",
+        ),
         (None, {"out": torch.empty(23, 1, 112, 112)}, r"want out \(24, .*got \(23,"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 
-from sslus.kernels import aot
+from sslus.kernels import aot, augment
 from sslus.kernels.augment import gpu
 from sslus.kernels.augment.reference import COLUMNS, identity, noise, views
 
@@ -136,6 +136,19 @@ def test_noise_and_values_of_a_view_of_several_tiles_in_a_row():
     index = torch.tensor([0, 2])
     want = views(frames, index, params.double(), size=size, std=1 / 255, dtype=torch.float64)
     assert (got - want).abs().max() < 0.5
+
+
+@runs
+def test_strided_tables_are_copied_first(monkeypatch):
+    monkeypatch.setenv("SSLUS_KERNELS", "gpu")
+    frames, params = frames_of(32), table(32, [BOX, {"flip": 1}])
+    want = make(frames, torch.tensor([1, 2]), params, (9, 7), std=0.5)
+    index = torch.tensor([1, 0, 2, 0])[::2].to(DEVICE)
+    wide = params.to(DEVICE).repeat(1, 2)[:, : len(COLUMNS)]
+    assert not index.is_contiguous() and not wide.is_contiguous()
+    assert torch.equal(
+        augment.views(frames.to(DEVICE), index, wide, size=(9, 7), std=0.5).cpu(), want
+    )
 
 
 @runs
