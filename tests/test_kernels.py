@@ -531,6 +531,8 @@ def test_moments_of_what_is_not_finite_and_of_half_precision():
     half = moments(*z[:, :4].half(), Ranks())
     want = moments(*z[:, :4].half().float(), Ranks())
     torch.testing.assert_close(half.variances, want.variances)
+    mixed = moments(z[0, :4].half().float(), z[1, :4].half(), Ranks())
+    torch.testing.assert_close(mixed, want)
 
 
 @pytest.mark.parametrize("kind", ["plain", "collapsed", "near", "dominant", "outlier"])
