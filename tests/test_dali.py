@@ -4,8 +4,10 @@ import ctypes
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,7 +17,7 @@ import simplejpeg
 from sslus.engine import dali
 from sslus.engine.dali import CHUNK, DaliBackend
 from sslus.engine.errors import InputError
-from sslus.engine.video import PyavBackend, VideoError, VideoInfo, probe
+from sslus.engine.video import PyavBackend, VideoError, VideoInfo, open_video, probe
 
 LIMITED, FULL = 1, 2
 
@@ -128,6 +130,29 @@ def test_cpu_agrees_with_pyav(name, cpu, tmp_path):
     assert np.allclose(times, wanted, atol=1e-3)
 
 
+def test_pixels_that_are_not_square_are_stretched_as_by_pyav(cpu, tmp_path):
+    path = make_clip(tmp_path / "a.webm", "libvpx-vp9", 2, options=EXACT)
+    info = replace(probe(path), pixel_aspect=0.4)
+    ours, theirs = (
+        list(backend.prepared(path, info, lambda i, t: True, 32, 95))
+        for backend in (cpu, PyavBackend())
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a.image.astype(int) - b.image).max() <= 1
+
+
+def test_what_dali_gives_must_be_what_was_probed(cpu, tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "a.webm", "libvpx-vp9", 2, options=FAST)
+    info = probe(path)
+    wider = replace(info, width=info.width + 2)
+    with pytest.raises(VideoError, match=f"gives {info.width} x {info.height}, not {wider.width}"):
+        list(cpu.prepared(path, wider, lambda i, t: True, 32, 95))
+    fails = SimpleNamespace(encode=lambda images, *a, **k: [b"", None][: len(images)])
+    monkeypatch.setattr(cpu, "_encoder", fails)
+    with pytest.raises(VideoError, match="cannot encode a frame as JPEG"):
+        list(cpu.prepared(path, info, lambda i, t: True, 32, 95))
+
+
 def test_only_kept_frames_have_pictures(cpu, tmp_path):
     path = make_clip(tmp_path / "a.avi", "mjpeg", 2 * CHUNK + 3, options=BEST)
     asked = []
@@ -185,21 +210,53 @@ def test_frames_that_dali_would_not_put_in_order_are_refused(file, codec, cpu, t
         list(cpu.prepared(path, probe(path), lambda i, t: True, 32, 95))
 
 
+def test_stamps_of_joined_and_of_long_recordings_are_refused(tmp_path):
+    whole = make_clip(tmp_path / "a.ts", "libx264", 12)
+    dali._check_packets(whole)
+    twice = tmp_path / "b.ts"
+    twice.write_bytes(2 * whole.read_bytes())
+    with pytest.raises(VideoError, match="timestamps that start again"):
+        dali._check_packets(twice)
+    late = remux(whole, tmp_path / "c.ts", lambda n, p: bytes(p), later=1 << 31)
+    with pytest.raises(VideoError, match="over 32 bits"):
+        dali._check_packets(late)
+
+
+def test_a_video_behind_another_is_refused(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for stream, num in zip(streams, (1, 12), strict=True):
+            for i in range(num):
+                frame = av.VideoFrame(64, 48, "yuv420p")
+                frame.pts = i
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+    assert open_video(path)[1].index == 1  # the one that is taken
+    with pytest.raises(VideoError, match="an image before the video"):
+        dali._check_packets(path)
+
+
 OPEN = {
     "libx264": {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=2"},
     "libx265": {"x265-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=2"},
 }
 
 
-def remux(path, into, change):
-    """The packets of a file in another; change(number, data) -> the data to write, or None."""
+def remux(path, into, change, later=0):
+    """The packets of a file in another; change(number, data) -> the data to write, or None.
+
+    later: is added to their time stamps."""
     with av.open(str(path)) as source, av.open(str(into), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(p for p in source.demux(video=0) if p.size):
             data = change(number, packet)
             if data is not None:
                 copy = av.Packet(data)
-                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.pts, copy.dts = packet.pts + later, packet.dts + later
+                copy.time_base = packet.time_base
                 copy.is_keyframe, copy.stream = packet.is_keyframe, stream
                 out.mux(copy)
     return into
@@ -299,6 +356,10 @@ def test_gpu_refuses_what_nvdec_cannot_decode(monkeypatch, cpu):
         (info_of("h264", interlaced=True), "interlaced"),
     ]:
         assert why in cpu.refuses(info)
+    largest = info_of("h264", width=4096, height=4096)
+    assert cpu.refuses(largest) is None  # in as many blocks of 16 x 16 as there may be
+    limits["max_macroblocks"] -= 1
+    assert "4096" in cpu.refuses(largest)
 
 
 def test_a_device_that_cannot_work_is_an_error(monkeypatch):
