@@ -443,6 +443,9 @@ def test_times(grey, tmp_path):
     assert times(FrameTime="20") == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
     assert times(CineRate="10") == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert times(RecommendedDisplayFrameRate="10") == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    both = times(CineRate="20", RecommendedDisplayFrameRate="10")  # how it was taken, how shown
+    assert both == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert times(CineRate="20000") == times(FrameTime="0") == pytest.approx(np.arange(5) / 25)
     vector = ["0", "10", "30", "10", "50"]
     given = times(FrameTimeVector=vector, FrameTime="20")
     assert given == pytest.approx([0, 0.01, 0.04, 0.05, 0.1])
@@ -590,6 +593,17 @@ def test_an_image_that_is_cut_off_is_damaged(codec, syntax, colour, tmp_path):
     for share in (0.98, 0.9, 0.5, 0.2):
         path.write_bytes(whole[: start + int(length * share)])
         assert [f.corrupt for f in frames(path)] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("codec, syntax", CUT)
+def test_half_an_image_in_a_whole_fragment_is_damaged(codec, syntax, colour, tmp_path):
+    """FFmpeg would make up the rest."""
+    planes = np.ascontiguousarray(np.moveaxis(colour, -1, 1))
+    yuv = codec in ("mjpeg", "ljpeg")
+    data = list(encoded(planes if yuv else colour, codec, "yuvj444p" if yuv else "rgb24"))
+    data[2] = data[2][: len(data[2]) // 2]
+    path = write(tmp_path / "a.dcm", data, syntax, "RGB", **shape_of(colour))
+    assert [f.corrupt for f in frames(path)] == [False, False, True, False, False]
 
 
 def test_one_damaged_image_moves_no_other(grey, tmp_path):
