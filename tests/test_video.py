@@ -3,17 +3,19 @@
 import csv
 import errno
 import gc
+import io
 import itertools
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sslus.engine import video
+from sslus.engine import truncated, video
 from sslus.engine.errors import InputError
 from sslus.engine.prepare import _taps, expand_limited, fit, moments, prepare
 from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, find_videos
@@ -682,6 +684,33 @@ def test_a_truncated_file_is_noticed_and_its_last_frame_left_out(
         assert 0 < len(kept) < expected <= 51
         for luma in kept[-3:]:
             assert np.abs(whole - luma).mean((1, 2)).min() < 2
+
+
+def test_how_a_file_tells_that_it_is_cut_short():
+    """By hand, what muxers here do not write."""
+
+    def cut(name, data):
+        return truncated.CUT_SHORT[name](io.BytesIO(data), len(data), None)
+
+    said = truncated.ASF_PROPERTIES + bytes(24) + (500).to_bytes(8, "little") + bytes(40)
+    for live in (0, 1):  # a stream that was recorded: its size was not yet known
+        whole = (said + bytes([live])).ljust(500, b"\0")
+        assert not cut("asf", whole) and cut("asf", whole[:-1]) == (not live)
+    flv = b"FLV\1\5\0\0\0\x09" + bytes(60)
+    assert truncated.cut_flv(io.BytesIO(flv), len(flv))  # it does not say; so it may be
+    for length in (188, 192, 204):
+        for phase in (0, 4):
+            whole = bytes(phase) + 7 * (b"\x47" + 187 * b"\1" + (length - 188) * b"\2")
+            end = len(whole) - (length - 188) * (phase == 0)  # what is behind a packet is no loss
+            assert not cut("mpegts", whole[:end]) and cut("mpegts", whole[: end - (length - 187)])
+    element = bytes.fromhex
+    unknown = "01ffffffffffffff"  # the length of a segment or a cluster that was sent live
+    whole = element(f"1a45dfa380 18538067{unknown} 1f43b675{unknown} e78100 a384") + b"data"
+    assert not cut("matroska", whole) and cut("matroska", whole[:-1])
+    assert not cut("matroska", whole + element("a300") + bytes(20))  # no element has such a length
+    good, bad = SimpleNamespace(is_corrupt=False), SimpleNamespace(is_corrupt=True)
+    for last in ([bad, good], [good, bad], [bad]):
+        assert truncated.breaks_off(None, None, last)
 
 
 def test_a_truncated_video_shows_in_the_count(clip, pattern, tmp_path):
