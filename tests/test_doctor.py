@@ -6,8 +6,11 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +51,7 @@ def test_a_report_holds_no_names_and_no_folders(capsys):
         doctor.private("cannot open /home/anna/clinic b/x.so: no")
         == "cannot open .../clinic b/x.so: no"
     )
+    assert doctor.private(r"no C:\Users\anna\x.dll") == r"no .../x.dll"
 
 
 def test_every_package_that_sslus_needs_is_looked_for():
@@ -101,6 +105,30 @@ def test_a_check_that_breaks_is_a_line_and_the_others_run(capsys, monkeypatch):
     assert code == 1
     assert checks["train"]["says"] == "failed: OSError: .../libx.so: undefined symbol"
     assert checks["evaluate"]["ok"]
+
+
+def test_the_memory_is_that_of_the_container(monkeypatch):
+    def of(limit):
+        monkeypatch.setattr(doctor, "Path", lambda _: SimpleNamespace(read_text=lambda: limit))
+        return doctor.memory()
+
+    assert of(f"{1 << 30}\n") == "1 GiB"
+    assert of("max\n") == of(f"{1 << 60}\n") != "1 GiB"
+
+
+def test_a_driver_that_does_not_answer_has_no_version(monkeypatch):
+    def hangs(*args, **kwargs):
+        raise subprocess.TimeoutExpired("nvidia-smi", 2)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert doctor.driver() == "of unknown version"
+
+
+def test_a_compiled_module_that_does_not_load_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sslus.engine._luma", None)
+    monkeypatch.delattr("sslus.engine._luma", raising=False)
+    check = doctor.package()
+    assert not check.ok and "missing: its compiled module (" in check.says
 
 
 def test_ctrl_c_is_no_broken_installation():
