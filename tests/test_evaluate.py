@@ -740,6 +740,34 @@ def test_a_confusion_matrix_of_many_classes_can_be_drawn(num, tmp_path, monkeypa
     assert len(figures[0].axes[0].texts) == (num**2 if num < 31 else 0)
 
 
+def test_every_number_of_the_table_is_in_its_column():
+    row = SimpleNamespace(
+        backbone="x", percent=10.0, macro_f1=0.1, macro_f1_std=0.01, macro_f1_per_video=0.2,
+        macro_f1_per_video_std=0.02, balanced_accuracy=0.3, balanced_accuracy_std=0.03,
+        auroc_per_video=0.4, auroc_per_video_std=None, num_train_videos=7.0, num_train_patients=3.0,
+    )  # fmt: skip
+    _, (cells,) = report.table(SimpleNamespace(rows=[row]))
+    scores = ["0.100 ± 0.010", "0.200 ± 0.020", "0.300 ± 0.030", "0.400"]
+    assert cells == ["x", "10 %", *scores, "7 (3)"]
+
+
+def test_a_confusion_matrix_has_the_truth_in_its_rows(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    row = SimpleNamespace(backbone="x", percent=100.0, confusion=[[6, 2], [0, 4]], macro_f1=1.0)
+    few = SimpleNamespace(**vars(row) | {"percent": 10.0, "confusion": [[0, 8], [4, 0]]})
+    names = ["dark", "$bright"]
+    report.draw(SimpleNamespace(rows=[few, row, row, row], names=names), tmp_path / "confusion.png")
+    axes, _ = figures[0].axes  # of two backbones at the largest share; the last row is no backbone
+    assert np.allclose(axes.images[0].get_array(), [[0.75, 0.25], [0, 1]])
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): "75 %", (1, 0): "25 %", (0, 1): "0 %", (1, 1): "100 %"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "truth")
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == ["dark\n8 frames", "$bright\n4 frames"]
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+
+
 @pytest.mark.parametrize("columns", ["60", "80"])
 def test_a_narrow_terminal_shows_every_runs_name(columns, monkeypatch, capsys):
     names = ["runs/all/barlowtwins", "runs/all/inpainting", "runs/x[lr=1]", "runs/[/]:x:"]
