@@ -21,7 +21,7 @@ from sslus.kernels.vicreg import vicreg_loss, vicreg_terms
 from sslus.kernels.vicreg.reference import covariance_term
 from sslus.ssl import backbones, batchnorm, methods
 from sslus.ssl.dual import DualTask
-from sslus.ssl.heads import widths
+from sslus.ssl.heads import mlp, widths
 from sslus.ssl.loader import Views
 from sslus.ssl.train import Settings
 from sslus.tools.cli import sslus
@@ -78,6 +78,17 @@ def test_method_is_documented_in_the_help(name):
     assert f"{', '.join(NAMES)}; or all" in text
     for f in dataclasses.fields(methods.load(name).Config):
         assert f"--{f.name.replace('_', '-')}" in text and f.metadata["help"] in text
+
+
+def test_only_layers_without_a_norm_behind_them_have_a_bias():
+    """And the last one of a projector has none either, as in the authors' code."""
+    bare = ["0.weight", "1.weight", "1.bias", "3.weight"]
+    for layers, num, want in [
+        (mlp(4, 5, 6), 4, bare),
+        (mlp(4, 5, 6, last_norm=True), 5, bare),  # which neither scales nor shifts
+        (mlp(4, 5, 6, norm=False), 3, ["0.weight", "0.bias", "2.weight", "2.bias"]),
+    ]:
+        assert len(layers) == num and [name for name, _ in layers.named_parameters()] == want
 
 
 def test_unknown_names_are_one_line():
