@@ -1,12 +1,11 @@
-"""Triton kernels access nothing but their tensors, and read only what was written.
+"""Triton kernels read only what was written.
 
-On a GPU a missing mask or a forgotten partial sum may change no result for years. Triton's
-interpreter computes every address, so here each one is looked at.
+A partial sum that no program has written may be 0 for years. tests/interpreter.py sees that they
+access nothing but their tensors.
 """
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,45 +25,29 @@ pytestmark = [
 spec = importlib.util.spec_from_file_location("parity", Path(__file__).with_name("test_kernels.py"))
 spec.loader.exec_module(parity := importlib.util.module_from_spec(spec))
 
-FRESH = (
-    0xD7  # each byte of memory that was not yet written; no number of these tests has only those
-)
+FRESH = 0xD7  # each byte of memory that was not written yet; no number here has only those
 
 
 @pytest.fixture
-def guard(monkeypatch) -> Iterator[list[tuple[int, int]]]:
-    """Kernels raise where they leave their tensors or read what is FRESH."""
+def kernels(monkeypatch) -> set[str]:
+    """The names of those that ran; they raise where they read what is FRESH."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    ranges: list[tuple[int, int]] = []
+    load, call = builder.create_masked_load, executor.__call__
+    names = set()
 
     def run(self, *args, **kwargs):
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-        assert all(t.is_contiguous() for t in tensors)
-        ranges[:] = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+        names.add(self.fn.__name__)
         return call(self, *args, **kwargs)
 
-    def inside(addresses, mask, num_bytes):
-        first = addresses.data[mask.data].astype(np.int64)
-        found = np.zeros(first.shape, bool)
-        for start, end in ranges:
-            found |= (first >= start) & (first + num_bytes <= end)
-        assert found.all(), "an address outside of the kernel's tensors"
-
-    def guarded_load(self, addresses, mask, *rest):
+    def checked_load(self, addresses, mask, *rest):
         found = load(self, addresses, mask, *rest)
         values = np.ascontiguousarray(found.data[mask.data])
-        inside(addresses, mask, values.itemsize)
         if values.itemsize > 1:
             fresh = values.view(np.uint8).reshape(-1, values.itemsize) == FRESH
             assert not fresh.all(1).any(), "a value that nothing has written"
         return found
-
-    def guarded_store(self, addresses, value, mask, *rest):
-        inside(addresses, mask, value.data.itemsize)
-        return store(self, addresses, value, mask, *rest)
 
     def fresh(make):
         def made(*args, **kwargs):
@@ -75,11 +58,10 @@ def guard(monkeypatch) -> Iterator[list[tuple[int, int]]]:
         return made
 
     monkeypatch.setattr(executor, "__call__", run)
-    monkeypatch.setattr(builder, "create_masked_load", guarded_load)
-    monkeypatch.setattr(builder, "create_masked_store", guarded_store)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, fresh(getattr(owner, name)))
-    return ranges
+    return names
 
 
 SHAPES = {
@@ -100,7 +82,7 @@ SHAPES = {
         ("vicreg", "dominant"), ("barlow", "identity"),  # sums that cancel take another way
     ],
 )  # fmt: skip
-def test_losses(name, kind, dtype, guard):
+def test_losses(name, kind, dtype, kernels):
     from sslus.kernels.scale_gpu import scaled
 
     op = parity.OPS[name]
@@ -111,12 +93,12 @@ def test_losses(name, kind, dtype, guard):
         loss, *grads = op.gpu(*dense, ranks=Ranks(), **op.cases[0]["scalars"])
         for g in scaled(grads, loss, (dtype, dtype)):
             assert g.isfinite().all()
-    assert guard
+    assert "scale_kernel" in kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["patches", "rectangles"])
-def test_masks(kind, dtype, guard):
+def test_masks(kind, dtype, kernels):
     from sslus.kernels.mask import gpu
 
     g = torch.Generator().manual_seed(0)
@@ -125,10 +107,10 @@ def test_masks(kind, dtype, guard):
     ids, out = torch.arange(3), torch.empty_like(x)
     MAPS["mask_fill"].run("gpu", x, target, ids, out, **mask, fill=-7.0)
     gpu.masked_mse(x, target, ids, **mask, hole=1.0, rest=0.5, ranks=Ranks())
-    assert guard
+    assert kernels == {"fill_kernel", "count_kernel", "loss_kernel"}
 
 
-def test_views(guard):
+def test_views(kernels):
     from sslus.kernels.augment.gpu import augment_gpu
     from sslus.kernels.augment.reference import COLUMNS, identity
 
@@ -148,4 +130,4 @@ def test_views(guard):
         out = torch.empty(4, 1, *size)
         augment_gpu(frames, torch.tensor([0, 1, 1, 0]), params, out, mean=0.2, std=0.1)
         assert out.isfinite().all()
-    assert guard
+    assert kernels == {"augment_kernel"}
