@@ -164,10 +164,10 @@ def check_launches() -> None:
         launch.start((x * self.grid_dim[1] + y) * self.grid_dim[2] + z)
 
     def load(self, pointers, mask, *others):
-        out = masked_load(self, pointers, mask, *others)
         where = np.broadcast_arrays(pointers.data, mask.data)
-        launch.load(*where, out.data.dtype.itemsize)
-        return out
+        kind = interpreter._get_np_dtype(pointers.get_element_ty())
+        launch.load(*where, np.dtype(kind).itemsize)
+        return masked_load(self, pointers, mask, *others)
 
     def store(self, pointers, value, mask, *others):
         where = np.broadcast_arrays(pointers.data, mask.data)
