@@ -1,5 +1,7 @@
 """Greyscale JPEGs to pixels: the frames of the shards."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sslus.engine import _jpeg
@@ -7,14 +9,30 @@ from sslus.engine import _jpeg
 is_fast = _jpeg.is_fast  # whether this processor decodes faster than libjpeg-turbo
 
 
-def decode(jpeg, out: np.ndarray) -> None:
-    """Decode a JPEG (anything with the buffer protocol) into `out`, (H, W) uint8, contiguous.
+class DamagedJpeg(ValueError):
+    """number: which of the files."""
 
-    The pixels are those of libjpeg-turbo with its default, accurate inverse DCT. Raises ValueError
-    for a damaged file and for one of another size; `out` may then hold anything.
+    def __init__(self, number: int, why: object):
+        super().__init__(str(why))
+        self.number = number
+
+
+def decode(jpegs: Sequence, out: np.ndarray) -> None:
+    """Decode JPEGs (bytes-like objects) into `out`, (B, H, W) uint8, contiguous.
+
+    The pixels are those of libjpeg-turbo with its default, accurate inverse DCT. Raises DamagedJpeg
+    for a damaged file and for one of another size; `out` may then hold anything. Other threads run
+    meanwhile, from the first file to the last: between two frames, a few lines of Python would take
+    several times as long as usual, for they are in no cache.
     """
-    if _jpeg.decode(np.frombuffer(jpeg, np.uint8), out):
-        return
+    for number in _jpeg.decode(jpegs, out):
+        try:
+            _decode_any(jpegs[number], out[number])
+        except ValueError as e:
+            raise DamagedJpeg(number, e) from e
+
+
+def _decode_any(jpeg, out: np.ndarray) -> None:
     import simplejpeg
 
     height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]  # before memory is allocated for it

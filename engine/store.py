@@ -21,6 +21,7 @@ import numpy as np
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError
+from sslus.engine.jpeg import DamagedJpeg
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.lock import lock
 from sslus.engine.manifest import REMEDY, Manifest, read_manifest
@@ -206,15 +207,14 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
 
         def decode(start: int, samples: list[_Sample]) -> int:
             pixels = np.empty((len(samples), size, size), np.uint8)
-            for image, sample in zip(pixels, samples, strict=True):
-                offset, length = sample.jpg
-                try:
-                    decode_jpeg(views[sample.shard][offset : offset + length], image)
-                except ValueError as e:
-                    name = manifest.shards[sample.shard]["name"]
-                    raise InputError(
-                        f"{shards / name}: {sample.key}.jpg is damaged ({e}); {REMEDY}"
-                    ) from e
+            try:
+                decode_jpeg([views[x.shard][x.jpg[0] : sum(x.jpg)] for x in samples], pixels)
+            except DamagedJpeg as e:
+                sample = samples[e.number]
+                name = manifest.shards[sample.shard]["name"]
+                raise InputError(
+                    f"{shards / name}: {sample.key}.jpg is damaged ({e}); {REMEDY}"
+                ) from e
             # Not through a memory map: page faults would take four times as long, and a full disk
             # would kill the process instead of raising an error.
             written, flat = 0, memoryview(pixels).cast("B")

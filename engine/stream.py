@@ -22,6 +22,7 @@ import numpy as np
 
 from sslus.engine import manifest as manifests
 from sslus.engine.errors import InputError
+from sslus.engine.jpeg import DamagedJpeg
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.manifest import REMEDY, Manifest, parse_manifest, read_manifest
 from sslus.engine.plan import Plan
@@ -147,7 +148,8 @@ class Reader:
         self.entries = store.manifest.shards
         counts = [entry["num_frames"] for entry in self.entries]
         self.ends = np.cumsum(counts)
-        self.label = {name: i for i, name in enumerate(store.label_names)} | {None: -1}
+        self.classes = {name: i for i, name in enumerate(store.label_names)} | {None: -1}
+        self.label: dict[str, int] = {}  # of every video met so far: reading JSON takes 2 us
         self.shards: dict[int, Future[Archive]] = {}
         self.wanted: Counter[int] = Counter()
         self.checked: set[int] = set()
@@ -198,8 +200,14 @@ class Reader:
         return shard
 
     def _label(self, shard: Archive, sample: Sample) -> int:
+        video = sample.key.rpartition("-")[0]
+        found = self.label.get(video)
+        if found is not None:
+            return found
         try:
-            return self.label[json.loads(bytes(shard.part(sample.json)))["label"]]
+            facts = json.loads(bytes(shard.part(sample.json)))
+            self.label[video] = found = self.classes[facts["label"]]
+            return found
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(
                 f"{shard.name}: {sample.key}.json is damaged ({type(e).__name__}: {e}); {REMEDY}"
@@ -217,8 +225,12 @@ class Reader:
         frames = self.frames[:num]
 
         def some(start: int, stop: int) -> None:
-            for i in range(start, stop):
-                _decode_one(shards[i], samples[i], frames[i])
+            pairs = zip(shards[start:stop], samples[start:stop], strict=True)
+            try:
+                decode_jpeg([shard.part(x.jpg) for shard, x in pairs], frames[start:stop])
+            except DamagedJpeg as e:
+                name, key = shards[start + e.number].name, samples[start + e.number].key
+                raise InputError(f"{name}: {key}.jpg is damaged ({e}); {REMEDY}") from e
 
         if self.threads == 1:
             some(0, num)
@@ -283,13 +295,6 @@ def _fetch(where: str, name: str):
                     " your permissions"
                 ) from e
             time.sleep(wait)
-
-
-def _decode_one(shard: Archive, sample: Sample, out: np.ndarray) -> None:
-    try:
-        decode_jpeg(shard.part(sample.jpg), out)
-    except ValueError as e:
-        raise InputError(f"{shard.name}: {sample.key}.jpg is damaged ({e}); {REMEDY}") from e
 
 
 def _has_dali() -> bool:

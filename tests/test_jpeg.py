@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 
 from sslus.engine import _jpeg
-from sslus.engine.jpeg import decode, is_fast
+from sslus.engine.jpeg import DamagedJpeg, decode, is_fast
 
 needs_avx2 = pytest.mark.skipif(not is_fast(), reason="this processor has no AVX2")
 
@@ -31,7 +31,7 @@ def encoded(image: np.ndarray, quality: int = 95) -> bytes:
 
 
 def fast(jpeg: bytes, out: np.ndarray) -> bool:
-    return _jpeg.decode(np.frombuffer(jpeg, np.uint8), out)
+    return not _jpeg.decode([jpeg], out[None])
 
 
 @needs_avx2
@@ -70,7 +70,7 @@ def test_every_kind_of_jpeg_is_decoded(make, plain):
     jpeg = make(picture(np.random.default_rng(1), 50, 83))
     out = np.empty((50, 83), np.uint8)
     assert fast(jpeg, out) == (plain and is_fast())
-    decode(jpeg, out)
+    decode([jpeg], out[None])
     np.testing.assert_array_equal(out, simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0])
 
 
@@ -88,7 +88,7 @@ def test_a_table_with_a_code_of_ones_is_left_to_libjpeg_turbo():
     ones[table - 2] += 1
     assert not fast(bytes(ones), out)
     with pytest.raises(ValueError, match="Huffman"):
-        decode(bytes(ones), out)
+        decode([bytes(ones)], out[None])
 
 
 @needs_avx2
@@ -116,16 +116,35 @@ def test_damaged_files_and_other_sizes_are_refused():
     jpeg, out = encoded(np.zeros((40, 40), np.uint8)), np.empty((40, 40), np.uint8)
     for broken in (b"", b"\xff", jpeg[:10], jpeg[:-2], jpeg[:-40] + jpeg[-2:], b"x" * 1000):
         with pytest.raises(ValueError):
-            decode(broken, out)
+            decode([broken], out[None])
     with pytest.raises(ValueError, match="its size is 40 x 40"):
-        decode(jpeg, np.empty((40, 41), np.uint8))
-    for wrong in (out[:, ::2], out.astype(np.int8), out[None]):
+        decode([jpeg], np.empty((1, 40, 41), np.uint8))
+    for wrong in (out[None, :, ::2], out[None].astype(np.int8), out):
         with pytest.raises(TypeError):
-            decode(jpeg, wrong)
+            decode([jpeg], wrong)
     data = np.frombuffer(jpeg, np.uint8)
-    assert not _jpeg.decode(data[:-1], out)  # what comes after it in memory is not part of it
-    with pytest.raises(TypeError):
-        _jpeg.decode(data.repeat(2)[::2], out)
+    assert not fast(data[:-1], out)  # what comes after it in memory is not part of it
+    for wrong, error in ((data.repeat(2)[::2], ValueError), (jpeg.hex(), TypeError)):
+        with pytest.raises(error):
+            decode([jpeg, wrong], np.empty((2, 40, 40), np.uint8))
+    for num in (0, 2):
+        with pytest.raises(ValueError, match="as many files as images"):
+            decode([jpeg], np.empty((num, 40, 40), np.uint8))
+
+
+def test_every_file_gets_its_image_and_the_damaged_one_is_named():
+    rng = np.random.default_rng(5)
+    images = [picture(rng, 24, 40) for _ in range(5)]
+    jpegs = [encoded(x) if i % 2 else pillow(x, progressive=True) for i, x in enumerate(images)]
+    out = np.empty((5, 24, 40), np.uint8)
+    decode([memoryview(b"__" + x)[2:] for x in jpegs], out)
+    for jpeg, got in zip(jpegs, out, strict=True):
+        np.testing.assert_array_equal(got, simplejpeg.decode_jpeg(jpeg, "GRAY")[..., 0])
+    jpegs[3] = jpegs[3][:-9]
+    with pytest.raises(DamagedJpeg) as e:
+        decode(tuple(jpegs), out)
+    assert e.value.number == 3
+    decode([], np.empty((0, 24, 40), np.uint8))
 
 
 def test_threads_with_other_tables_do_not_disturb_each_other():
@@ -138,7 +157,7 @@ def test_threads_with_other_tables_do_not_disturb_each_other():
     def work(start: int) -> None:
         out = np.empty((64, 64), np.uint8)
         for i in range(start, start + 200):
-            decode(jpegs[i % 8], out)
+            decode([jpegs[i % 8]], out[None])
             if (out != wanted[i % 8]).any():
                 wrong.append(i)
 

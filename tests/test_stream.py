@@ -109,10 +109,10 @@ def test_only_what_is_needed_is_fetched_checked_and_decoded(shards, monkeypatch)
     """A shard that is fetched again has been checked."""
     store = StreamStore.open(shards)
     fetched, checked, decoded = [], [], []
-    fetch, sha256, decode = stream._fetch, hashlib.sha256, stream._decode_one
+    fetch, sha256, decode = stream._fetch, hashlib.sha256, stream.decode_jpeg
     monkeypatch.setattr(hashlib, "sha256", lambda data: (checked.append(1), sha256(data))[1])
     monkeypatch.setattr(stream, "_fetch", lambda *a: (fetched.append(a[1]), fetch(*a))[1])
-    monkeypatch.setattr(stream, "_decode_one", lambda *a: (decoded.append(1), decode(*a))[1])
+    monkeypatch.setattr(stream, "decode_jpeg", lambda *a: (decoded.extend(a[0]), decode(*a))[1])
     reader = Reader(store)
     last = len(store) - 1
     for i in (last, last - 1):

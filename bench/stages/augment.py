@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -184,11 +183,10 @@ def decode(jpeg: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(jpeg, "GRAY")
 
 
-def decode_into(frames: np.ndarray, jpegs: list[bytes], share: Iterable[int]) -> None:
+def decode_into(frames: np.ndarray, jpegs: list[bytes], share: slice) -> None:
     from sslus.engine.jpeg import decode
 
-    for i in share:
-        decode(jpegs[i], frames[i])
+    decode(jpegs[share], frames[share])
 
 
 def samples(folder: Path, jpeg: bool):
@@ -259,7 +257,7 @@ def ours(
     if jpeg:
         frames = decoded(len(frames))
         with ThreadPoolExecutor(threads) as pool:  # small shares, so that threads end together
-            shares = np.array_split(np.arange(len(frames)), max(1, len(frames) // 8))
+            shares = [slice(i, i + 8) for i in range(0, len(frames), 8)]
             list(pool.map(partial(decode_into, frames, jpegs_of(folder)), shares))
     num = len(frames)
     views(
@@ -419,7 +417,7 @@ def kornia_pipe():
 
 def decode_all(folder: Path) -> int:
     jpegs = jpegs_of(folder)
-    decode_into(decoded(len(jpegs)), jpegs, range(len(jpegs)))
+    decode_into(decoded(len(jpegs)), jpegs, slice(None))
     return len(jpegs)
 
 
