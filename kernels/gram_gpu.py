@@ -54,6 +54,8 @@ then does read whether the sum cancels, and if so switches to the tiled form.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product, starmap
+from typing import NamedTuple
 
 import torch
 import triton
@@ -101,8 +103,7 @@ class Loss:
         return (2 if self.barlow else 4) * self.off / self.m
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What block sizes depend on, besides the kernel."""
 
     half: bool  # planes are bfloat16, else float32
@@ -686,8 +687,9 @@ def exact(
 Blocks = tuple[dict[str, int], int, int]  # block sizes, num_warps, num_stages
 
 
-def _blocks(kernel: str, kind: Kind) -> Blocks:
-    """Block sizes that compile without register spills for sm_80, sm_90 and sm_100."""
+def _table(kind: Kind) -> dict[str, Blocks]:
+    """Block sizes that compile without register spills for sm_80, sm_90 and sm_100. To time others
+    on a GPU: bench/blocks.py."""
     half, ragged = kind.half, kind.ragged
     n = 64 if half else 128
     return {
@@ -700,11 +702,14 @@ def _blocks(kernel: str, kind: Kind) -> Blocks:
         "barlow_apply 256": ({"BN": 256, "BD": 32, "BK": 32}, 8, 3),  # not ragged
         "barlow_apply 128": ({"BN": 128, "BD": 32, "BK": 32}, 8, 3),
         "exact": ({"BN": 32, "BD": 32, "BK": 32}, 8, 1),
-    }[kernel]
+    }
+
+
+TABLES = {kind: _table(kind) for kind in starmap(Kind, product((False, True), repeat=2))}
 
 
 def _launch(kernel, name: str, grid: tuple, *args, kind: Kind, **flags) -> None:
-    constants, num_warps, num_stages = _blocks(name, kind)
+    constants, num_warps, num_stages = TABLES[kind][name]
     kernel[grid](
         *args, LOW=kind.half, **flags, **constants,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
@@ -712,7 +717,7 @@ def _launch(kernel, name: str, grid: tuple, *args, kind: Kind, **flags) -> None:
 
 
 def _size(name: str, block: str, kind: Kind) -> int:
-    return _blocks(name, kind)[0][block]
+    return TABLES[kind][name][0][block]
 
 
 def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[int, int]:
@@ -936,7 +941,7 @@ def builds(barlow: bool) -> Iterator[Build]:
         ]:
             if name == "multiply 128" and not half:
                 continue
-            blocks, num_warps, num_stages = _blocks(name, Kind(half, ragged))
+            blocks, num_warps, num_stages = TABLES[Kind(half, ragged)][name]
             known = {"LOW": half} | flags | choice | blocks
             constants = {k: v for k, v in known.items() if k in kernel.arg_names}
             signature = {k: _type(k, half) for k in kernel.arg_names if k not in constants}

@@ -1,6 +1,7 @@
 """bench/: stages found by themselves, works timed in turns, rows and ratios that add up; the
 roofline of a file; and the script that checks a machine with a GPU."""
 
+import itertools
 import json
 import os
 import re
@@ -482,3 +483,63 @@ def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged
     assert [x[3] is judged[0][3] for x in judged] == [True, True, False, False]
     table = (tmp_path / "table.md").read_text()
     assert "| my_method | 0.500 | +0.000 ± 0.000 |" in table and "| random init |" in table
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(BENCH)
+    import blocks
+
+    return blocks
+
+
+SMALL = ((64, 80), (96, 64))  # (N, D) of the Gram and of the tiled form
+
+
+def test_block_sizes_are_tried_one_entry_at_a_time(blocks, monkeypatch):
+    """In the interpreter: every entry's extremes give the table's own results, the fastest is
+    chosen, and the table is as before."""
+    monkeypatch.setattr("sslus.kernels.gram_gpu.SMALL", 48)  # rows
+    chosen = {entry.name: entry for entry in blocks.entries(SMALL, contrastive=8)}
+    assert {entry.choices for entry in blocks.entries()} == set(blocks.CHOICES)
+    for name in ("multiply 128, bf16", "logits up to D=128, bf16"):
+        entry = chosen[name]
+        own = entry.get()
+        candidates = entry.candidates()
+        assert candidates[0] == own and len(candidates) > 4
+        times = itertools.count(40, -1)  # the later, the faster
+        three = [own, candidates[1], candidates[-1]]
+        rows = blocks.measure(entry, three, lambda run, times=times: next(times), "cpu")
+        assert entry.get() == own
+        assert [row["sizes"] for row in rows] == three
+        num = len(entry.cases)
+        assert [x for row in rows for x in row["seconds"].values()] == list(
+            range(40, 40 - 3 * num, -1)
+        )
+        said = blocks.summary(rows)
+        assert "better of 3 of 3" in said and f"({40 / (40 - 2 * num):.2f})" in said
+        assert all(f"{key}={value}" in said for key, value in three[2].items())
+
+
+def test_block_sizes_with_other_results_never_win(blocks, monkeypatch):
+    entry = next(e for e in blocks.entries(SMALL) if e.name == "gram_sum, fp32")
+    own, other, third = entry.candidates()[:3]
+
+    def work(case, device):
+        import torch
+
+        def run():
+            if entry.get() == third:
+                raise MemoryError("out of resource: shared memory\nand more")
+            return torch.full((3,), 1.001 if entry.get() == other else 1.0), torch.ones(2)
+
+        return run
+
+    monkeypatch.setattr(blocks, "work", work)
+    rows = blocks.measure(entry, [own, other, third], lambda run: 2.0, "cpu")
+    assert "other results in vicreg 64 x 80 fp32" in rows[1]["failed"]
+    assert rows[2]["failed"] == "MemoryError: out of resource: shared memory"
+    assert "the table's own of 1 of 3" in blocks.summary(rows)
+    rows = blocks.measure(entry, [third, own], lambda run: 2.0, "cpu")
+    assert "own sizes failed: MemoryError" in blocks.summary(rows)

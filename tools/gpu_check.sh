@@ -9,8 +9,9 @@
 # simplejpeg, what needs them is left out, and said.
 #
 #   --minutes N   for everything (default 9)
-#   --only A,B    these steps alone, and build; *: any letters (kernels,bench-*)
-#   --out DIR     log, summary.tsv, bench.json, roofline.png, metrics.jsonl
+#   --only A,B    these steps alone, and build; *: any letters (kernels,bench-*). blocks, which
+#                 times other block sizes for the losses, takes minutes and wants to be named
+#   --out DIR     log, summary.tsv, bench.json, blocks.json, roofline.png, metrics.jsonl
 #                 (default $OUT or build/gpu_check)
 #   --device cpu  the same steps without a GPU, small, to try this script out
 #   --dry-run     only print the steps
@@ -183,6 +184,7 @@ all() {
     gather
   done
   needs=
+  [[ ,$only, != *,blocks,* ]] || step blocks 400 "$python" bench/blocks.py -o "$out/blocks.json"
   step roofline 8 "$python" bench/roofline.py "$out/bench.json" -o "$out/roofline.png"
 }
 all
@@ -202,7 +204,7 @@ if [ -z "$dry" ]; then
   trap 'rm -rf "$work"' EXIT
   mkdir -p "$out" || exit 1
   # What an earlier run left would pass for this one's.
-  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl,bench.json,roofline.png}
+  rm -f "$out"/{gpu_check.log,summary.tsv,metrics.jsonl,bench.json,blocks.json,roofline.png}
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 fi
 all
