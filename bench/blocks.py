@@ -1,10 +1,11 @@
-"""Time other block sizes for the Triton losses on this GPU: python bench/blocks.py [-o FILE]
+"""Time other block sizes for the Triton kernels on this GPU: python bench/blocks.py [-o FILE]
 
 The tables in kernels/gram_gpu.py and kernels/logits_gpu.py hold block sizes that compile without
-register spills; which of those is the fastest, only a GPU can tell. For one entry of a table at a
-time, others are tried in the losses that use it: loss and gradients, captured as a CUDA graph, so
-that launching them takes no time. Printed are, for every entry, the fastest sizes and how much
-faster each case is with them. One whose results differ, or which the GPU cannot run, never wins.
+register spills, kernels/augment/gpu.py two numbers; which are the fastest, only a GPU can tell. For
+one entry at a time, others are tried in the losses that use it (loss and gradients), or in the
+views, captured as a CUDA graph, so that launching them takes no time. Printed are, for every entry,
+the fastest sizes and how many times as fast each case is with them. Sizes whose results differ, or
+which the GPU cannot run, never win.
 
   -o FILE       every time measured, as JSON; rewritten after each entry
   --minutes N   after which no new entry is begun (default: none)
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Sizes = dict[str, int]  # with num_warps and num_stages
-# In units of (N, D); the targets of bench/stages/losses.py are among them.
+# (N, D) of vicreg and barlow; the targets of bench/stages/losses.py are among them.
 SHAPES = ((256, 8192), (1024, 8192), (4096, 2048))
 CONTRASTIVE = 512  # rows; the queue has 16 times as many
+FRAMES, VIEW = 256, 224
 # Relative to the largest. Sums are added in another order; bf16 also rounds other weights.
 AGREE = {"fp32": 1e-4, "bf16": 1e-2}
 CHOICES = {
@@ -39,6 +41,7 @@ CHOICES = {
     "barlow_apply 256": {"BD": (16, 32, 64), "BK": (16, 32, 64), "num_stages": (2, 3)},
     "barlow_apply 128": {"BD": (32, 64), "BK": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
     "logits": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "views": {"NUM_WARPS": (4, 8, 16), "PROGRAMS": (1, 2, 3, 4)},
 }
 
 
@@ -47,13 +50,16 @@ class Entry:
     """An entry of a table: where it is, and the losses that use it."""
 
     name: str  # "multiply 64, bf16"
-    place: tuple  # of the table: a Kind, or a dtype and the largest D
+    place: tuple  # in the table: a Kind, or a dtype and the largest D
     choices: str  # key of CHOICES
     cases: tuple[tuple[str, tuple[tuple[int, int], ...], str], ...]  # loss, shapes, dtype
 
     def get(self) -> Sizes:
         from sslus.kernels import gram_gpu, logits_gpu
+        from sslus.kernels.augment import gpu as augment
 
+        if self.choices == "views":
+            return {name: getattr(augment, name) for name in CHOICES["views"]}
         if self.choices == "logits":
             return dict(logits_gpu.TABLES[self.place[0]][self.place[1]])
         blocks, num_warps, num_stages = gram_gpu.TABLES[self.place][self.choices]
@@ -61,8 +67,12 @@ class Entry:
 
     def set(self, sizes: Sizes) -> None:
         from sslus.kernels import gram_gpu, logits_gpu
+        from sslus.kernels.augment import gpu as augment
 
-        if self.choices == "logits":
+        if self.choices == "views":
+            for name, value in sizes.items():
+                setattr(augment, name, value)
+        elif self.choices == "logits":
             logits_gpu.TABLES[self.place[0]][self.place[1]] = dict(sizes)
         else:
             blocks = {k: v for k, v in sizes.items() if not k.startswith("num_")}
@@ -81,7 +91,7 @@ class Entry:
 
 
 def entries(shapes=SHAPES, contrastive: int = CONTRASTIVE) -> list[Entry]:
-    """Those of shapes that are multiples of 16; what the losses ask their tables for is recorded
+    """Those used where N and D are multiples of 16. Which ones vicreg and barlow use is recorded,
     on tensors without memory."""
     import torch
 
@@ -119,7 +129,8 @@ def entries(shapes=SHAPES, contrastive: int = CONTRASTIVE) -> list[Entry]:
             cases = ("ntxent", (rows, rows), dtype), ("infonce_queue", (rows, rows, queue), dtype)
             name = f"logits up to D={most}, {dtype}"
             found.append(Entry(name, (_dtype(dtype), most), "logits", cases))
-    return found
+    cases = tuple(("views", ((FRAMES, 256),), dtype) for dtype in ("bf16", "fp32"))
+    return [*found, Entry("views", (), "views", cases)]
 
 
 def _dtype(name: str):
@@ -129,7 +140,7 @@ def _dtype(name: str):
 
 
 def work(case, device: str) -> Callable:
-    """A function without arguments, which returns the loss and its gradients."""
+    """A function without arguments, which returns the loss and its gradients, or the views."""
     import torch
     from stages.losses import SCALARS
 
@@ -137,10 +148,35 @@ def work(case, device: str) -> Callable:
     from sslus.kernels.ranks import Ranks
 
     loss, shapes, dtype = case
+    if loss == "views":
+        return views(*shapes[0], _dtype(dtype), device)
     g = torch.Generator(device).manual_seed(0)
     tensors = [torch.randn(s, generator=g, device=device).to(_dtype(dtype)) for s in shapes]
     op = load_all()[loss]
     return lambda: op.gpu(*tensors, ranks=Ranks(), **SCALARS[loss])
+
+
+def views(num: int, side: int, dtype, device: str) -> Callable:
+    """Two views, 224 x 224, of each of `num` frames, by the preset `simclr`."""
+    import numpy as np
+    import torch
+
+    from sslus.kernels.augment.gpu import augment_gpu
+    from sslus.ssl.views import draw, parse
+
+    g = torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (num, side, side), generator=g, dtype=torch.uint8).to(device)
+    first = np.arange(num)
+    tables = [draw(c, first, v, 0, 0, side, VIEW) for v, c in enumerate(parse("simclr"))]
+    params = torch.from_numpy(np.concatenate(tables)).to(device)
+    index = torch.arange(num, device=device).repeat(2)
+    out = torch.empty(2 * num, 1, VIEW, VIEW, dtype=dtype, device=device)
+
+    def run():
+        augment_gpu(frames, index, params, out, mean=0.2, std=0.2)
+        return (out,)
+
+    return run
 
 
 def on_gpu(run: Callable) -> float:
@@ -170,7 +206,7 @@ def measure(entry: Entry, candidates: list[Sizes], timed: Callable, device: str)
     of each case or why there are none."""
     own, rows = entry.get(), []
     runs = {case: work(case, device) for case in entry.cases}
-    wanted = {case: run() for case, run in runs.items()}
+    wanted = {case: [x.clone() for x in run()] for case, run in runs.items()}
     try:
         for sizes in candidates:
             row = {"entry": entry.name, "sizes": sizes}

@@ -393,6 +393,7 @@ def test_the_gpu_check_leaves_out_what_is_not_installed(tmp_path):
         "bench-decode", "bench-shard",
     }  # fmt: skip
     assert "--device cpu" in found["shard"] and "--device cuda" in found["train"]
+    assert set(steps("--only", "blocks,roofline")) == {"build", "blocks", "roofline"}
     assert set(steps("--only", "kernels,train-*")) == {
         "build", "kernels", "train-eager", "train-graph", "train-auto",
     }  # fmt: skip
@@ -501,9 +502,11 @@ def test_block_sizes_are_tried_one_entry_at_a_time(blocks, monkeypatch):
     """In the interpreter: every entry's extremes give the table's own results, the fastest is
     chosen, and the table is as before."""
     monkeypatch.setattr("sslus.kernels.gram_gpu.SMALL", 48)  # rows
+    monkeypatch.setattr(blocks, "FRAMES", 1)
+    monkeypatch.setattr(blocks, "VIEW", 32)
     chosen = {entry.name: entry for entry in blocks.entries(SMALL, contrastive=8)}
     assert {entry.choices for entry in blocks.entries()} == set(blocks.CHOICES)
-    for name in ("multiply 128, bf16", "logits up to D=128, bf16"):
+    for name in ("multiply 128, bf16", "logits up to D=128, bf16", "views"):
         entry = chosen[name]
         own = entry.get()
         candidates = entry.candidates()
