@@ -65,6 +65,7 @@ from torch import Tensor
 from sslus.kernels.aot import Build
 from sslus.kernels.products import LEFT
 from sslus.kernels.ranks import Ranks
+from sslus.kernels.tiles import cdiv
 
 FEW = 64  # rows or columns; below, launches take nearly all of the time, in any precision
 WIDTH = 512  # columns of a strip: its three launches fill a GPU, and D x 512 is small beside N x D
@@ -724,9 +725,9 @@ def _parts(name: str, tiles: int, length: int, kind: Kind, most: int) -> tuple[i
     """Number and length of the parts (at most `most`) that a contraction is split into, so that
     the launch fills the device."""
     step = _size(name, "BK", kind)
-    parts = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, 4 * step), most))
-    chunk = triton.cdiv(length, parts * step) * step
-    return triton.cdiv(length, chunk), chunk
+    parts = max(1, min(cdiv(PROGRAMS, tiles), cdiv(length, 4 * step), most))
+    chunk = cdiv(length, parts * step) * step
+    return cdiv(length, chunk), chunk
 
 
 def _kind(za: Tensor, zb: Tensor, loss: Loss) -> Kind:
@@ -747,7 +748,7 @@ def _columns(za, zb, weights, loss: Loss, num_sums: int, kind: Kind) -> tuple[Te
     hi = new((2, n, d), dtype=torch.bfloat16 if kind.half else torch.float32)
     lo = torch.empty_like(hi) if kind.half else hi
     col = new((5 if loss.barlow else 4, d), dtype=torch.float32)
-    blocks = triton.cdiv(d, _size("columns", "BD", kind))
+    blocks = cdiv(d, _size("columns", "BD", kind))
     sums = new((NUM_SUMS, max(blocks, num_sums)), dtype=torch.float64)
     _launch(
         columns, "columns", (blocks,), za, zb, za if weights is None else weights, hi, lo, col,
@@ -783,14 +784,14 @@ def gram(
     weights = None if weights is None else ranks.join(weights)
     n, d = za.shape
     new = za.new_empty
-    tiles = _triangular(triton.cdiv(n, _size("gram_sum", "BS", kind)))
-    exact_blocks = triton.cdiv(d, _size("exact", "BD", kind))
+    tiles = _triangular(cdiv(n, _size("gram_sum", "BS", kind)))
+    exact_blocks = cdiv(d, _size("exact", "BD", kind))
     hi, lo, col, sums, num_columns = _columns(za, zb, weights, loss, max(tiles, exact_blocks), kind)
     num_columns = _add_sums(sums, num_columns, ranks)
     P = sums.shape[1]
 
     name = "multiply 128" if kind.half and n > SMALL else "multiply 64"
-    pairs = _triangular(triton.cdiv(n, _size(name, "BT", kind)))
+    pairs = _triangular(cdiv(n, _size(name, "BT", kind)))
     num_parts, chunk = _parts(name, 2 * pairs, d, kind, d // n)
     ga, gb = (torch.empty_like(z, dtype=torch.float32) for z in (za, zb))
     # The parts can use the memory of the gradients: they are consumed before those are written.
@@ -828,7 +829,7 @@ def gram(
         one = n <= (WHOLE // 2 if kind.ragged else WHOLE)
         name = "barlow_apply 256" if one and not kind.ragged else "barlow_apply 128"
         _launch(
-            barlow_apply, name, (triton.cdiv(d, _size(name, "BD", kind)), 2),
+            barlow_apply, name, (cdiv(d, _size(name, "BD", kind)), 2),
             kh, kl, hi, lo, col, sums, out, ga, gb, n, d, P,
             num_columns, tiles, exact_blocks, loss.slope / loss.m, loss.off,
             kind=kind, ONE=one, PAIR=n == 2,
@@ -846,8 +847,8 @@ def gram(
 
 def _apply_grid(n: int, width: int, kind: Kind) -> tuple[int, int, int]:
     return (
-        triton.cdiv(width, _size("apply", "BD", kind)),
-        triton.cdiv(n, _size("apply", "BN", kind)),
+        cdiv(width, _size("apply", "BD", kind)),
+        cdiv(n, _size("apply", "BN", kind)),
         2,
     )
 
@@ -860,8 +861,8 @@ def tiled(
     n, d = za.shape
     new = za.new_empty
     side = _size("strip_sum", "BS", kind)
-    heights = triton.cdiv(d, side)
-    tiles = heights * triton.cdiv(WIDTH, side) * triton.cdiv(d, WIDTH)
+    heights = cdiv(d, side)
+    tiles = heights * cdiv(WIDTH, side) * cdiv(d, WIDTH)
     everybody = None if weights is None else ranks.join(weights)
     hi, lo, col, sums, num_columns = _columns(
         ranks.to_columns(za), ranks.to_columns(zb), everybody, loss, tiles, kind
@@ -880,7 +881,7 @@ def tiled(
     for start in range(0, d, WIDTH):
         width = min(WIDTH, d - start)
         bt = _size(name, "BT", kind)
-        pairs = triton.cdiv(d, bt) * triton.cdiv(width, bt)
+        pairs = cdiv(d, bt) * cdiv(width, bt)
         num_parts, chunk = _parts(name, 2 * pairs, n, kind, 2 * n * n // (d * width) - 1)
         parts = new((2, num_parts, d, width), dtype=torch.float32)
         _launch(
@@ -893,7 +894,7 @@ def tiled(
         ch = new((2, d, width), dtype=hi.dtype)
         cl = torch.empty_like(ch) if kind.half else ch
         squares = new((2, heights, width), dtype=torch.float32)
-        across = triton.cdiv(width, side)
+        across = cdiv(width, side)
         _launch(
             strip_sum, "strip_sum", (heights, across, 2), parts, ch, cl, squares, sums,
             d, P, start, width, num_parts, done, float(loss.m),

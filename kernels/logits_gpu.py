@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sslus.kernels.aot import Build
+from sslus.kernels.tiles import cdiv
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 264  # per launch: two per multiprocessor of an H100. Not queried from the device, so
@@ -49,10 +50,10 @@ def plan(d: int, dtype: torch.dtype) -> dict[str, int]:
 
 def split(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
     """How many parts to split the columns into, and how many columns each part has."""
-    tiles = triton.cdiv(columns, blocks["BN"])
-    wanted = triton.cdiv(PROGRAMS, triton.cdiv(rows, blocks["BM"]))
-    span = triton.cdiv(tiles, min(wanted, tiles)) * blocks["BN"]
-    return triton.cdiv(columns, span), span
+    tiles = cdiv(columns, blocks["BN"])
+    wanted = cdiv(PROGRAMS, cdiv(rows, blocks["BM"]))
+    span = cdiv(tiles, min(wanted, tiles)) * blocks["BN"]
+    return cdiv(columns, span), span
 
 
 @triton.jit

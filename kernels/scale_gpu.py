@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslus.kernels.aot import Build
+from sslus.kernels.tiles import cdiv
 
 BLOCK = 4096  # elements per program: 16 per thread, in 16-byte loads
 NUM_WARPS = 8
@@ -36,7 +37,7 @@ def scaled(
     """One or two contiguous gradients of the same shape times factor (), in the given dtypes."""
     out = [torch.empty_like(g, dtype=dtype) for g, dtype in zip(grads, dtypes, strict=False)]
     num = grads[0].numel()
-    scale_kernel[(triton.cdiv(num, BLOCK), len(grads))](
+    scale_kernel[(cdiv(num, BLOCK), len(grads))](
         grads[0], grads[-1], factor, out[0], out[-1], num, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return out

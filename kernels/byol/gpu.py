@@ -25,6 +25,7 @@ from sslus.kernels.logits_gpu import (
     total_build,
 )
 from sslus.kernels.ranks import Ranks
+from sslus.kernels.tiles import cdiv
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def byol(
     n, d = pa.shape
     num = n * ranks.world
     ga, gb = (torch.empty_like(p, dtype=torch.float32) for p in (pa, pb))
-    programs = triton.cdiv(n, ROWS)
+    programs = cdiv(n, ROWS)
     losses = pa.new_empty((2, programs), dtype=torch.float32)
     byol_kernel[(programs, 2)](
         pa, pb, ta, tb, ga, gb, losses, n, d, 2 / num, ROWS=ROWS, BD=COLUMNS, num_warps=4

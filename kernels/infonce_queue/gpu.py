@@ -47,6 +47,7 @@ from sslus.kernels.logits_gpu import (
     weigh,
 )
 from sslus.kernels.ranks import Ranks
+from sslus.kernels.tiles import cdiv
 
 _LN_2 = tl.constexpr(1 / LOG2_E)
 
@@ -175,9 +176,9 @@ def infonce_queue(
     parts, span = split(n, m, blocks)
     stats = q.new_empty((2, parts, n), dtype=torch.float32)
     mixed = q.new_empty((parts, n, d), dtype=torch.float32)
-    grid = (triton.cdiv(n, blocks["BM"]), parts, triton.cdiv(d, blocks["BD"]))
+    grid = (cdiv(n, blocks["BM"]), parts, cdiv(d, blocks["BD"]))
     mix_kernel[grid](q, queue, stats, mixed, n, m, span, d, scale, **blocks)
-    programs = triton.cdiv(n, ROWS)
+    programs = cdiv(n, ROWS)
     grad = torch.empty_like(q, dtype=torch.float32)
     losses = q.new_empty(programs, dtype=torch.float32)
     finish_kernel[(programs,)](

@@ -50,6 +50,7 @@ from sslus.kernels.logits_gpu import (
 )
 from sslus.kernels.ntxent.reference import check
 from sslus.kernels.ranks import Ranks
+from sslus.kernels.tiles import cdiv
 
 _LN_2 = tl.constexpr(1 / LOG2_E)
 
@@ -230,7 +231,7 @@ def ntxent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = check(za, zb, temperature)
     num, first = n * ranks.world, n * ranks.rank
-    width = triton.cdiv(d, 16) * 16  # so that every row is aligned to 16 bytes
+    width = cdiv(d, 16) * 16  # so that every row is aligned to 16 bytes
     every_a, every_b = ranks.join(za), ranks.join(zb)
     dtype = torch.promote_types(za.dtype, zb.dtype)
     z = za.new_empty((2 * num, width), dtype=dtype)
@@ -238,13 +239,11 @@ def ntxent(
     scale = za.new_empty(2 * num, **single)
     root = (LOG2_E / temperature) ** 0.5  # on both factors of a logit, so that s is symmetric
     rows = {"ROWS": ROWS, "BD": COLUMNS, "num_warps": 4}
-    stack_kernel[(triton.cdiv(num, ROWS), 2)](
-        every_a, every_b, z, scale, num, d, width, root, **rows
-    )
+    stack_kernel[(cdiv(num, ROWS), 2)](every_a, every_b, z, scale, num, d, width, root, **rows)
 
     blocks = plan(width, dtype)
     parts, span = split(2 * n, 2 * num, blocks)
-    grid = (triton.cdiv(2 * n, blocks["BM"]), parts)
+    grid = (cdiv(2 * n, blocks["BM"]), parts)
     stats = za.new_empty((3, parts, 2 * n), **single)
     statistics_kernel[grid](z, scale, stats, n, num, first, span, width, **blocks)
     lse, gap = za.new_empty(2 * n, **single), za.new_empty(2 * n, **single)
@@ -257,12 +256,12 @@ def ntxent(
         lse, gap = (torch.cat([ranks.join(half) for half in x.split(n)]) for x in (lse, gap))
 
     share = za.new_empty((parts, 2 * n, width), **single)
-    chunks = triton.cdiv(width, blocks["BD"])
+    chunks = cdiv(width, blocks["BD"])
     gradient_kernel[(*grid, chunks)](
         z, scale, lse, gap, share, n, num, first, span, width, **blocks
     )
     ga, gb = (torch.empty_like(x, **single) for x in (za, zb))
-    finish_kernel[(triton.cdiv(n, ROWS), 2)](
+    finish_kernel[(cdiv(n, ROWS), 2)](
         share, z, ga, gb, n, num, first, parts, d, width, 1 / (2 * num * temperature * root), **rows
     )
     return loss, ga, gb
