@@ -142,6 +142,7 @@ def test_frames_that_cannot_be_used_do_not_matter(pattern):
     found = region.find("auto", iter(images), len(images))
     np.testing.assert_array_equal(found.inside, want.inside)
     assert region.find("1,2,3,4", iter(images), 20).box == (2, 6, 1, 4)
+    assert region.find(f"0,0,{WIDTH},{HEIGHT}", iter(images), 20).inside.all()
     assert region.find("1,2,3,4", iter(images[:1]), 1) == "not a single frame can be decoded"
 
 
