@@ -453,6 +453,20 @@ def check_shuffled_keys(rank):
     assert torch.equal(own, joined[8 * rank : 8 * rank + 8])
 
 
+def check_batch_norm(rank):
+    """Half precision is added up in float32; without a momentum, running values are means."""
+    generator = torch.Generator().manual_seed(0)
+    joint, plain = (torch.nn.BatchNorm2d(3, momentum=None) for _ in range(2))
+    batchnorm.synchronise(joint, torch.device("cpu"))
+    for _ in range(3):
+        x = (torch.randn(32, 3, 8, 8, generator=generator) / 4 + 20).bfloat16()
+        got, want = joint(x.chunk(2)[rank]), plain(x.float()).chunk(2)[rank]
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-3)
+        for key, b in joint.named_buffers():
+            torch.testing.assert_close(b, plain.get_buffer(key), rtol=1e-5, atol=0)
+
+
 def work(rank, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -466,6 +480,7 @@ def work(rank, folder):
         check_ranks(rank, alone)
         check_dual_task(rank, alone_dual)
         check_shuffled_keys(rank)
+        check_batch_norm(rank)
         dist.barrier()
         dist.destroy_process_group()
         (folder / f"checked-{rank}").touch()
