@@ -445,23 +445,25 @@ def decode(path: Path) -> Iterator[Frame]:
     more than REORDERED frames away from both its neighbours, is replaced by their midpoint. Raises
     VideoError if the file cannot be opened or, after the frames, cannot be read to its end.
     """
-    for index, time_seconds, frame, turn in decoded(Path(path)):
-        yield Frame(index, time_seconds, luma(frame, turn), bool(frame.is_corrupt))
+    for index, time_seconds, frame, turn, corrupt in decoded(Path(path)):
+        yield Frame(index, time_seconds, luma(frame, turn), corrupt)
 
 
-def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn]]:
-    """Index, time in seconds, PyAV frame and turn of every frame; see `decode`. file: see
-    open_video."""
+def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn, bool]]:
+    """Index, time in seconds, PyAV frame and turn of every frame, and whether it is damaged; see
+    `decode`. file: see open_video."""
     container, stream = open_video(path, file)
     with container, contextlib.nullcontext() if file else path.open("rb") as whole:
         # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
         clock = _Clock(stream, in_order=is_untimed(container))
-        batches = _batches(path, container, stream, whole)
+        lost: set[int] = set()
+        batches = _batches(path, container, stream, whole, lost)
         frames, turn = chain.from_iterable(batches), None
         for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
             turn = _turn(frame, stream) if turn is None else turn
-            yield index, clock(frame, following), frame, turn
+            corrupt = bool(frame.is_corrupt) or frame.pts in lost
+            yield index, clock(frame, following), frame, turn, corrupt
 
 
 class _Clock:
@@ -513,11 +515,17 @@ def _falls(stamp: int | None, next_stamp: int | None) -> bool | None:
     return None if stamp is None or next_stamp is None else next_stamp < stamp
 
 
-def _batches(path: Path, container, stream, whole: BinaryIO | None) -> Iterator[list]:
-    """The frames of each packet in turn; a damaged packet gives none. whole: see breaks_off."""
+def _batches(
+    path: Path, container, stream, whole: BinaryIO | None, lost: set[int]
+) -> Iterator[list]:
+    """The frames of each packet in turn; a damaged packet gives none. whole: see breaks_off. The
+    times of packets in which the container finds that bytes are missing, as an MPEG-TS counts its
+    parts, are added to `lost`: many decoders make up the rest and do not say so."""
     import av
 
     for packet in _packets(path, container, stream, whole):
+        if packet and packet.is_corrupt and packet.pts is not None:
+            lost.add(packet.pts)
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError as e:
@@ -557,8 +565,8 @@ def _packets(path: Path, container, stream, whole: BinaryIO | None) -> Iterator:
 def images(path: Path, file=None) -> Iterator[tuple[Luma, float]]:
     """The luma of every frame, None if it is damaged, and its time in seconds. file: see
     open_video."""
-    for _, time_seconds, frame, turn in decoded(path, file):
-        yield None if frame.is_corrupt else partial(plane, frame, turn), time_seconds
+    for _, time_seconds, frame, turn, corrupt in decoded(path, file):
+        yield None if corrupt else partial(plane, frame, turn), time_seconds
 
 
 @dataclass(frozen=True)

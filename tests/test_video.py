@@ -520,6 +520,20 @@ def test_a_damaged_packet_costs_only_itself(clip, pattern, tmp_path):
     np.testing.assert_array_equal(got[-1], whole[-1])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_lost_parts_of_an_mpeg_ts_are_told(codec, clip, pattern, tmp_path):
+    """It counts its parts of 188 bytes. The decoders say nothing where one is missing in front of a
+    picture or at its end."""
+    path = clip(tmp_path / "x.ts", pattern(40, 96, 128), codec=codec, options={"bf": "2"})
+    assert not any(f.corrupt for f in decode(path))
+    data = path.read_bytes()
+    parts = [data[at : at + 188] for at in range(0, len(data), 188)]
+    video = [n for n, part in enumerate(parts) if part[1] & 31 == 1 and part[2] == 0]  # its PID
+    for n in video[20 : -20 : len(video) // 10]:
+        path.write_bytes(b"".join(parts[:n] + parts[n + 1 :]))
+        assert sum(not f.corrupt for f in decode(path)) < probe(path).num_frames
+
+
 class _BadSector:
     """A container on a disk that gives only its first `num` packets."""
 
