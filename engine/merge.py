@@ -64,6 +64,7 @@ def merge(
                     f"{target.out}: has other shards; remove them, or name another folder with -o"
                 )
             if target.is_whole(manifest):
+                target.give_up()  # of a run that was killed while it deleted that folder
                 target.record(ledger, request, manifest.digest)
                 return told
         if (target.work / REQUEST).exists() and not target.is_merging():
@@ -71,8 +72,8 @@ def merge(
                 f"{target.out}: has videos of an unfinished `sslus shard`; finish it, or name"
                 " another folder with -o"
             )
-        target.begin_merging(request)
         try:
+            target.begin_merging(request)
             num_linked = _write(stores, manifest, target.work / "new", report)
             target.write_ledger(ledger)
         except BaseException:

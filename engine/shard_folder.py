@@ -44,7 +44,8 @@ class ShardFolder:
             return
         patterns = (manifests.NAME, "shard-*.tar", "shard-*.idx", "store", "local/*")
         for path in (path for pattern in patterns for path in self.out.glob(pattern)):
-            if path.name != "lock":  # a run that ended before it did anything leaves that
+            # A run that ended before it did anything leaves the lock, and a merge an empty folder.
+            if path != self.local / "lock" and (path != self.work or self._is_anything_in_work()):
                 raise InputError(
                     f"{path}: is in the way, and nothing here says that `sslus shard` made it;"
                     " move it away, or name another folder with -o"
@@ -146,6 +147,10 @@ class ShardFolder:
     def is_merging(self) -> bool:
         """Whether the work folder is that of `sslus merge`."""
         return _is_merged(_read_json(self.work / REQUEST))
+
+    def _is_anything_in_work(self) -> bool:
+        """Anything but what `begin_merging` was writing when it was killed."""
+        return any(path.name != f"{REQUEST}.tmp" for path in self.work.iterdir())
 
     def begin_merging(self, request: dict) -> None:
         """Make the work folder anew."""

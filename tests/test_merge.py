@@ -216,10 +216,32 @@ def test_what_was_broken_off_or_broken_is_made_again(clinics, by_hand, tmp_path,
     assert list(out.glob("*.tar")) and not (out / "manifest.json").exists()
     manifest = merge([clinics / "x", clinics / "y"], out).manifest
     whole = contents(out, by_hand)
+    (out / "local/work/new").mkdir(parents=True)  # killed while it deleted that
+    assert merge([clinics / "x", clinics / "y"], out).already
+    assert not (out / "local/work").exists()
     (out / "shard-000001.tar").unlink()
     again = merge([clinics / "x", clinics / "y"], out)
     assert not again.already and again.manifest == manifest
     assert contents(out, by_hand) == whole
+
+
+def test_what_ended_as_it_began_is_in_nobodys_way(clinics, tmp_path, monkeypatch):
+    """Before anything in the work folder says whose it is."""
+    out, folders = tmp_path / "out", [clinics / "x", clinics / "y"]
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sslus.engine.shard_folder.atomic_file", full)
+        with pytest.raises(OSError, match="No space"):
+            merge(folders, out)
+        assert [p.name for p in (out / "local").iterdir()] == ["lock"]
+        patch.setattr("sslus.engine.merge.ShardFolder.give_up", lambda self: None)  # killed
+        with pytest.raises(OSError, match="No space"):
+            merge(folders, out)
+    (out / "local/work/request.json.tmp").touch()
+    assert not merge(folders, out).already
 
 
 def test_the_command(clinics, tmp_path, monkeypatch, capsys):
