@@ -299,8 +299,9 @@ def _decode_all(job: _Job, workers: Workers, several: bool) -> None:
     """
     records = job.records
     todo = [s for s in job.sources if s.name not in records]
+    sizes = {s.name: stamp(s.path)[0] for s in todo}
     # Large files first, so that no worker is left alone with one at the end.
-    todo.sort(key=lambda s: (-stamp(s.path)[0], s.name))
+    todo.sort(key=lambda s: (-sizes[s.name], s.name))
     frames = sum(r["decoded_frames"] for r in records.values())
 
     job.tell(f"{frames:,} frames")
@@ -314,7 +315,10 @@ def _decode_all(job: _Job, workers: Workers, several: bool) -> None:
                 if several and not by_last:
                     crashed.append(source)
                     continue
-            if result["status"] != "ok" and not os.path.lexists(source.path):
+            # Links stay when the disk with the files goes; one that leads nowhere from the start is
+            # refused.
+            gone = sizes[source.name] >= 0 > stamp(source.path)[0]
+            if result["status"] != "ok" and (gone or not os.path.lexists(source.path)):
                 raise InputError(
                     f"{source.path}: was there at the start and is gone; if a disk was unmounted,"
                     f" bring it back; {job.told()}; the same command resumes from here"

@@ -441,18 +441,26 @@ def test_little_memory_is_no_fault_of_a_file(clip, pattern, tmp_path):
     assert len(short) == 4 and whole == "ok " and damaged.startswith("refused "), done
 
 
-def test_videos_that_vanish_on_the_way_are_not_left_out(clips, tmp_path, key):
+@pytest.mark.parametrize("linked", [False, True])
+def test_videos_that_vanish_on_the_way_are_not_left_out(linked, clips, tmp_path, key):
     videos, out = shutil.copytree(clips, tmp_path / "videos"), tmp_path / "out"
+    given = videos
+    if linked:  # as data version control does it; the links stay
+        given = tmp_path / "links"
+        for file in videos.rglob("*.*"):
+            link = given / file.relative_to(videos)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
 
     def unmount(done, total, note):
         if done == 1:
             videos.rename(tmp_path / "elsewhere")
 
     with pytest.raises(InputError, match=r"is gone; .* of 6 videos are decoded; the same command"):
-        make(videos, out, key, jobs=1, report=unmount)
+        make(given, out, key, jobs=1, report=unmount)
     assert public_bytes(out) == {}
     (tmp_path / "elsewhere").rename(videos)
-    assert make(videos, out, key).resumed >= 1
+    assert make(given, out, key).resumed >= 1
     make(clips, tmp_path / "straight", key)
     assert public_bytes(out) == public_bytes(tmp_path / "straight")
 
