@@ -104,6 +104,18 @@ def test_views_says_that_it_wants_a_file(out, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"Error: -o {out}: is a folder; name a file")
 
 
+def test_views_takes_the_place_of_no_device_and_no_link(shards, tmp_path, capsys):
+    """As root, /dev/null would be a picture from then on."""
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link", "views.png"))
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    asked = ["views", str(shards), "--frames", "1", "--image-size", "32", "-o"]
+    assert cli.main([*asked, str(pipe)]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: -o {pipe}: is a device or a pipe")
+    assert cli.main([*asked, str(link)]) == 0
+    assert pipe.is_fifo() and link.is_symlink() and file.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_is_wrong_is_told_before_pytorch_is_imported(tmp_path):
     """Which takes seconds."""
     run, shards, labels = tmp_path / "run", tmp_path / "shards", tmp_path / "labels.csv"

@@ -46,6 +46,7 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     import shlex
 
     from sslus.engine.errors import InputError
+    from sslus.engine.labels import real
     from sslus.engine.manifest import read_manifest
     from sslus.engine.store import FrameStore
     from sslus.engine.urls import is_url, shown
@@ -59,6 +60,8 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
         )
     if out.is_dir():
         raise InputError(f"-o {out}: is a folder; name a file in it, such as views.png")
+    if out.exists() and not out.is_file():  # the picture would take the place of /dev/null
+        raise InputError(f"-o {out}: is a device or a pipe; name a file, such as views.png")
     read_manifest(Path(shards))  # PyTorch takes longer to import than to see what is wrong here
 
     from sslus.ssl import methods
@@ -68,7 +71,8 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     with progress("frame store", "frames") as report:
         store = FrameStore.open(Path(shards), report=report)
     within = max_seconds if pairs == "nearby" else None
-    picture(store, preset, out, num=frames, size=image_size, seed=seed, max_seconds=within)
+    place = real(out)  # a link, as /dev/stdout is one, would be replaced, too
+    picture(store, preset, place, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]
     method = base if base in methods.names() else "vicreg"
     going = ["--method", method, "--views", preset]
