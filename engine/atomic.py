@@ -17,6 +17,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     except OSError as e:
         if e.errno != errno.EINVAL:
+            _name(e, folder)
             raise
     finally:
         os.close(fd)

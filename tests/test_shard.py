@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ import simplejpeg
 
 from sslus.engine import shard as shards
 from sslus.engine import tar
-from sslus.engine.atomic import atomic_file, atomic_folder
+from sslus.engine.atomic import atomic_file, atomic_folder, sync_folder
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.ids import keyed_hash, video_ids
 from sslus.engine.manifest import Manifest, read_manifest
@@ -1087,6 +1088,9 @@ def test_a_file_system_that_syncs_no_folders_is_no_obstacle(clips, tmp_path, key
     monkeypatch.setattr("os.fsync", files_only)
     make(clips, tmp_path / "out", key)
     assert make(clips, tmp_path / "out", key).already
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match=str(tmp_path)):  # which does not say where by itself
+        sync_folder(tmp_path)
 
 
 def test_full_disk(clip, tmp_path, small_disk):
