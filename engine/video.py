@@ -188,7 +188,7 @@ def probe(path: Path, file=None) -> VideoInfo:
     container, stream = open_video(path, file)
     with container:
         stream.codec_context.thread_count = 1
-        shown = hidden = end = duration = 0
+        shown = hidden = fields = end = duration = 0
         frame = None
         try:
             for packet in container.demux(stream):
@@ -196,6 +196,7 @@ def probe(path: Path, file=None) -> VideoInfo:
                     hides = packet.is_discard or shows_nothing(stream.codec_context.name, packet)
                     hidden += hides
                     shown += not hides
+                    fields += _is_field(stream, packet)
                     if packet.pts is not None:
                         duration = packet.duration or duration
                         end = max(end, packet.pts + (packet.duration or 0))
@@ -213,7 +214,8 @@ def probe(path: Path, file=None) -> VideoInfo:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
         if frame is None:
             raise VideoError(path, "not a single frame can be decoded")
-        num_frames = _num_samples(container, stream) - hidden
+        halves = fields // 2 if frame.interlaced_frame else 0  # two fields are one frame
+        num_frames = _num_samples(container, stream) - hidden - halves
         if "avi" in _formats(container):
             num_frames -= _empty_chunks(path, stream.index)
         if "mxf" in _formats(container):  # counted in frames, and in the header
@@ -232,7 +234,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             width=frame.width,
             rate_hz=float(rate or 0),
             tick_seconds=_tick_seconds(stream),
-            num_frames=max(shown, num_frames)
+            num_frames=max(shown - halves, num_frames)
             + (0 if stream.frames else _missing(path, container, stream, end, duration)),
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
@@ -247,6 +249,14 @@ def shows_nothing(codec: str, packet) -> bool:
     """Whether the image in a packet is only there for others to refer to: one of VP8 whose
     show_frame is 0 (RFC 6386, section 9.1), as encoders of two passes make."""
     return codec == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _is_field(stream, packet) -> bool:
+    """Whether a packet lasts half a frame: interlaced H.264 may have a packet for each field."""
+    codec = stream.codec_context
+    if codec.name != "h264" or not codec.framerate or not packet.duration:
+        return False
+    return 0.4 < packet.duration * stream.time_base * codec.framerate < 0.6
 
 
 def _tick_seconds(stream) -> float:

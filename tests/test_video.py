@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -412,8 +413,6 @@ def test_a_colour_profile_does_no_harm(tmp_path):
 
 def write_streams(path, counts):
     """A file with several videos, of so many frames and 16, 32, ... pixels high."""
-    from fractions import Fraction
-
     import av
 
     with av.open(str(path), "w") as container:
@@ -532,6 +531,63 @@ def test_lost_parts_of_an_mpeg_ts_are_told(codec, clip, pattern, tmp_path):
     for n in video[20 : -20 : len(video) // 10]:
         path.write_bytes(b"".join(parts[:n] + parts[n + 1 :]))
         assert sum(not f.corrupt for f in decode(path)) < probe(path).num_frames
+
+
+def h264_of_fields(num: int) -> list[bytes]:
+    """Grey frames of 16 x 32 pixels at 25 Hz in H.264, each as two fields, which x264 does not make
+    (ITU-T H.264, 7.3)."""
+
+    def ue(value: int) -> str:
+        code = f"{value + 1:b}"
+        return "0" * (len(code) - 1) + code
+
+    def nal(kind: int, bits: str) -> bytes:
+        bits += "1"
+        bits += "0" * (-len(bits) % 8)
+        return b"\0\0\0\1" + bytes([96 | kind, *int(bits, 2).to_bytes(len(bits) // 8)])
+
+    ticks = f"{0x01010101:032b}{50 * 0x01010101:032b}"  # without zero bytes, which need escapes
+    # Main profile, level 3.0; one macroblock, fields; square pixels, the rate, and nothing more.
+    head = f"{77:08b}{0:08b}{30:08b}" + 4 * ue(0) + ue(1) + "0" + 2 * ue(0) + "00101" + "00001"
+    sets = nal(7, head + ticks + "10000") + nal(8, "1100111000111100")
+
+    def field(second: int, value: int) -> bytes:
+        head = ue(0) + ue(7) + ue(0) + "00001" + str(second)  # slice I, frame number, field
+        head += "00010" if second else f"{ue(value % 2)}000000"  # order, marking
+        head += ue(0) + ue(1) + ue(25)  # quantiser, no deblocking, macroblock as it is
+        pixels = "".join(f"{x:08b}" for x in [value] * 256 + [128] * 128)
+        return nal(1 if second else 5, head + "0" * (-len(head) % 8) + pixels)
+
+    return [sets + field(0, 40 + k) + field(1, 40 + k) for k in range(num)]
+
+
+def test_two_fields_in_packets_of_their_own_are_one_frame(tmp_path):
+    """As camcorders and capture cards write them."""
+    import av
+
+    frames = h264_of_fields(20)
+    raw = tmp_path / "x.h264"
+    raw.write_bytes(b"".join(frames))
+    with (
+        av.open(str(raw)) as source,
+        av.open(str(tmp_path / "x.ts"), "w") as whole,
+        av.open(str(tmp_path / "x.mp4"), "w") as halves,
+    ):
+        (stream,) = source.streams.video
+        for container, packets, num in (
+            (whole, map(av.Packet, frames), 20), (halves, source.demux(stream), 40)
+        ):  # fmt: skip
+            to = container.add_stream_from_template(stream)
+            for number, packet in zip(range(num), packets, strict=False):
+                packet.stream, packet.duration = to, 1
+                packet.pts = packet.dts = number
+                packet.time_base = Fraction(20, 25 * num)
+                container.mux(packet)
+    for path in tmp_path.iterdir():
+        info = probe(path)
+        lumas = [int(f.luma[0, 0]) for f in decode(path)]
+        assert info.interlaced and info.num_frames == len(lumas) == 20, path
+        assert lumas == [round((40 + k - 16) * 255 / 219) for k in range(20)]
 
 
 class _BadSector:
