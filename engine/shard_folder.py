@@ -18,6 +18,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.ids import keep_key
 from sslus.engine.lock import alone
 from sslus.engine.manifest import Manifest, read_manifest
+from sslus.engine.tar import index_path
 
 LEDGER = "ledger.jsonl"
 REQUEST = "request.json"
@@ -99,9 +100,12 @@ class ShardFolder:
         return (manifest, ledger) if self.is_whole(manifest) else None
 
     def is_whole(self, manifest: Manifest) -> bool:
-        """Whether all shards are there, with their lengths."""
+        """Whether all shards are there, with their lengths, and their indexes."""
         paths = ((self.out / entry["name"], entry["bytes"]) for entry in manifest.shards)
-        return all(path.exists() and path.stat().st_size == length for path, length in paths)
+        return all(
+            path.exists() and path.stat().st_size == length and index_path(path).exists()
+            for path, length in paths
+        )
 
     def refusal(self, request: dict) -> str:
         """Why the shards that are there are not those of the request."""

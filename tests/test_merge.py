@@ -219,10 +219,11 @@ def test_what_was_broken_off_or_broken_is_made_again(clinics, by_hand, tmp_path,
     (out / "local/work/new").mkdir(parents=True)  # killed while it deleted that
     assert merge([clinics / "x", clinics / "y"], out).already
     assert not (out / "local/work").exists()
-    (out / "shard-000001.tar").unlink()
-    again = merge([clinics / "x", clinics / "y"], out)
-    assert not again.already and again.manifest == manifest
-    assert contents(out, by_hand) == whole
+    for name in ("shard-000001.tar", "shard-000001.idx"):
+        (out / name).unlink()
+        again = merge([clinics / "x", clinics / "y"], out)
+        assert not again.already and again.manifest == manifest
+        assert contents(out, by_hand) == whole
 
 
 def test_what_ended_as_it_began_is_in_nobodys_way(clinics, tmp_path, monkeypatch):

@@ -705,6 +705,7 @@ def test_what_is_damaged_or_of_another_version_is_made_again(clips, tmp_path, ke
     before = public_bytes(out)
     for name, what in [
         ("shard-000001.tar", None),  # gone
+        ("shard-000001.idx", None),
         ("manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 7')),
         ("manifest.json", lambda d: d[:100]),
         ("local/request.json", lambda d: garbage),
