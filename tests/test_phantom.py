@@ -273,6 +273,8 @@ def test_a_clip_is_h264_at_its_machines_size_and_rate(made):
 
 def test_an_interrupted_run_is_completed_with_the_same_bytes(made, tmp_path):
     out = tmp_path / "videos"
+    out.mkdir()
+    (out / "synth.json.tmp").write_text("{")  # killed as it began
 
     def stop(done, total, note):
         if done == 2:

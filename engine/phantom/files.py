@@ -67,7 +67,8 @@ def synth(
         if not out.is_dir():
             raise InputError(f"synth {out}: is a file; name a new folder")
         there = note.read_text() if note.is_file() else None
-        if there != wanted and any(out.iterdir()):
+        begun = note.with_name(note.name + ".tmp")  # all that is there of a run killed as it began
+        if there != wanted and any(path != begun for path in out.iterdir()):
             raise InputError(
                 f"synth {out}: the folder is not empty and holds no clips of these settings;"
                 " name a new one"
