@@ -58,16 +58,18 @@ def merge(
         ledger, sources, num_named = _names(stores)
         request = {"merged": [s.digest for s in stores], "sources": sources}
         told = MergeReport(target.out, manifest, len(stores), num_named, already=True)
+        shards_begun = (target.work / REQUEST).exists() and not target.is_merging()
         if target.has_shards():
             if read_manifest(target.out).digest != manifest.digest:
                 raise InputError(
                     f"{target.out}: has other shards; remove them, or name another folder with -o"
                 )
             if target.is_whole(manifest):
-                target.give_up()  # of a run that was killed while it deleted that folder
+                if not shards_begun:  # what is there is of a run killed while it deleted that
+                    target.give_up()
                 target.record(ledger, request, manifest.digest)
                 return told
-        if (target.work / REQUEST).exists() and not target.is_merging():
+        if shards_begun:
             raise InputError(
                 f"{target.out}: has videos of an unfinished `sslus shard`; finish it, or name"
                 " another folder with -o"

@@ -219,6 +219,11 @@ def test_what_was_broken_off_or_broken_is_made_again(clinics, by_hand, tmp_path,
     (out / "local/work/new").mkdir(parents=True)  # killed while it deleted that
     assert merge([clinics / "x", clinics / "y"], out).already
     assert not (out / "local/work").exists()
+    begun = out / "local/work/request.json"  # by `sslus shard --force`, and not finished
+    begun.parent.mkdir()
+    begun.write_text("{}")
+    assert merge([clinics / "x", clinics / "y"], out).already and begun.exists()
+    shutil.rmtree(begun.parent)
     for name in ("shard-000001.tar", "shard-000001.idx"):
         (out / name).unlink()
         again = merge([clinics / "x", clinics / "y"], out)
