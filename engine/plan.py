@@ -94,9 +94,7 @@ def nearby(
 
     def beyond(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Whether frames b are out of reach of the earlier frames a."""
-        # Both are off by up to half a step of float32, which after an hour is above ROUNDING.
-        late = time_seconds[b]
-        return late - time_seconds[a] - np.spacing(late) > max_seconds + ROUNDING
+        return _beyond(time_seconds[a], time_seconds[b], max_seconds)
 
     low = _bisect(first, indices, lambda at: ~beyond(at, indices))
     high = _bisect(indices + 1, last, lambda at: beyond(indices, at))
@@ -108,6 +106,18 @@ def nearby(
     reach = np.maximum(indices - low, high - 1 - indices)
     weights = (reach - np.abs(partners - indices) + 1) / (reach + 1)
     return partners, weights.astype(np.float32)
+
+
+def have_nearby(video: np.ndarray, time_seconds: np.ndarray, max_seconds: float) -> np.ndarray:
+    """(N,) bool: which frames have another one of their video in reach, as in `nearby`."""
+    reached = ~_beyond(time_seconds[:-1], time_seconds[1:], max_seconds)
+    reached &= video[:-1] == video[1:]
+    return np.append(reached, False) | np.append(False, reached)
+
+
+def _beyond(early: np.ndarray, late: np.ndarray, max_seconds: float) -> np.ndarray:
+    # Both are off by up to half a step of float32, which after an hour is above ROUNDING.
+    return late - early - np.spacing(late) > max_seconds + ROUNDING
 
 
 def _bisect(low: np.ndarray, high: np.ndarray, holds) -> np.ndarray:

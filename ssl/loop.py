@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sslus.engine.errors import InputError, Interrupted
-from sslus.engine.plan import Plan, nearby
+from sslus.engine.plan import Plan, have_nearby, nearby
 from sslus.engine.stream import StreamStore
 from sslus.engine.system import usable_cores
 from sslus.ssl import backbones, checkpoints, curves, health, methods, optimizers, step
@@ -50,6 +50,8 @@ class Loop:
         self.num_views = 1 if getattr(method, "ONE_VIEW", False) else 2
         self.log = MetricsLog(run, settings, options, state.step, self.world, say)
         self.signum = 0  # of a signal that arrived when there was nothing left to stop
+        if settings.pairs == "nearby":
+            self.check_reach()
         self.online: Online | None = None
         if options.online_every and isinstance(store, StreamStore):
             raise InputError("--online-every: frames are streamed, so labels are not known yet")
@@ -60,6 +62,24 @@ class Loop:
             self.online = online if self.world.is_main else None
             if settings.dual_task:
                 say("--online-every: --dual-task learns the same labels, so its scores flatter")
+
+    def check_reach(self) -> None:
+        """Raise InputError if no frame has another one in reach, say so if some have none: the
+        views of these are of one frame, as without nearby pairs."""
+        store, reach = self.store, self.settings.max_seconds
+        alone = np.count_nonzero(~have_nearby(store.video, store.time_seconds, reach))
+        if alone == len(store):
+            steps = np.diff(store.time_seconds)[np.diff(store.video) == 0]
+            raise InputError(
+                f"--pairs nearby: no frame has another one of its video within --max-seconds"
+                f" {reach:g}; they are {np.median(steps):.2g} seconds apart: give more seconds, or"
+                " make the shards with more frames (--stride, --rate)"
+            )
+        if alone:
+            self.say(
+                f"--pairs nearby: {alone:,} of {len(store):,} frames have no other one of their"
+                f" video within {reach:g} seconds; both their views are of the same frame"
+            )
 
     def run_to_end(self) -> None:
         s, state = self.settings, self.state

@@ -850,3 +850,19 @@ def test_nearby_pairs_with_weights_train(shards, tmp_path):
     assert losses[0] != losses[1] != losses[2]
     # Weights are at most 1, so the first batch's distance can only shrink.
     assert weighted.metrics[0]["invariance"] < nearby.metrics[0]["invariance"]
+
+
+def test_nearby_pairs_that_are_out_of_reach_are_told(shards, store, tmp_path, monkeypatch):
+    """Else --pairs nearby would do nothing, without a word."""
+    settings = dataclasses.replace(SMALL, pairs="nearby", max_seconds=0.05)
+    with pytest.raises(InputError, match="within --max-seconds 0.05; they are 0.08 seconds apart"):
+        run_train(shards, tmp_path / "none", settings)
+    assert not (tmp_path / "none").exists()
+
+    said, settings = [], dataclasses.replace(settings, max_seconds=0.1, max_steps=1)
+    run_train(shards, tmp_path / "all", settings, say=said.append)
+    assert not any("--pairs" in line for line in said)
+    monkeypatch.setattr("sslus.ssl.loop.have_nearby", lambda video, *_: video > 0)
+    run_train(shards, tmp_path / "some", settings, say=said.append)
+    alone = f"--pairs nearby: {np.sum(store.video == 0)} of {len(store)} frames have no other one"
+    assert any(alone in line for line in said)

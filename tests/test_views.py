@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sslus.engine.errors import InputError
-from sslus.engine.plan import Plan, nearby
+from sslus.engine.plan import Plan, have_nearby, nearby
 from sslus.engine.store import FrameStore
 from sslus.kernels import _cpu
 from sslus.kernels.augment import COLUMNS, PARAMS, check_params, identity, views
@@ -298,6 +298,8 @@ def test_nearby_frames_are_of_the_same_video_and_in_reach():
         for i in every
     ]
     assert not reach[0]
+    others = [i not in mine for i, mine in enumerate(seen)]
+    assert have_nearby(video, time, 0.5).tolist() == others and not all(others)
     for i, (mine, want) in enumerate(zip(seen, reach, strict=True)):
         assert mine <= (want or {i}) and (len(want) > 4 or mine == (want or {i}))
 
@@ -310,6 +312,8 @@ def test_the_frame_exactly_at_the_limit_is_nearby(start_seconds):
     video, every = np.zeros(200, np.int32), np.arange(200)
     far = np.max([np.abs(nearby(video, times, every, 0.2, 0, e)[0] - every) for e in range(80)], 0)
     assert (far == 5).all()
+    few = video[::5], times[::5]
+    assert have_nearby(*few, 0.2).all() and not have_nearby(*few, 0.19).any()
 
 
 def test_weights_of_nearby_pairs_by_hand():
