@@ -191,7 +191,9 @@ def of_new_run(asked: dict, recipe: str = "default") -> tuple[Settings, object]:
     if unknown := values.keys() - _names(Settings):
         raise InputError(f"{method}: recipe {recipe!r} sets {', '.join(unknown)}: no such option")
     # What is asked also removes the recipe's values that belonged to what it replaces.
-    for other, same in (("base_lr", "lr"), ("warmup_epochs", "warmup_steps")):
+    for other, same in (
+        ("base_lr", "lr"), ("warmup_epochs", "warmup_steps"), ("max_steps", "epochs"),
+    ):  # fmt: skip
         if other in asked:
             values.pop(same, None)
     usual = values.get("optimizer", "adamw")

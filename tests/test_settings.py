@@ -33,6 +33,8 @@ BARLOW = {"method": "barlowtwins"}
         ({}, "default", {"views": "ultrasound", "projector": "2048-2048-2048", "seed": 0}),
         ({}, "study", {"optimizer": "lars", "base_lr": 0.2, "projector": "8192-8192-8192"}),
         ({"projector": "16", "epochs": 3}, "study", {"projector": "16", "epochs": 3}),
+        ({"max_steps": 9}, "study", {"max_steps": 9, "epochs": None}),  # which may be shorter
+        ({"max_steps": 9, "epochs": 3}, "study", {"max_steps": 9, "epochs": 3}),
         ({"seed": 5, "views": "simclr"}, "study", {"seed": 5, "views": "simclr", "base_lr": 0.2}),
         ({"method": "simclr", "base_lr": 0.1}, "study", {"lr": None, "base_lr": 0.1}),
         ({"optimizer": "lars"}, "study", {"base_lr": 0.2, "weight_decay": 1e-6}),
