@@ -106,6 +106,8 @@ class Step:
                 f"{s.method}: no gradient of the loss reaches the backbone, which would stay as it"
                 " is: do not freeze it, nor detach its features"
             )
+        if not self.names and world.size > 1:
+            self.refuse_unused()
         trained = [p for p in self.state.method.parameters() if p.grad is not None]
         if with_norm or s.clip_norm:
             self.grad_norm = total_norm([p.grad for p in trained])
@@ -116,6 +118,16 @@ class Step:
         self.names = ("loss", *terms)
         seen = torch.stack([h.detach() for h in features if h is not None])
         return total / s.accumulate, seen
+
+    def refuse_unused(self) -> None:
+        """DDP would fail in the next step, and the ranks have not exchanged all gradients of this
+        one."""
+        for name, p in self.state.method.named_parameters():
+            if p.requires_grad and p.grad is None:
+                raise InputError(
+                    f"{self.settings.method}: the loss does not depend on {name}, for whose"
+                    " gradient several processes wait: leave it out, or requires_grad_(False)"
+                )
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:

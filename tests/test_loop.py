@@ -194,6 +194,19 @@ def test_of_micro_batches_the_last_one_alone_is_exchanged(monkeypatch):
     assert exchanged == [False, False, True]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_weight_without_a_gradient_is_refused_where_ranks_would_wait_for_it(size, monkeypatch):
+    """PyTorch's own error comes a step later, and does not name it."""
+    monkeypatch.setattr("sslus.ssl.step.DistributedDataParallel", lambda method, **_: method)
+    state = dataclasses.replace(state_of(SMALL), world=World(CPU, size=size))
+    state.method.fixed = nn.Parameter(torch.zeros(3), requires_grad=False)
+    Step(state, SMALL)([views_of(8)], 1e-3)
+    state.method.unused = nn.Parameter(torch.zeros(3))
+    refused = pytest.raises(InputError, match="the loss does not depend on unused, for whose")
+    with refused if size > 1 else contextlib.nullcontext():
+        Step(state, SMALL)([views_of(8)], 1e-3)
+
+
 def test_ranks_begin_alike_and_draw_different_numbers():
     seeds, weights = set(), []
     for rank in range(2):
