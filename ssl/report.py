@@ -1,5 +1,6 @@
 """The results of an evaluation, as a table, a page and a figure."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def markdown(result: Evaluation, settings: dict) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
     *judged, majority = result.rows
     per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
-    names = [name.replace("|", "\\|") for name in result.names]
+    # Else a class named <left> would be taken for HTML and vanish.
+    names = [re.sub(r"[|<\\`*]", r"\\\g<0>", name) for name in result.names]
     return "\n".join(
         [
             f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
