@@ -21,6 +21,7 @@ SCORES = {  # of the table, in words
     " mean probabilities of the videos, averaged over the classes that have both positives and"
     " negatives among the tested videos; AUROC over frames is in results.json.",
 }
+LONGEST = 60  # characters of a class's name in the figure; the tables have it whole
 MOST_WRITTEN = 30  # classes whose confusion matrix is drawn with numbers
 
 
@@ -184,7 +185,11 @@ def draw(result: Evaluation, path: Path) -> None:
     k = len(result.names)
     side = 0.8 * min(k, MOST_WRITTEN)  # inches: a matrix of 100 classes would take 8 GB to draw
     small = {"fontsize": min(10, 30 * side / k), "parse_math": False}  # no $ starts math mode
-    figure = Figure(figsize=(2 * (2.2 + side), 1.8 + side), layout="constrained")
+    names = [n if len(n) <= LONGEST else n[: LONGEST - 1] + "…" for n in result.names]
+    # Inches that a name takes beside the matrix (in capitals), and turned by 45 degrees below it.
+    beside = 0.01 * small["fontsize"] * max(map(len, names))
+    width, height = max(2.2, 1 + beside), max(1.8, 1 + 0.71 * beside)
+    figure = Figure(figsize=(2 * (width + side), height + side), layout="constrained")
     for axes, row in zip(figure.subplots(1, len(shown)), shown, strict=True):
         counts = np.array(row.confusion)
         part = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -194,11 +199,11 @@ def draw(result: Evaluation, path: Path) -> None:
                 j, i, f"{100 * part[i, j]:.0f} %", ha="center", va="center",
                 color="white" if part[i, j] > 0.5 else "black",
             )  # fmt: skip
-        axes.set_xticks(range(k), result.names, rotation=45, ha="right", **small)
+        axes.set_xticks(range(k), names, rotation=45, ha="right", **small)
         sums = counts.sum(axis=1)
         axes.set_yticks(
             range(k),
-            [f"{n}\n{s:,.0f} frames" for n, s in zip(result.names, sums, strict=True)],
+            [f"{n}\n{s:,.0f} frames" for n, s in zip(names, sums, strict=True)],
             **small,
         )
         axes.set_xlabel("prediction")

@@ -740,6 +740,21 @@ def test_a_confusion_matrix_of_many_classes_can_be_drawn(num, tmp_path, monkeypa
     assert len(figures[0].axes[0].texts) == (num**2 if num < 31 else 0)
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
+@pytest.mark.parametrize("length", [20, 45, 300])
+def test_long_names_leave_the_confusion_matrix_its_room(length, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    row = SimpleNamespace(backbone="x", percent=100.0, confusion=np.eye(2), macro_f1=1.0)
+    names = [f"{c} {100 * 'APICAL '}"[:length] for c in "ab"]
+    report.draw(SimpleNamespace(rows=[row] * 3, names=names), tmp_path / "confusion.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        assert min(box.width, box.height) > 0.8 * figure.dpi  # inches, of 1.6 for two classes
+
+
 def test_every_number_of_the_table_is_in_its_column():
     row = SimpleNamespace(
         backbone="x", percent=10.0, macro_f1=0.1, macro_f1_std=0.01, macro_f1_per_video=0.2,
