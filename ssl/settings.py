@@ -25,7 +25,7 @@ from sslus.ssl import methods, optimizers
 from sslus.ssl.cores import MOST_THREADS
 from sslus.ssl.runs import check_type
 from sslus.ssl.views import parse as parse_views
-from sslus.ssl.world import pays_bf16
+from sslus.ssl.world import LEAST_FOR_BF16, pays_bf16
 
 WAYS = ("eager", "compile", "graph")  # to execute an update, see ssl/step.py
 WHERE = {"device": "auto", "tier": "auto", "threads": None}  # and their defaults
@@ -110,6 +110,12 @@ class Settings:
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if pays_bf16(device, backbone, image_size) else "fp32"
+        if precision == "bf16" and not cuda and image_size < LEAST_FOR_BF16:
+            raise InputError(
+                f"precision bf16: images of {image_size} px are too small for it on a CPU, whose"
+                " convolutions would return wrong gradients; use fp32, or"
+                f" {LEAST_FOR_BF16} px or more"
+            )
         usual = methods.recipe(self.method, "default")[0]
         views = self.views or usual.get("views", "ultrasound")
         settings = dataclasses.replace(

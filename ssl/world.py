@@ -14,6 +14,7 @@ from sslus.engine.errors import InputError
 
 # Rank 0 may decode for hours while the others wait; dead processes are noticed anyway.
 WAIT = timedelta(days=1)
+LEAST_FOR_BF16 = 32  # pixels, on a CPU; see pays_bf16
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def pays_bf16(device: torch.device, backbone: str, image_size: int) -> bool:
     uninitialised memory as the weight gradient of a strided convolution whose feature map is a
     single pixel.
     """
-    on_cpu = multiplies_bf16() and backbone.startswith("resnet") and image_size >= 32
+    large = image_size >= LEAST_FOR_BF16
+    on_cpu = multiplies_bf16() and backbone.startswith("resnet") and large
     return device.type == "cuda" or on_cpu
 
 

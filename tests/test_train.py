@@ -604,6 +604,9 @@ def test_mixed_precision_where_the_processor_has_it(tells, has, monkeypatch):
     assert chosen(backbone="resnet18", precision="fp32") == "fp32"
     assert chosen(precision="bf16") == "bf16"
     assert chosen(backbone="resnet18", image_size=31) == "fp32"  # oneDNN forgets a gradient there
+    with pytest.raises(InputError, match="precision bf16: images of 31 px are too small"):
+        chosen(precision="bf16", image_size=31)
+    assert chosen(precision="bf16", image_size=32) == "bf16"
 
 
 def test_weights_that_the_last_step_broke_stop_the_run_in_one_line(shards, tmp_path):
