@@ -108,6 +108,7 @@ def test_demo(tmp_path):
         )  # fmt: skip
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
         assert "macro" in result.stdout and "Done." in result.stdout
+        assert "\033" not in result.stdout + result.stderr  # a log file, not a terminal
     demo = tmp_path / "demo"
     for path in ("run/curves.png", "run/backbone.safetensors", "shards/manifest.json", "report"):
         assert (demo / path).exists()

@@ -14,7 +14,9 @@ read -r shortest longest <<<"${DEMO_SECONDS:-2 4}"
 mkdir -p "$demo"
 cd "$demo"
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold="" plain=""
+if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi  # no codes in a log file
+say() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 step() {
   say "\$ sslus $*"
   "$sslus" "$@"
