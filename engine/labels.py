@@ -12,7 +12,7 @@ from sslus.engine.errors import InputError
 from sslus.engine.manifest import REMEDY
 
 COLUMNS = ("path", "label", "patient", "split")
-SPLITS = {  # as they may be written
+SPLITS = {  # as they may be written, in capitals too
     "train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val",
 }  # fmt: skip
 
@@ -43,9 +43,14 @@ def read_labels(path: Path) -> list[Label]:
     (_, columns), *rows = _lines(path) or [(1, [])]
     wrong = [c for c in COLUMNS if columns.count(c) > 1 or (c not in columns and c != "split")]
     if wrong:
+        got, hint = ",".join(columns), ""
+        if ";" in got or "\t" in got:  # as spreadsheets in some languages write it
+            hint = "; put commas between the cells"
+        elif got and not {*wrong} & {*columns}:
+            hint = "; rename yours, other columns may stay"
         raise InputError(
             f"labels {path}: want the columns path,label,patient[,split], each once,"
-            f" got {','.join(columns) or 'an empty file'}"
+            f" got {got or 'an empty file'}{hint}"
         )
     if not rows:
         raise InputError(f"labels {path}: no rows under the header")
@@ -72,11 +77,11 @@ def read_labels(path: Path) -> list[Label]:
         if (name := unicodedata.normalize("NFC", str(video))) in seen:
             raise InputError(f"{where}: {cells['path']} is already in line {seen[name]}")
         seen[name] = line
-        if cells["split"] and cells["split"] not in SPLITS:
+        split = SPLITS.get(cells["split"].lower())
+        if cells["split"] and not split:
             raise InputError(
                 f"{where}: split must be one of {', '.join(SPLITS)}, got {cells['split']!r}"
             )
-        split = SPLITS.get(cells["split"])
         if split and (other := side.setdefault(cells["patient"], split)) != split:
             raise InputError(f"{where}: patient {cells['patient']} is in both {other} and {split}")
         labels.append(Label(video, cells["label"], cells["patient"], split))

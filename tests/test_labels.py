@@ -38,7 +38,7 @@ def test_a_row_is_what_its_cells_say(read, tmp_path):
 
 
 def test_what_a_split_may_be_called(read):
-    names = ["train", "test", "val", "valid", "validation"]
+    names = ["train", "Test", "VAL", "valid", "Validation"]
     rows = read(
         "path,label,patient,split\n" + "".join(f"{name},l,{name},{name}\n" for name in names)
     )
@@ -93,8 +93,9 @@ def test_a_patient_is_the_same_in_either_form(read):
         ("path,label,patient,split\na,l,p,dev\n", "line 2: split must be one of train, test, va"),
         ("path,label,patient,split\na,l,p,val\nb,l,p,train\n", "p is in both val and train"),
         ("path,label,patient,split\na,l,p,\nb,l,q,test\n", "split is given for some rows only"),
-        ("path;label;patient\na;l;p\n", "want the columns .*, got path;label;patient"),
-        ("", "want the columns .*, got an empty file"),
+        ("path;label;patient\na;l;p\n", "want the columns .*, got path;label;patient; put commas"),
+        ("file,MRN,label\na,p,l\n", "got file,MRN,label; rename yours, other columns may stay$"),
+        ("", "want the columns .*, got an empty file$"),
         (HEADER, "no rows under the header"),
         ((HEADER + "a,é,p\n").encode("latin-1"), "is not UTF-8 .*; save it as UTF-8"),
     ],
