@@ -57,14 +57,18 @@ def test_every_command_and_the_snippet_run(tmp_path):
 
 
 def test_the_python_of_the_methods_page_runs(tmp_path):
-    for line in ("sslus synth videos/", "sslus shard videos/ --labels videos/labels.csv"):
+    for line in (
+        "sslus synth videos/",
+        "sslus shard videos/ --labels videos/labels.csv",
+        "sslus train --method vicreg",
+    ):
         subprocess.run(
             [*line.split(), *SMALL.get(line, "").split()],
             cwd=tmp_path, env=environment(), capture_output=True, check=True, timeout=300,
         )  # fmt: skip
     page = (ROOT / "ssl" / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(snippets) == 5  # the first is the file that test_own_method.py trains with
+    assert len(snippets) == 8  # the first is the file that test_own_method.py trains with
     small = "max_steps=3, batch_size=4, image_size=32, "
     for snippet in snippets:
         code = snippet.replace("max_steps=300, ", small).replace("batch_size=16", "batch_size=4")
