@@ -899,3 +899,15 @@ def test_what_is_no_tensor_or_number_is_told_in_one_line(which):
     weights = weights.detach()
     by_name = OPS["vicreg"].run(which, zb=-z, za=z, weights=weights)
     assert torch.equal(by_name, OPS["vicreg"].run(which, z, -z, weights))
+
+
+def test_the_weights_have_these_names_in_lightly():
+    losses = pytest.importorskip("lightly.loss")
+    z = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    torch.testing.assert_close(
+        OPS["vicreg"](*z, invariance=3.0, variance=5.0, covariance=7.0),
+        losses.VICRegLoss(lambda_param=3.0, mu_param=5.0, nu_param=7.0)(*z),
+    )
+    torch.testing.assert_close(
+        OPS["barlow"](*z, off_diagonal=0.02), losses.BarlowTwinsLoss(lambda_param=0.02)(*z)
+    )
