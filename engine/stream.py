@@ -284,7 +284,10 @@ def _fetch(where: str, name: str):
             files, path = fsspec.core.url_to_fs(full)
             return files.cat_file(path)
         except ImportError as e:
-            raise InputError(f"{told}: {e}; pip install it, or copy the shards to a disk") from e
+            # What the extra of this package holds; gs:// and az:// want packages of their own.
+            extra = str(where).startswith(("http://", "https://", "s3://"))
+            remedy = "pip install 'sslus[url]'" if extra else "pip install it"
+            raise InputError(f"{told}: {e}; {remedy}, or copy the shards to a disk") from e
         except FileNotFoundError as e:
             raise InputError(f"{told}: no such file; is it a URL of shards?") from e
         except Exception as e:  # every protocol has its own errors: botocore's, aiohttp's, ...

@@ -304,11 +304,13 @@ def test_a_network_that_fails_is_tried_again_and_then_one_line(shards, monkeypat
 
 def test_a_protocol_that_is_not_installed_says_what_to_install(monkeypatch):
     def missing(url):
-        raise ImportError("Install s3fs to access S3")
+        raise ImportError("Install what it needs")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(InputError, match="s3://b/s/manifest.json: Install s3fs .*pip install"):
-        StreamStore.open("s3://b/s")
+    extra = re.escape("pip install 'sslus[url]', or")
+    for url, said in (("s3://b/s", extra), ("gs://b/s", "pip install it, or")):
+        with pytest.raises(InputError, match=f"{url}/manifest.json: Install what .*; {said}"):
+            StreamStore.open(url)
 
 
 def test_over_http(shards, many_shards):
