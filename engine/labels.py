@@ -156,6 +156,11 @@ def as_known(paths: list[Path], known: Collection[Path]) -> list[Path]:
     return found
 
 
+def files_of(shards: Path) -> dict[str, str]:
+    """Where each video was when it was sharded, by its id. Raises InputError without local/."""
+    return {key: str(path) for path, key in _ids(Path(shards) / "local" / "ledger.jsonl").items()}
+
+
 def _ids(path: Path) -> dict[Path, str]:
     """The ids of the videos by where they were when sharded, from the ledger."""
     try:

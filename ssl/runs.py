@@ -1,4 +1,5 @@
-"""What `sslus evaluate` is asked, checked before PyTorch is imported, which takes seconds."""
+"""What `sslus evaluate` and `sslus features` are asked, checked before PyTorch is imported, which
+takes seconds."""
 
 import json
 from dataclasses import dataclass
@@ -78,3 +79,15 @@ def check(
         raise InputError(f"{folder}: no such folder; name the shards of the run with --shards")
     read_manifest(Path(folder))
     return source, Path(folder)
+
+
+def check_table(out: Path, per: str) -> None:
+    """Raise InputError for a table of features that cannot be written."""
+    if per not in ("video", "frame"):
+        raise InputError(f"--per {per!r}: want video or frame")
+    if out.suffix not in (".csv", ".npz"):
+        raise InputError(f"-o {out}: want a name that ends in .csv or .npz")
+    if out.exists() and not out.is_file():
+        raise InputError(f"-o {out}: is no file; name one, such as features.csv")
+    if not out.parent.is_dir():
+        raise InputError(f"-o {out}: there is no folder {out.parent}")

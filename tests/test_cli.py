@@ -28,6 +28,7 @@ OPTIONS = {
     "evaluate": "run --labels --protocol --fractions --seeds --steps -o --out --shards --device"
     " --threads",
     "views": "shards --preset -o",
+    "features": "run -o --out --per --names --shards --device --threads",
     "doctor": "--json",
 }
 

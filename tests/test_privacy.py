@@ -8,6 +8,7 @@ from pathlib import Path
 from sslus.engine.shard import Settings, shard
 from sslus.ssl import methods
 from sslus.ssl.evaluate import evaluate
+from sslus.ssl.table import write_features
 from sslus.ssl.train import Settings as Training
 from sslus.ssl.train import train
 
@@ -40,6 +41,7 @@ def test_what_may_be_shared_names_nobody(clips, tmp_path):
     small = {"backbone": "test_efficientnet", "max_steps": 2, "batch_size": 4, "image_size": 32}
     train(shards, Training(method="autoencoder", **values | small), config, run)
     evaluate(run, labels, percents=(100,), num_seeds=1)
+    write_features(run)
 
     files = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(videos)]
     told = {
@@ -47,8 +49,9 @@ def test_what_may_be_shared_names_nobody(clips, tmp_path):
         for path in files
         if any(name in content for content in contents(path) for name in NAMES)
     }
-    assert {"run/backbone.safetensors", "run/evaluation/predictions.csv", "run/checkpoint.pt",
-            "shards/doe-jane/shard-000000.tar", "shards/doe-jane/store/index.npz"} <= {
+    assert {"run/backbone.safetensors", "run/evaluation/predictions.csv", "run/features.csv",
+            "run/checkpoint.pt", "shards/doe-jane/shard-000000.tar",
+            "shards/doe-jane/store/index.npz"} <= {
         path.relative_to(tmp_path).as_posix() for path in files
     }  # fmt: skip
     # Where the names are, so that the search is known to find them.

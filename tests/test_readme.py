@@ -24,7 +24,7 @@ ELSEWHERE = {
     "pip install .": "what is tested is installed",
 }
 ORDER = ["sslus synth", "sslus shard", "sslus views", "sslus train --method", "sslus train --run",
-         "sslus evaluate", "python bench"]  # fmt: skip
+         "sslus evaluate", "sslus features", "python bench"]  # fmt: skip
 
 
 def commands() -> list[str]:
@@ -68,7 +68,7 @@ def test_the_python_of_the_methods_page_runs(tmp_path):
         )  # fmt: skip
     page = (ROOT / "ssl" / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(snippets) == 8  # the first is the file that test_own_method.py trains with
+    assert len(snippets) == 7  # the first is the file that test_own_method.py trains with
     small = "max_steps=3, batch_size=4, image_size=32, "
     for snippet in snippets:
         code = snippet.replace("max_steps=300, ", small).replace("batch_size=16", "batch_size=4")

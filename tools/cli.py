@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 # In the order in which a newcomer meets them.
-COMMANDS = ("synth", "shard", "merge", "views", "train", "evaluate", "doctor")
+COMMANDS = ("synth", "shard", "merge", "views", "train", "evaluate", "features", "doctor")
 # What takes less memory, by command.
 LESS_MEMORY = {
     "synth": "give fewer --jobs",
@@ -22,6 +22,7 @@ LESS_MEMORY = {
     "views": "give fewer --frames or a smaller --image-size",
     "train": "give a smaller --batch-size, --image-size, backbone or projector",
     "evaluate": "use --device cpu if it is the GPU's",
+    "features": "use --device cpu if it is the GPU's",
 }
 # Names the file in which a process that `sslus train --gpus` has started leaves its exit code.
 EXIT_CODE_FILE = "SSLUS_EXIT_CODE_FILE"
