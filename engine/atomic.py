@@ -24,18 +24,25 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO]:
+def atomic_file(
+    path: Path, mode: str = "wb", *, durable: bool = True, private: bool = False
+) -> Iterator[IO]:
     """A file that appears under `path` only when the block ends without an exception.
 
     It is written as `<path>.tmp`, synced and renamed; text is UTF-8, whatever the machine's
     encoding. On an exception the temporary file is removed, and an earlier file at `path` stays as
     it was. Without `durable` nothing is synced: this is safe if the process is killed, but after a
-    power cut the file may exist with wrong content, which its reader must detect. An OSError names
-    `path`, if it names no file.
+    power cut the file may exist with wrong content, which its reader must detect. `private`: only
+    the user can read it, also where it is copied to. An OSError names `path`, if it names no file.
     """
     temporary = path.with_name(path.name + ".tmp")
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600 if private else 0o666)
+
     try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as f:
+        encoding = None if "b" in mode else "utf-8"
+        with open(temporary, mode, encoding=encoding, opener=opener) as f:
             yield f
             f.flush()
             if durable:

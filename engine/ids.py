@@ -42,7 +42,7 @@ def keep_key(folder: Path, key: bytes) -> None:
     """Store the key, so that a second run makes the same ids."""
     path, text = folder / "key", key.hex() + "\n"
     if not path.exists() or path.read_bytes() != text.encode():
-        with atomic_file(path, "w") as f:
+        with atomic_file(path, "w", private=True) as f:
             f.write(text)
 
 

@@ -124,7 +124,7 @@ class ShardFolder:
         self._write_request(request, digest)
 
     def _write_request(self, request: dict, digest: str) -> None:
-        with atomic_file(self.local / REQUEST, "w") as f:
+        with atomic_file(self.local / REQUEST, "w", private=True) as f:
             json.dump(request | {"digest": digest}, f)
 
     def record_moves(self, ledger: list[dict], places: dict[str, str]) -> list[dict]:
@@ -160,7 +160,7 @@ class ShardFolder:
         """Make the work folder anew."""
         self.give_up()
         self.work.mkdir()
-        with atomic_file(self.work / REQUEST, "w") as f:
+        with atomic_file(self.work / REQUEST, "w", private=True) as f:
             json.dump(request, f)
 
     def remove_halves(self) -> None:
@@ -244,5 +244,5 @@ def _read_json(path: Path):
 
 
 def _write_ledger(path: Path, ledger: list[dict]) -> None:
-    with atomic_file(path, "w") as f:
+    with atomic_file(path, "w", private=True) as f:
         f.writelines(json.dumps(line) + "\n" for line in ledger)

@@ -235,7 +235,7 @@ def test_what_ended_as_it_began_is_in_nobodys_way(clinics, tmp_path, monkeypatch
     """Before anything in the work folder says whose it is."""
     out, folders = tmp_path / "out", [clinics / "x", clinics / "y"]
 
-    def full(path, *_):
+    def full(path, *_, **__):
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:

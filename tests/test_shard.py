@@ -208,6 +208,8 @@ def test_nothing_shared_holds_a_name(clips, key, tmp_path):
         for word in words:
             assert word not in content
     assert (out / "local").stat().st_mode & 0o777 == 0o700
+    for name in ("key", "ledger.jsonl", "request.json"):  # also where they are copied to
+        assert (out / "local" / name).stat().st_mode & 0o777 == 0o600
     assert "DOE_JANE.mp4" in (out / "local" / "ledger.jsonl").read_text()
     other = shard([videos], tmp_path / "other", SMALL, device="cpu", jobs=1)
     mine = json.loads((out / "local" / "ledger.jsonl").read_text())
