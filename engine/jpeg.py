@@ -21,9 +21,9 @@ def decode(jpegs: Sequence, out: np.ndarray) -> None:
     """Decode JPEGs (bytes-like objects) into `out`, (B, H, W) uint8, contiguous.
 
     The pixels are those of libjpeg-turbo with its default, accurate inverse DCT. Raises DamagedJpeg
-    for a damaged file and for one of another size; `out` may then hold anything. Other threads run
-    meanwhile, from the first file to the last: between two frames, a few lines of Python would take
-    several times as long as usual, for they are in no cache.
+    for a damaged file and for one of another size; `out` may then hold anything. Other threads can
+    run until the last one is decoded. Give many at once: the few lines of Python between two calls
+    are in no cache, and take several times as long as usual.
     """
     for number in _jpeg.decode(jpegs, out):
         try:
