@@ -206,14 +206,15 @@ def measure(entry: Entry, candidates: list[Sizes], timed: Callable, device: str)
     of each case or why there are none."""
     own, rows = entry.get(), []
     runs = {case: work(case, device) for case in entry.cases}
-    wanted = {case: [x.clone() for x in run()] for case, run in runs.items()}
+    wanted = {}  # the results with the first sizes that give any
     try:
         for sizes in candidates:
             row = {"entry": entry.name, "sizes": sizes}
             entry.set(sizes)
             try:
                 for case, run in runs.items():
-                    if not same(run(), wanted[case], case[2]):
+                    got = [x.clone() for x in run()]
+                    if not same(got, wanted.setdefault(case, got), case[2]):
                         raise ArithmeticError(f"other results in {text(case)}")
                 row["seconds"] = {text(case): timed(run) for case, run in runs.items()}
             except Exception as e:  # Triton's own, for example where shared memory is too small

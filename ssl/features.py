@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,19 +145,29 @@ def _features(
         seen = index[:: -(-len(index) // SETTLED_BY)]
         batches = np.array_split(seen, max(1, len(seen) // FEATURE_BATCH))
         settle_batch_norm(backbone, map(pictures, batches))
-    # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
-    backbone.eval().to(memory_format=torch.channels_last)
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(index), FEATURE_BATCH):
-            x = pictures(index[start : start + FEATURE_BATCH])
-            parts.append(backbone(x).float().cpu().numpy())
-            report(min(start + FEATURE_BATCH, len(index)))
+    parts, num = [], 0
+    for part in computed(backbone, pictures, index):
+        parts.append(part)
+        num += len(part)
+        report(num)
     features = np.concatenate(parts)
-    if not np.isfinite(features).all():
-        raise InputError("the backbone's features are not finite; train it again")
     keep(path, features, shared)
     return features, path
+
+
+def computed(backbone: nn.Module, pictures: Pictures, index: np.ndarray) -> Iterator[np.ndarray]:
+    """The frozen backbone's output for frames `index`, (n, F) float32 for some of them at a time.
+
+    Raises InputError if it is not finite.
+    """
+    # Eval mode: BatchNorm uses its running statistics and leaves them as they are.
+    backbone.eval().to(pictures.device, memory_format=torch.channels_last)
+    for start in range(0, len(index), FEATURE_BATCH):
+        with torch.inference_mode():
+            part = backbone(pictures(index[start : start + FEATURE_BATCH])).float().cpu().numpy()
+        if not np.isfinite(part).all():
+            raise InputError("the backbone's features are not finite; train it again")
+        yield part
 
 
 def keep(path: Path, array: np.ndarray, shared: dict) -> None:

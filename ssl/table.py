@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from sslus.engine.atomic import atomic_file
-from sslus.engine.errors import InputError
 from sslus.engine.labels import files_of
 from sslus.engine.store import FrameStore
-from sslus.ssl.features import FEATURE_BATCH, Pictures, Stage, build
+from sslus.ssl.features import Pictures, Stage, build, computed
 from sslus.ssl.runs import check, check_table
 from sslus.ssl.world import pick_device
 
@@ -44,7 +43,7 @@ def write_features(
     A row is a video, with the mean of its frames' features, or with `per` "frame" a frame. Columns:
     `video` (its id); with `names`, `path` (where it was when it was sharded: this needs the local/
     folder of the shards); `num_frames`, or `frame` and `time_seconds` (since the first frame); if
-    the shards have labels, `label` and `patient` (a number); and the features f0, f1, ...
+    the shards have labels, `label` and `patient` (a number; -1 if unknown); the features f0, ...
     out: a .csv, or a .npz with an array for each column and `features` (rows, F) float32; default:
     features.csv in the run. shards: by default those the run was trained on.
 
@@ -56,28 +55,25 @@ def write_features(
     source, folder = check(run, shards, (100,), 1)
     if threads:
         torch.set_num_threads(threads)
-    files = files_of(folder) if names else None
+    files, where = files_of(folder) if names else None, pick_device(device)
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
-    store, where = FrameStore.open(folder, threads=threads), pick_device(device)
+    with stage("frame store", "frames") as report:
+        store = FrameStore.open(folder, threads=threads, report=report)
+    pictures = Pictures.of(source, store, where)
     backbone = build(source, source.config["settings"]["method"])
-    backbone.eval().to(where, memory_format=torch.channels_last)
     row = store.video if per == "video" else np.arange(len(store))
     _, first, num_frames = np.unique(row, return_index=True, return_counts=True)
     position = np.searchsorted(row[first], row)  # a video without a frame has no row
-    features = None
-    pictures = Pictures.of(source, store, where)
-    with stage("features", "frames") as report, torch.inference_mode():
-        for start in range(0, len(store), FEATURE_BATCH):
-            index = np.arange(start, min(start + FEATURE_BATCH, len(store)))
-            found = backbone(pictures(index)).float().cpu().numpy()
-            if features is None:  # of a video, added up in float64
+    features, done = None, 0
+    with stage("features", "frames") as report:
+        for part in computed(backbone, pictures, np.arange(len(store))):
+            if features is None:  # those of a video are added up in float64
                 kind = np.float64 if per == "video" else np.float32
-                features = np.zeros((len(first), found.shape[1]), kind)
-            np.add.at(features, position[index], found)
-            report(int(index[-1]) + 1, len(store), "")
+                features = np.zeros((len(first), part.shape[1]), kind)
+            np.add.at(features, position[done : done + len(part)], part)
+            done += len(part)
+            report(done, len(store), "")
     features = (features / num_frames[:, None]).astype(np.float32)
-    if not np.isfinite(features).all():
-        raise InputError("the backbone's features are not finite; train it again")
     ids = np.array(store.video_ids)[store.video[first]]
     columns = {"video": ids}
     if files is not None:

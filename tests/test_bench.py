@@ -499,7 +499,7 @@ SMALL = ((64, 80), (96, 64))  # (N, D) of the Gram and of the tiled form
 
 
 def test_block_sizes_are_tried_one_entry_at_a_time(blocks, monkeypatch):
-    """In the interpreter: every entry's extremes give the table's own results, the fastest is
+    """In the interpreter, some entries: other sizes give the table's own results, the fastest are
     chosen, and the table is as before."""
     monkeypatch.setattr("sslus.kernels.gram_gpu.SMALL", 48)  # rows
     monkeypatch.setattr(blocks, "FRAMES", 1)

@@ -21,7 +21,7 @@ from sslus.tools import cli
 
 @pytest.fixture(scope="module")
 def run(clips, tmp_path_factory):
-    """Trained on 32 px frames of four videos, of which one has no label."""
+    """Trained on 32 px frames of six videos, of which one has no label."""
     folder = tmp_path_factory.mktemp("features")
     labels = folder / "labels.csv"
     rows = list(csv.DictReader((clips / "labels.csv").open()))
@@ -141,3 +141,15 @@ def test_names_want_the_local_folder_and_features_are_numbers(run, tmp_path, mon
     with pytest.raises(InputError, match="not finite"):
         write_features(run, out, shards=shards, device="cpu")
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz"])
+def test_a_full_disk_is_one_line_and_the_old_table_stays(run, suffix, small_disk, capsys):
+    out = small_disk / f"table.{suffix}"
+    out.write_text("old")
+    (small_disk / "filler").write_bytes(bytes((4 << 20) - 12288))  # the table takes more
+    command = ["features", str(run), "--per", "frame", "--device", "cpu", "-o", str(out)]
+    assert cli.main(command) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("Error: no space left on the disk")
+    assert out.read_text() == "old" and len(list(small_disk.iterdir())) == 2

@@ -31,9 +31,9 @@ def command(run, out, per, names, shards, device, threads):
     """Write the features that the backbone in the folder RUN gives to every video.
 
     For scikit-learn, R or a spreadsheet: a line for each video, with its id in the shards, its
-    number of frames, the class and the number of the patient if the shards were made with --labels,
-    and the features f0, f1, ... of its frames, averaged. Whole frames are used, at the image size
-    of the run, and normalised as in training.
+    number of frames, the class and the number of the patient (-1: unknown) if the shards were made
+    with --labels, and the features f0, f1, ... of its frames, averaged. Whole frames are used, at
+    the image size of the run, and normalised as in training.
 
     \b
     sslus features runs/vicreg
