@@ -128,25 +128,34 @@ def clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(clips, tmp_path_factory) -> Path:
+def fixed_key(tmp_path_factory) -> Path:
+    """A key for shards, the same at each run of the tests: so are orders, draws and what is lost
+    to rounding."""
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.write_text("5e" * 32)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(clips, fixed_key, tmp_path_factory) -> Path:
     """The clips in shards of 32 x 32 with their labels, and their frame store."""
     from sslus.engine.shard import Settings, shard
     from sslus.engine.store import FrameStore
 
     out, settings = tmp_path_factory.mktemp("shards") / "shards", Settings(size=32, stride=2)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1, key=fixed_key)
     FrameStore.open(out)
     return out
 
 
 @pytest.fixture(scope="session")
-def many_shards(clips, tmp_path_factory) -> Path:
+def many_shards(clips, fixed_key, tmp_path_factory) -> Path:
     """Every frame of the clips at 64 x 64, in several shards, with labels. Not to be changed."""
     from sslus.engine.shard import Settings, shard
 
     out = tmp_path_factory.mktemp("many") / "shards"
     settings = Settings(size=64, stride=1, frames_per_shard=30)
-    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1)
+    shard([clips], out, settings, labels=clips / "labels.csv", device="cpu", jobs=1, key=fixed_key)
     return out
 
 
