@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, TensorBoard, and warnings about what the numbers show."""
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -137,7 +138,8 @@ class MetricsLog:
         self.restart_clock()
 
     def flush(self, wait: bool = True) -> None:
-        """Write the lines whose numbers have arrived; with `wait`, wait for the others."""
+        """Write the lines whose numbers have arrived; with `wait`, wait for the others, so that
+        what comes after is never on a disk without them."""
         while self.pending:
             p = self.pending[0]
             if p.arrived is not None:
@@ -146,6 +148,8 @@ class MetricsLog:
                 p.arrived.synchronize()
             self.pending.popleft()
             self._write(p)
+        if wait and self.file:
+            os.fsync(self.file.fileno())
 
     def _write(self, p: _Pending) -> None:
         names, step = p.window.names, p.line["step"]

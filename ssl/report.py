@@ -118,8 +118,7 @@ def markdown(result: Evaluation, settings: dict) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
     *judged, majority = result.rows
     per_class = [*(row for row in judged if row.percent == judged[-1].percent), majority]
-    # Else a class named <left> would be taken for HTML and vanish.
-    names = [re.sub(r"[|<\\`*]", r"\\\g<0>", name) for name in result.names]
+    names = [_plain(name) for name in result.names]
     return "\n".join(
         [
             f"# {PROTOCOLS[result.protocol]} of {settings['method']}: {settings['backbone']} at"
@@ -150,9 +149,14 @@ def markdown(result: Evaluation, settings: dict) -> str:
             "",
             "![confusion matrices](confusion.png)",
             "",
-            *(f"Warning: {line}" for line in result.warnings),
+            *(f"Warning: {_plain(line)}" for line in result.warnings),
         ]
     )
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: a class <left> would be taken for HTML and vanish."""
+    return re.sub(r"[|<\\`*]", r"\\\g<0>", text)
 
 
 def _in_words(result: Evaluation) -> list[str]:

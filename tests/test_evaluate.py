@@ -1068,7 +1068,12 @@ def test_two_processes_do_not_write_one_report(run, videos, tmp_path):
 def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
     """Whatever the shares, and whatever a class is called."""
     odd = {"dark": "a|<b>", "bright": "$\\no{$", "striped": "50 $ or 四腔"}
-    labels = rewrite(videos, tmp_path, lambda rows: [r | {"label": odd[r["label"]]} for r in rows])
+
+    def call_them(rows):
+        first, *rest = ({**r, "label": odd[r["label"]]} for r in rows)
+        return [first | {"label": "<alone>"}, *rest]
+
+    labels = rewrite(videos, tmp_path, call_them)
     judged = evaluate.evaluate(
         run, labels, out=tmp_path / "out", percents=(20, 10, 20 + 1e-9), num_seeds=1, device="cpu"
     )
@@ -1079,6 +1084,7 @@ def test_the_report_has_every_class_at_the_largest_share(run, videos, tmp_path):
     page = (tmp_path / "out" / "report.md").read_text()
     _, per_class = page.split("F1 of each class")
     assert r"| $\\no{$ | 50 $ or 四腔 | a\|\<b> |" in per_class
+    assert r"Warning: class '\<alone>' is left out: it has 1 patient" in page
     assert [line.split(" |")[:2] for line in per_class.splitlines() if " % |" in line] == [
         ["| vicreg", " 20 %"], ["| random init", " 20 %"], ["| majority class", " 100 %"],
     ]  # fmt: skip

@@ -78,6 +78,19 @@ def test_the_python_of_the_methods_page_runs(tmp_path):
         assert result.returncode == 0, result.stderr
 
 
+def test_the_python_of_the_kernels_page_runs():
+    page = (ROOT / "kernels" / "README.md").read_text()
+    losses, masks = re.findall(r"```python\n(.*?)```", page, re.S)
+    before = (
+        "import torch\n"
+        "za, zb = torch.randn(2, 8, 16, requires_grad=True)\n"
+        "model = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
+        "x, samples = torch.rand(2, 1, 32, 32), [3, 5]\n"
+    )
+    after = "loss.backward()\n"
+    subprocess.run([sys.executable, "-c", before + losses + after + masks + after], check=True)
+
+
 def test_every_mentioned_command_exists():
     """Also those in running text: `sslus NAME --option` is in NAME's help."""
     helps = {}

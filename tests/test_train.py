@@ -388,6 +388,27 @@ def test_full_disk_leaves_the_last_checkpoint(shards, tmp_path, monkeypatch):
     assert not list(run.glob("*.tmp"))
 
 
+def test_no_checkpoint_is_on_a_disk_without_the_lines_before_it(shards, tmp_path, monkeypatch):
+    """After a power cut, the run would resume there, and its log would lack them for ever."""
+    run, real, synced = tmp_path / "run", os.fsync, []
+
+    def fsync(fd):
+        real(fd)
+        path = Path(f"/proc/self/fd/{fd}").resolve()
+        synced.append((path.name, path.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run_train(shards, run)
+    names = [name for name, _ in synced]
+    checkpoint_times = [i for i, name in enumerate(names) if name == "checkpoint.pt.tmp"]
+    assert len(checkpoint_times) == 4
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for i, last_step in zip(checkpoint_times, (2, 6, 8, 10), strict=True):
+        ends = [size for name, size in synced[:i] if name == "metrics.jsonl"]
+        before = b"".join(x for x in lines if json.loads(x)["step"] <= last_step)
+        assert ends[-1:] == [len(before)]
+
+
 def test_not_a_number_stops_the_run_in_one_line(shards, tmp_path, monkeypatch):
     real = vicreg.Method.forward
 
