@@ -84,10 +84,10 @@ class FrameStore:
 
     @staticmethod
     def open(
-        shards: Path,
+        shards: str | Path,
         *,
         rebuild: bool = False,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         threads: int | None = None,
         report: Callable[[int, int, str], None] | None = None,
     ) -> "FrameStore":

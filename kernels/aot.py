@@ -8,6 +8,7 @@ when triton was imported: kernels are not JITFunctions then, and only `Build` it
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import triton
@@ -29,7 +30,7 @@ class Build:
     label: str
     kernel: triton.JITFunction
     signature: dict[str, str]
-    constants: dict[str, object] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
 

@@ -22,7 +22,7 @@ class LARS(torch.optim.Optimizer):
     zero also has rate 1; otherwise it could never move.
     """
 
-    def __init__(self, params, lr: float, momentum=0.9, weight_decay=0.0, trust=0.001):
+    def __init__(self, params, lr: float | Tensor, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(
             params,
             {

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -96,7 +96,7 @@ def _short(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def summary(rows: dict[str, str], *, warnings: list[str] = (), next_command: str = "") -> None:
+def summary(rows: dict[str, str], *, warnings: Sequence[str] = (), next_command: str = "") -> None:
     """Print the end of a command: aligned `name value` lines, warnings and the next command."""
     width = max((len(name) for name in rows), default=0)
     for name, value in rows.items():
