@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -289,6 +291,12 @@ def test_a_full_disk_under_a_log_is_no_fault_of_the_files():
 
     with pytest.raises(InputError, match="^<stdout>: cannot be written to .No space left"):
         screen.tell("videos 3", Full())
+
+
+def test_a_read_that_fails_says_how_to_find_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=OSError(5, "Input/output error")))
+    assert cli.main(["views", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "Error: Input/output error; SSLUS_DEBUG=1 shows where\n"
 
 
 class Terminal(io.StringIO):

@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         if where and e.errno in (errno.EEXIST, errno.ENOTDIR):
             return fail(f"{e.filename}: a file is in the way of a folder; name another one", 1)
-        return fail(f"{e.strerror or e}{where and ':'}{where}", 1)
+        # A read that fails, as of a dying disk, does not say of which file.
+        rest = f":{where}" if where else "; SSLUS_DEBUG=1 shows where"
+        return fail(f"{e.strerror or e}{rest}", 1)
     except Exception as e:
         # PyTorch's allocators on the CPU and on a GPU have no common type, and under `ulimit -v`
         # its libraries may not even load.
