@@ -83,8 +83,8 @@ SSLUS_AVX2 void look_up(const uint8_t* rows, int64_t row_stride, int64_t num_row
         const __m256i difference = _mm256_slli_epi16(_mm256_sub_epi16(other, first), 7);
         sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(difference, weights));
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + x),
-                          _mm256_max_epi16(sum, _mm256_setzero_si256()));
+      if (kTaps != 2) sum = _mm256_max_epi16(sum, _mm256_setzero_si256());  // two: between them
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + x), sum);
     }
 }
 
@@ -114,7 +114,8 @@ SSLUS_AVX512 void look_up_32(const uint8_t* rows, int64_t row_stride, int64_t nu
         const __m512i weights = _mm512_load_si512(axis.weights + k * n + x);
         sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(difference, weights));
       }
-      _mm512_store_si512(out + x, _mm512_max_epi16(sum, zero));
+      if (kTaps != 2) sum = _mm512_max_epi16(sum, zero);  // two: the sum lies between them
+      _mm512_store_si512(out + x, sum);
     }
 }
 
@@ -136,13 +137,18 @@ bool look_up(const uint8_t* rows, int64_t row_stride, int64_t num_rows, const Ax
 
 // --------------------------------------------------------------------------- blend_rows (loops.h)
 
+// Returns the sum of the first `count` pixels of each row, the last n - count < 32 being padding.
 template <int kTaps>
-SSLUS_AVX512 void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis, uint16_t factor,
-                             int64_t y0, int64_t y1, int64_t n, int16_t* out,
-                             int64_t out_stride) {
+SSLUS_AVX512 int64_t blend_rows(const int16_t* rows, int64_t ring, const Axis& axis,
+                                uint16_t factor, int64_t y0, int64_t y1, int64_t n, int64_t count,
+                                int16_t* out, int64_t out_stride) {
   const __m512i times = _mm512_set1_epi16(static_cast<int16_t>(factor));
   const __m512i white = _mm512_set1_epi16(kWhite), zero = _mm512_setzero_si512();
+  const __m512i one = _mm512_set1_epi16(1);
+  const __mmask32 counted = ~__mmask32{0} >> (n - count);
+  __m512i total = zero;  // of 64 bits
   for (int64_t y = y0; y < y1; ++y, out += out_stride) {
+    __m512i pairs = zero, pixels = zero;
     const int16_t* row[kTaps];
     __m512i weight[kTaps];
     for (int k = 0; k < kTaps; ++k) {
@@ -157,10 +163,17 @@ SSLUS_AVX512 void blend_rows(const int16_t* rows, int64_t ring, const Axis& axis
         sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(difference, weight[k]));
       }
       if (kTaps > 2) sum = _mm512_max_epi16(sum, zero);  // two: the sum lies between them
+      pairs = _mm512_add_epi32(pairs, _mm512_madd_epi16(pixels, one));
       sum = _mm512_mulhi_epu16(_mm512_slli_epi16(sum, 1), times);
-      _mm512_store_si512(out + x, _mm512_min_epu16(sum, white));
+      pixels = _mm512_min_epu16(sum, white);
+      _mm512_store_si512(out + x, pixels);
     }
+    pixels = _mm512_maskz_mov_epi16(counted, pixels);
+    pairs = _mm512_add_epi32(pairs, _mm512_madd_epi16(pixels, one));
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(pairs)));
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(pairs, 1)));
   }
+  return _mm512_reduce_add_epi64(total);
 }
 
 // --------------------------------------------------------------------------------- blur (loops.h)
@@ -350,16 +363,20 @@ void make_noise([[maybe_unused]] Vectors vectors, uint32_t seed, uint32_t y, int
   make_noise(seed, y, n, noise);
 }
 
-void blend_rows([[maybe_unused]] Vectors vectors, const int16_t* rows, int64_t ring,
-                const Axis& axis, uint16_t factor, int64_t y0, int64_t y1, int64_t n, int16_t* out,
-                int64_t out_stride) {
+// Returns the sum of the `count` pixels of each row, if it is `wanted`. A row of `rows` has `count`
+// rounded up to a multiple of 32.
+int64_t blend_rows([[maybe_unused]] Vectors vectors, const int16_t* rows, int64_t ring,
+                   const Axis& axis, uint16_t factor, int64_t y0, int64_t y1, int64_t count,
+                   bool wanted, int16_t* out, int64_t out_stride) {
+  const int64_t n = round_up(count, 32);
 #if defined(SSLUS_AVX2)
   constexpr decltype(&blend_rows<2>) by[] = {blend_rows<2>, blend_rows<3>, blend_rows<4>,
                                              blend_rows<5>, blend_rows<6>};
   if (vectors == Vectors::kAvx512 && axis.taps >= 2 && axis.taps <= 6)
-    return by[axis.taps - 2](rows, ring, axis, factor, y0, y1, n, out, out_stride);
+    return by[axis.taps - 2](rows, ring, axis, factor, y0, y1, n, count, out, out_stride);
 #endif
   blend_rows(rows, ring, axis, factor, y0, y1, n, out, out_stride);
+  return wanted ? total(out, out_stride, y1 - y0, count, 1) : 0;
 }
 
 // Blurs rows along x (step 1) or along y (step = in_stride).

@@ -59,13 +59,14 @@ struct View {
   int64_t plane_stride;
 };
 
-View begin(const Job& job, int64_t v, int64_t parity, Scratch& scratch) {
+void begin(const Job& job, int64_t v, int64_t parity, Scratch& scratch, View& view) {
   const float* p = job.params + v * kColumns;
-  View view{v, p, gaussian(p[kSigma], job.width), gaussian(p[kSigma], job.height), nullptr, 0};
+  view.v = v, view.params = p;
+  view.across = gaussian(p[kSigma], job.width);
+  view.down = job.height == job.width ? view.across : gaussian(p[kSigma], job.height);
   const int64_t margin = round_up(view.across.radius, 32);  // for mirrored pixels
   view.plane_stride = round_up(job.width, 32) + 2 * margin;
   view.plane = scratch.plane[parity].at_least(job.height * view.plane_stride) + margin;
-  return view;
 }
 
 // The first half: crop, resize, flip and brightness.
@@ -97,10 +98,8 @@ class Resample {
              std::min(down_.first[end] + down_.taps, down_.span) <= ready_ + batch_)
         ++end;
       int16_t* out = view_.plane + y_ * view_.plane_stride;
-      blend_rows(job_.vectors, rows_, ring_ - 1, down_, factor_, y_, end, across_.stride, out,
-                 view_.plane_stride);
-      if (view_.params[kContrast] != 1)
-        sum_ += total(out, view_.plane_stride, end - y_, job_.width, 1);
+      sum_ += blend_rows(job_.vectors, rows_, ring_ - 1, down_, factor_, y_, end, job_.width,
+                         view_.params[kContrast] != 1, out, view_.plane_stride);
       y_ = end;
     }
   }
@@ -178,7 +177,7 @@ class Finish {
   Finish() = default;  // nothing to do
 
   Finish(const Job& job, const View& view, Scratch& scratch, double mean)
-      : job_(&job), view_(view), scratch_(&scratch), stride_(round_up(job.width, 32)) {
+      : job_(&job), view_(&view), scratch_(&scratch), stride_(round_up(job.width, 32)) {
     factor_ = static_cast<uint16_t>(std::lround(view.params[kContrast] * 16384));
     add_ = static_cast<int>(std::lround((1 - view.params[kContrast]) * mean));
     if (view.across.radius > 0 || view.down.radius > 0)
@@ -192,21 +191,21 @@ class Finish {
 
  private:
   void step(int64_t y1) {
-    const int64_t num_rows = y1 - y_, stride = view_.plane_stride;
-    const float *p = view_.params, gamma = p[kGamma];
-    int16_t* rows = view_.plane + y_ * stride;
+    const int64_t num_rows = y1 - y_, stride = view_->plane_stride;
+    const float *p = view_->params, gamma = p[kGamma];
+    int16_t* rows = view_->plane + y_ * stride;
     if (p[kContrast] != 1) stretch(rows, stride, num_rows, stride_, factor_, add_);
     if (gamma != 1) power(rows, stride, num_rows, stride_, gamma, -100);
     if (image_ == nullptr)
-      finish(*job_, view_.v, y_, num_rows, rows, stride, *scratch_);
+      finish(*job_, view_->v, y_, num_rows, rows, stride, *scratch_);
     else
       blur_rows(rows, y1);
     y_ = y1;
   }
 
   void blur_rows(int16_t* rows, int64_t y1) {
-    const Gaussian &across = view_.across, &down = view_.down;
-    const int64_t height = job_->height, stride = view_.plane_stride;
+    const Gaussian &across = view_->across, &down = view_->down;
+    const int64_t height = job_->height, stride = view_->plane_stride;
     mirror_columns(rows, stride, y1 - y_, job_->width, across.radius);
     blur(job_->vectors, rows, stride, 1, across, y1 - y_, stride_, image_ + y_ * stride_, stride_);
     const int64_t ready = y1 == height ? height : y1 - down.radius;
@@ -216,12 +215,12 @@ class Finish {
     int16_t* blurred = scratch_->blurred.at_least((ready - done_) * stride_);
     blur(job_->vectors, image_ + done_ * stride_, stride_, stride_, down, ready - done_, stride_,
          blurred, stride_);
-    finish(*job_, view_.v, done_, ready - done_, blurred, stride_, *scratch_);
+    finish(*job_, view_->v, done_, ready - done_, blurred, stride_, *scratch_);
     done_ = ready;
   }
 
   const Job* job_ = nullptr;
-  View view_{};
+  const View* view_ = nullptr;
   Scratch* scratch_ = nullptr;
   int64_t stride_ = 0;
   int16_t* image_ = nullptr;
@@ -234,8 +233,10 @@ class Finish {
 // half of the previous one, so that writing one view to memory overlaps with computing the next.
 void make_views(const Job& job, int64_t i0, int64_t i1, Scratch& scratch) {
   Finish before;
+  View two[2];  // the one that is resampled and the one before it
   for (int64_t i = i0; i < i1; ++i) {
-    const View view = begin(job, job.order[i], i & 1, scratch);
+    View& view = two[i & 1];
+    begin(job, job.order[i], i & 1, scratch, view);
     Resample now(job, view, scratch);
     for (int64_t y = 0; y < job.height;) {
       y = std::min(y + kRows, job.height);
