@@ -189,9 +189,15 @@ def probe(path: Path, file=None) -> VideoInfo:
     with container:
         stream.codec_context.thread_count = 1
         shown = hidden = fields = end = duration = 0
+        last_seconds = 0.0  # the end of the last packet of any stream
         frame = None
         try:
-            for packet in container.demux(stream):
+            for packet in container.demux():
+                if packet.size and packet.pts is not None:
+                    until = packet.pts + (packet.duration or 0)
+                    last_seconds = max(last_seconds, float(until * packet.time_base))
+                if packet.stream is not stream:
+                    continue
                 if packet.size:  # "discard" marks packets outside the clip's edit list
                     hides = packet.is_discard or shows_nothing(stream.codec_context.name, packet)
                     hidden += hides
@@ -220,6 +226,9 @@ def probe(path: Path, file=None) -> VideoInfo:
             num_frames -= _empty_chunks(path, stream.index)
         if "mxf" in _formats(container):  # counted in frames, and in the header
             num_frames = max(num_frames, stream.duration or 0)
+        missing = 0
+        if not stream.frames:
+            missing = _missing(path, container, stream, end, duration, last_seconds)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
         turns, mirrored = _turn(frame, stream)
@@ -234,8 +243,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             width=frame.width,
             rate_hz=float(rate or 0),
             tick_seconds=_tick_seconds(stream),
-            num_frames=max(shown - halves, num_frames)
-            + (0 if stream.frames else _missing(path, container, stream, end, duration)),
+            num_frames=max(shown - halves, num_frames) + missing,
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
             rotation_degrees=90 * turns,
@@ -317,13 +325,13 @@ def _joined(path: Path, container) -> int:
     return max(0, num_movies - 1)
 
 
-def _missing(path: Path, container, stream, end: int, duration: int) -> int:
+def _missing(path: Path, container, stream, end: int, duration: int, last_seconds: float) -> int:
     """How many frames a file without a frame count lacks of the duration it announces.
 
     Matroska and WebM state their duration but not their number of frames, so only the duration
     reveals that such a file was truncated. In time base units: `end` is the end of the last
     packet, `duration` that of a packet; where packets have none it is 0, and `end` is the start
-    of the last packet.
+    of the last packet. last_seconds: the end of the last packet of any stream.
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
@@ -341,10 +349,10 @@ def _missing(path: Path, container, stream, end: int, duration: int) -> int:
     minutes, _, seconds = rest.partition(":")
     try:
         announced = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except ValueError:  # not stated for this stream; use the file's if it has no other stream
-        if len(container.streams) > 1 or container.duration is None:
+    except ValueError:  # not stated for this stream; the file's is that of its longest one
+        announced = (container.duration or 0) / 1e6
+        if announced - last_seconds <= 1.5 * period:
             return 0
-        announced = container.duration / 1e6
     short = (announced - float(end * stream.time_base)) / period - (not duration)
     # With reordered frames ASF announces one frame too many. And half a frame for rounding.
     return round(short) if short > 1.5 else 0

@@ -684,6 +684,30 @@ def test_a_file_whose_last_image_is_shown_for_long_is_whole(container, clip, pat
     assert probe(path).num_frames > 30
 
 
+@pytest.mark.parametrize("size_is_told", [True, False])
+@pytest.mark.parametrize("codec, bf", [("flv", "0"), ("libx264", "2")])
+def test_an_flv_with_sound_that_is_cut_between_two_tags(
+    codec, bf, size_is_told, clip, pattern, tmp_path
+):
+    """As a recorder leaves it whose disk was full: nothing there is damaged, and only the duration
+    of the whole file tells. The sound ends long before the video, or after it."""
+    path = clip(
+        tmp_path / "x.flv", pattern(50, 48, 64), codec=codec, options={"bf": bf}, audio=True
+    )
+    data = path.read_bytes()
+    if not size_is_told:
+        data = data.replace(b"filesize\0", b"filesizX\0")
+    path.write_bytes(data)
+    assert probe(path).num_frames == len(list(decode(path))) == 50
+    at, tags = 13, []
+    while at < len(data):
+        tags += [at] * (data[at] == 9)  # a video's
+        at += 15 + int.from_bytes(data[at + 1 : at + 4])
+    for end in tags[10:40:9]:
+        path.write_bytes(data[:end])
+        assert len(list(decode(path))) < 45 and 45 < probe(path).num_frames <= 51
+
+
 def remux(path, out, **options):
     import av
 
