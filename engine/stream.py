@@ -33,6 +33,7 @@ BUFFER = 8192  # frames shuffled together: 160 MB as JPEG at 256 px
 LANES = 8  # sequences of shards read in parallel, so that up to 8 ranks read only their own
 FETCHES = 8  # shards fetched at a time
 WAITS_SECONDS = (1, 5)  # before each retry of a URL
+SILENT_SECONDS = 30  # how long an HTTP server may send nothing: meanwhile nothing stops training
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def _fetch(where: str, name: str):
     told = shown(full)
     for wait in (*WAITS_SECONDS, None):
         try:
-            files, path = fsspec.core.url_to_fs(full)
+            files, path = fsspec.core.url_to_fs(full, **_patience(full))
             return files.cat_file(path)
         except ImportError as e:
             # What the extra of this package holds; gs:// and az:// want packages of their own.
@@ -298,6 +299,17 @@ def _fetch(where: str, name: str):
                     " your permissions"
                 ) from e
             time.sleep(wait)
+
+
+def _patience(url: str) -> dict:
+    """Options of fsspec for a URL. By default it gives a server of HTTP five minutes for a file:
+    too long where the connection is dead, too short for a large shard."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    from aiohttp import ClientTimeout
+
+    each = {"sock_connect": SILENT_SECONDS, "sock_read": SILENT_SECONDS}
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None, **each)}}
 
 
 def _has_dali() -> bool:

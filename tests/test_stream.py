@@ -1,11 +1,13 @@
 """Streaming shards: an order that is arithmetic, frames as in the shards, errors of one line."""
 
 import base64
+import contextlib
 import hashlib
 import pickle
 import re
 import shutil
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -322,6 +324,38 @@ def test_over_http(shards, many_shards):
     try:
         where = f"http://127.0.0.1:{server.server_port}"
         np.testing.assert_array_equal(read(where), read(many_shards))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_may_be_slow_but_not_silent(shards, many_shards, monkeypatch):
+    """A connection that is dead would stop training for a quarter of an hour, and Ctrl-C with it;
+    a large shard may take long."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(stream, "SILENT_SECONDS", 1, raising=False)
+    pause_seconds = 0.3
+
+    class Handler(SimpleHTTPRequestHandler):
+        def copyfile(self, source, to):
+            data = source.read()
+            with contextlib.suppress(OSError):  # the client has left
+                for part in (data[:99], data[99:500], data[500:900], data[900:1000], data[1000:]):
+                    to.write(part)
+                    to.flush()
+                    if self.path.endswith("shard-000001.tar"):
+                        time.sleep(pause_seconds)
+
+        log_message = lambda *_: None  # noqa: E731
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        where = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(read(where), read(many_shards))
+        pause_seconds = 2.5
+        with pytest.raises(InputError, match="shard-000001.tar: cannot be read .*Timeout"):
+            read(where)
     finally:
         server.shutdown()
         server.server_close()
