@@ -22,6 +22,8 @@ from sslus.engine.settings import Settings
 from sslus.engine.sources import probe
 from sslus.engine.video import Backend, Prepared, PyavBackend, VideoError, VideoInfo
 
+GONE = -1, -1  # the `stamp` of a file that is not there
+
 
 def choose_backends(device: str, decoder: str) -> list[tuple[str, str]]:
     """The decoders to try for each file, in order, as (decoder, device).
@@ -115,7 +117,8 @@ def spool_video(
     except VideoError as e:
         record["why"] = e.why
     else:
-        _judge(record)
+        now = stamp(path)
+        _judge(record, changed=now != record["stamp"] and now != GONE)
     record["seconds"] = round(time.monotonic() - start, 3)
     keep_record(work, video_id, record)
     return without_frames(record)
@@ -211,14 +214,16 @@ def _decode_video(
     }  # fmt: skip
 
 
-def _judge(record: dict) -> None:
-    """Status and reason from the counts."""
+def _judge(record: dict, changed: bool) -> None:
+    """Status and reason from the counts, and whether the file has changed since `probe`."""
     expected, decoded = record["expected_frames"], record["decoded_frames"]
     if record["why"]:  # perhaps the disk failed: a run that goes on from here reads the file again
         record["stamp"] = None
     reasons = [record["why"]] if record["why"] else []
     if decoded != expected:
         reasons.append(f"{decoded} of {expected} frames could be decoded")
+    if changed:  # as while it is copied; what has come since is in none of the counts
+        reasons.append("it changed while it was read; once it is whole, --force reads it again")
     if record["corrupt_frames"]:
         reasons.append(f"{record['corrupt_frames']} damaged frames were left out")
     if record["other_screens"]:
@@ -260,5 +265,5 @@ def stamp(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
     except OSError:
-        return -1, -1
+        return GONE
     return stat.st_size, stat.st_mtime_ns

@@ -27,7 +27,7 @@ import pytest
 import simplejpeg
 
 from sslus.engine import shard as shards
-from sslus.engine import tar
+from sslus.engine import spool, tar
 from sslus.engine.atomic import atomic_file, atomic_folder, sync_folder
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.ids import keyed_hash, video_ids
@@ -1372,3 +1372,36 @@ def test_the_page_about_the_files_names_their_fields(clips, tmp_path, key):
         assert f"`{name}`" in page
     for line in (tmp_path / "out" / "local" / "ledger.jsonl").read_text().splitlines():
         assert fields("`ledger.jsonl` has") == sorted(json.loads(line))
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as f:
+        f.write(bytes(188))
+
+
+def replace_by_another(path: Path) -> None:
+    other = path.with_suffix(".other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change, told", [(grow, True), (replace_by_another, True),
+                                          (Path.unlink, False)])  # fmt: skip
+def test_a_file_that_changes_while_it_is_read(change, told, clip, pattern, tmp_path, monkeypatch):
+    """As while it is copied: all frames that it had are there, and nothing else would tell of the
+    others. One that was moved away meanwhile was read to its end."""
+
+    class Backend(spool.PyavBackend):
+        def prepared(self, path, *args):
+            for frame in super().prepared(path, *args):
+                if frame.index == 5:
+                    change(path)
+                yield frame
+
+    monkeypatch.setattr(spool, "_worker_backends", [Backend()])
+    path = clip(tmp_path / "x.ts", pattern(20, 48, 64), codec="mpeg2video")
+    record = spool.spool_video(path, "id", Settings(size=32, stride=1), tmp_path)
+    assert record["decoded_frames"] == record["expected_frames"] == record["kept_frames"] == 20
+    assert record["status"] == ("incomplete" if told else "ok")
+    assert ("changed while it was read" in record["why"]) == told
