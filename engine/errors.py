@@ -1,7 +1,10 @@
 """Errors in the user's input or machine, as opposed to mistakes in the code."""
 
+import contextlib
 import mmap
 import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 FRAME_BYTES = 64 << 20  # more than one of 8192 x 4320 pixels takes
@@ -26,6 +29,16 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signum: int = 2):
         super().__init__(message)
         self.signum = signum
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """For reading a file: when a disk fails, the system does not say of which file."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 def out_of_memory(error: Exception) -> bool:

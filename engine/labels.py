@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, naming
 from sslus.engine.manifest import REMEDY
 
 COLUMNS = ("path", "label", "patient", "split")
@@ -164,7 +164,8 @@ def files_of(shards: Path) -> dict[str, str]:
 def _ids(path: Path) -> dict[Path, str]:
     """The ids of the videos by where they were when sharded, from the ledger."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        with naming(path):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
         return {real(line["source"]): line["id"] for line in lines}
     except FileNotFoundError as e:
         raise InputError(

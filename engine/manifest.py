@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, naming
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -45,7 +45,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards. Raises InputError if it is missing or damaged."""
     folder = Path(folder)
     try:
-        return parse_manifest((folder / NAME).read_bytes(), folder / NAME)
+        with naming(folder / NAME):
+            text = (folder / NAME).read_bytes()
+        return parse_manifest(text, folder / NAME)
     except FileNotFoundError as e:
         why = "no finished shards here" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {why}; make them with `sslus shard VIDEOS`") from e

@@ -20,7 +20,7 @@ import numpy as np
 
 from sslus.engine import tar
 from sslus.engine.atomic import atomic_folder, remove_leftovers
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, naming
 from sslus.engine.jpeg import DamagedJpeg
 from sslus.engine.jpeg import decode as decode_jpeg
 from sslus.engine.lock import lock
@@ -131,7 +131,8 @@ class FrameStore:
 def _load(folder: Path, manifest: Manifest) -> FrameStore:
     remedy = "; rebuild it with --rebuild-store"
     try:
-        facts = json.loads((folder / "store.json").read_text())
+        with naming(folder / "store.json"):
+            facts = json.loads((folder / "store.json").read_text())
         if facts["format"] != FORMAT:
             raise InputError(f"{folder}: built by another version of sslus{remedy}")
         if facts["digest"] != manifest.digest:
@@ -139,7 +140,8 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
                 f"{folder}: was built from other shards (digest {facts['digest'][:8]}; the shards"
                 f" here have {manifest.digest[:8]}){remedy}"
             )
-        index = (folder / "index.npz").read_bytes()
+        with naming(folder / "index.npz"):
+            index = (folder / "index.npz").read_bytes()
         if hashlib.sha256(index).hexdigest() != facts["index_sha256"]:
             raise InputError(f"{folder}/index.npz: damaged{remedy}")
         size, videos = manifest.settings["size"], facts["videos"]

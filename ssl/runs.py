@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from sslus.engine.errors import InputError
+from sslus.engine.errors import InputError, naming
 from sslus.engine.manifest import read_manifest
 from sslus.engine.urls import is_url, shown
 
@@ -45,7 +45,8 @@ def read_run(run: Path) -> Run:
                 " (--resume finishes an unfinished one)"
             )
     try:
-        config = json.loads((run / "config.json").read_text())
+        with naming(run / "config.json"):
+            config = json.loads((run / "config.json").read_text())
         for part, kinds in USED.items():
             for name, kind in kinds.items():
                 check_type(name, config[part][name], kind)  # KeyError if missing
@@ -54,7 +55,8 @@ def read_run(run: Path) -> Run:
             f"{run / 'config.json'}: damaged ({type(e).__name__}: {e}); copy the run again, or"
             " train it again"
         ) from e
-    return Run(run, config, (run / "backbone.safetensors").read_bytes())
+    with naming(run / "backbone.safetensors"):
+        return Run(run, config, (run / "backbone.safetensors").read_bytes())
 
 
 def check(

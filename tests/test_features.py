@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,3 +155,23 @@ def test_a_full_disk_is_one_line_and_the_old_table_stays(run, suffix, small_disk
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("Error: no space left on the disk")
     assert out.read_text() == "old" and len(list(small_disk.iterdir())) == 2
+
+
+READ = (
+    "run/config.json", "run/backbone.safetensors", "shards/manifest.json",
+    "shards/store/store.json", "shards/store/index.npz", "shards/local/ledger.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that fails")
+@pytest.mark.parametrize("name", READ)
+def test_a_file_that_the_disk_does_not_give_is_named(name, run, by_hand, tmp_path, capsys):
+    for part in ("run", "shards"):
+        shutil.copytree(run.parent / part, tmp_path / part)
+    path, out = tmp_path / name, tmp_path / "a.csv"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # at its start there is nothing: Input/output error
+    shards = str(tmp_path / "shards")
+    line = ["features", str(tmp_path / "run"), "--shards", shards, "--names", "-o", str(out)]
+    assert cli.main(line) == 1 and not out.exists()
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: Input/output error: {path}"
