@@ -481,6 +481,7 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn, b
         for index, (frame, following) in enumerate(pairwise(chain(frames, (None,)))):
             turn = _turn(frame, stream) if turn is None else turn
             corrupt = bool(frame.is_corrupt) or frame.pts in lost
+            lost.discard(frame.pts)  # in recordings that were joined, another frame has this time
             yield index, clock(frame, following), frame, turn, corrupt
 
 

@@ -533,6 +533,17 @@ def test_lost_parts_of_an_mpeg_ts_are_told(codec, clip, pattern, tmp_path):
         assert sum(not f.corrupt for f in decode(path)) < probe(path).num_frames
 
 
+def test_where_files_of_mpeg_ts_were_joined_only_frames_at_the_joints_are_left_out(
+    clip, pattern, tmp_path
+):
+    """Their parts are counted anew there, as if some were missing."""
+    path = clip(tmp_path / "x.ts", pattern(40, 96, 128), codec="libx264", options={"bf": "0"})
+    path.write_bytes(4 * path.read_bytes())
+    corrupt = [f.index for f in decode(path) if f.corrupt]
+    assert probe(path).num_frames == sum(1 for _ in decode(path)) == 160
+    assert len(corrupt) == 3 and all(i // 40 == k for k, i in enumerate(corrupt))
+
+
 def h264_of_fields(num: int) -> list[bytes]:
     """Grey frames of 16 x 32 pixels at 25 Hz in H.264, each as two fields, which x264 does not make
     (ITU-T H.264, 7.3)."""
