@@ -71,6 +71,8 @@ def test_a_row_is_a_video_and_its_features_are_the_mean(run, by_hand):
         assert columns["patient"][v] == str(patient)
     assert "" in columns["label"] and "-1" in columns["patient"]
     assert (table.num_rows, table.num_frames) == (len(store.video_ids), len(store))
+    with pytest.raises(InputError, match="ends in .csv or .npz"):
+        write_features(run, run.parent / "table.xlsx", device="cpu")
     assert table.num_features == features.shape[1]
 
 
@@ -127,8 +129,10 @@ def test_names_want_the_local_folder_and_features_are_numbers(run, tmp_path, mon
     shards.mkdir()
     for path in (run.parent / "shards").glob("[!l]*"):
         (shards / path.name).symlink_to(path)
-    out = tmp_path / "a.csv"
-    write_features(run, out, shards=shards, device="cpu")
+    out, threads = tmp_path / "a.csv", []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    write_features(run, out, shards=shards, device="cpu", threads=3)
+    assert threads == [3]
     with pytest.raises(InputError, match=r"ledger.jsonl: is missing"):
         write_features(run, out, shards=shards, names=True, device="cpu")
     before = out.read_bytes()

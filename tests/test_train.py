@@ -129,16 +129,19 @@ def test_cores_that_other_programs_use_are_counted(tmp_path, monkeypatch):
     ticks, used = os.sysconf("SC_CLK_TCK"), [0.0]
 
     def tell(user, nice, system, idle):
-        line = " ".join(str(int(x * ticks)) for x in (user, nice, system, idle, 1, 0, 0, 0, 0, 0))
+        fields = user, nice, system / 2, idle / 2, 1, 0, system / 2, idle / 2, 0, 0
+        line = " ".join(str(int(x * ticks)) for x in fields)  # softirq, and stolen: not busy
         (tmp_path / "stat").write_text(f"cpu  {line}\ncpu0 {line}\n")
 
     monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(os, "times", lambda: os.times_result((used[0], 0.0, 0.0, 0.0, 0.0)))
+    monkeypatch.setattr(os, "times", lambda: os.times_result((*[used[0] / 4] * 4, 0.0)))
     tell(100, 10, 20, 1000)
     counted = cores.Cores()
     used[0] = 10.0
     tell(110, 10, 20, 1030)
+    assert counted.advice(4) is None
+    tell(110, 11, 20, 1029)  # 0.1 cores are used by others: too little to count
     assert counted.advice(4) is None
     tell(110, 20, 25, 1015)  # 1.5 cores are used by others
     assert "keep 1.5 of the 4 cores busy" in counted.advice(4) and counted.advice(2) is None
@@ -620,7 +623,8 @@ def test_mixed_precision_where_the_processor_has_it(tells, has, monkeypatch):
     def chosen(**given):
         return Settings(**given).resolved(torch.device("cpu"), 1000).precision
 
-    assert chosen(backbone="resnet18") == ("bf16" if has else "fp32")
+    for smallest in (None, 32):
+        assert chosen(backbone="resnet18", image_size=smallest) == ("bf16" if has else "fp32")
     assert chosen(backbone="vit_tiny_patch16_224", image_size=224) == "fp32"
     assert chosen(backbone="resnet18", precision="fp32") == "fp32"
     assert chosen(precision="bf16") == "bf16"
