@@ -23,6 +23,8 @@ FIELDS = set(
 
 NAPS = '''"""naps of two lengths"""
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -39,16 +41,22 @@ def hog():
     bytearray(80 << 20)
     return 10
 
+def parent_of_a_hog():
+    subprocess.run([sys.executable, "-c", "bytearray(80 << 20)"], check=True)
+    return 10
+
 def measure(bench):
     works = {"sslus": Work(partial(nap, "a", 0.05)), "peer": Work(partial(nap, "b", 0.2))}
     rows = bench.compare("nap", "10 naps", "naps/s", works, repeats=3)
     bench.ratio("fast / slow", rows["sslus"], rows["peer"], at_least=2)
     bench.ratio("slow / fast", rows["peer"], rows["sslus"], at_least=0.8)
     hogs = bench.compare("hog", "80 MiB", "s", {"sslus": Work(hog)}, repeats=1)
+    bench.compare("its parent", "", "s", {"sslus": Work(parent_of_a_hog)}, repeats=1)
     bench.ratio("slow / fast, at most", rows["peer"], rows["sslus"], at_most=0.5)
     # A minute that was slow for one turn of each work is not in the ratio.
     a, b = (bench.add("turns", "", "", "s", values) for values in ([1, 4, 100], [2, 8, 1]))
     bench.ratio("turn by turn", a, b)
+    bench.ratio("not in turns", a, bench.add("turns", "", "", "s", [8.0]))
 '''
 UNEQUAL = '''"""one does more than the other"""
 from harness import Work
@@ -111,13 +119,14 @@ def test_a_stage_dropped_in_is_measured_and_a_broken_one_costs_only_itself(tmp_p
     content = json.loads(out.read_text())
     # Measured apart for the memory (a, b), warmed up (a, b), then in turns.
     assert turns.read_text() == "ab" * 5
-    known, fast, slow, hog, *_ = content["rows"]
+    known, fast, slow, hog, parent, *_ = content["rows"]
     assert all(set(row) == FIELDS for row in content["rows"])
     assert known["stage"] == "aunequal" and fast["stage"] == "naps"
     assert fast["low"] <= fast["median"] <= fast["high"] <= 10 / 0.05
     assert hog["unit"] == "s" and hog["peak_mib"] > fast["peak_mib"] + 70
+    assert parent["peak_mib"] > fast["peak_mib"] + 70
     ratios = {r["text"]: r for r in content["ratios"]}
-    assert ratios["turn by turn"]["value"] == 0.5
+    assert ratios["turn by turn"]["value"] == ratios["not in turns"]["value"] == 0.5
     assert ratios["fast / slow"]["value"] == pytest.approx(4, rel=0.4)
     verdicts = {text: r["verdict"] for text, r in ratios.items()}
     assert verdicts == {
@@ -125,6 +134,7 @@ def test_a_stage_dropped_in_is_measured_and_a_broken_one_costs_only_itself(tmp_p
         "slow / fast": "missed",
         "slow / fast, at most": "met",
         "turn by turn": "",
+        "not in turns": "",
     }
     assert "missed" in done.stdout
 
@@ -192,6 +202,23 @@ def test_rows_record_the_versions_of_the_peers(monkeypatch):
     assert peers and peers <= set(harness.PACKAGES.values())
 
 
+def test_what_takes_little_time_is_called_often(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import harness
+
+    clock = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    costs = iter([30.0, *[0.25] * 100])  # the first call compiles
+
+    def run():
+        clock[0] += next(costs)
+
+    often = harness.Often(run, seconds=2.0, amount=5.0)
+    assert harness.timed(harness.Work(often)) == harness.Timed(5.0, 0.25)
+    before = clock[0]
+    assert harness.timed(harness.Work(often)).seconds == 0.25 and clock[0] == before + 2
+
+
 def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
     shown, content = as_on_a_gpu(tmp_path, AS_ON_A_GPU)
     for name in ("vicreg", "barlow"):
@@ -201,6 +228,7 @@ def test_what_does_not_fit_a_gpu_is_left_out(tmp_path):
     who = [r["implementation"] for r in timed]
     assert who.count("sslus") == who.count("definition") == who.count("floor: the products") == 4
     assert who.count("torch.compile") == 2  # those of float32
+    assert {r["verdict"] for r in content["ratios"] if r["want"]} == {"too small to tell"}
     wants = {r["text"]: r["want"] for r in content["ratios"]}
     assert wants["vicreg N=16 D=64: definition / sslus"] == ">= 10.00"
     assert wants["barlow N=16 D=64: torch.compile / sslus"] == ">= 4.00"
@@ -275,7 +303,10 @@ def test_the_roofline_counts(tmp_path, monkeypatch):
     import roofline as script
 
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({"rows": rows_of("a CPU")}))
+    copy, loss, *_ = rows = rows_of("a CPU")
+    rows += [copy | {"median": 60.0}, copy | {"stage": "store", "median": 999.0}]
+    rows.append(loss | {"name": "forward", "median": 9.0})
+    path.write_text(json.dumps({"rows": rows}))
     points, bandwidth = script.read(path)
     assert bandwidth == 100e9
     at = {(p.name, p.n, p.d, p.implementation): p for p in points}
@@ -484,6 +515,27 @@ def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged
     assert [x[3] is judged[0][3] for x in judged] == [True, True, False, False]
     table = (tmp_path / "table.md").read_text()
     assert "| my_method | 0.500 | +0.000 ± 0.000 |" in table and "| random init |" in table
+
+
+def test_every_run_is_trained_as_asked(tmp_path, judged, monkeypatch):
+    import learn
+
+    options = f"videos --labels x -o {tmp_path} --methods vicreg --seeds 2 --steps 7"
+    monkeypatch.setattr(sys, "argv", ["learn.py", *options.split(), "--zero-init-residual"])
+    (tmp_path / "vicreg-1").mkdir()
+    (tmp_path / "vicreg-1" / "config.json").touch()  # this one was stopped
+    labels, asked = [], []
+    train = learn.train
+
+    def note(shards, settings, config, run, *, resume, **_):
+        asked.append((settings.seed, settings.max_steps, settings.zero_init_residual, resume))
+        return train()
+
+    monkeypatch.setattr(learn, "train", note)
+    monkeypatch.setattr(learn, "shard", lambda *_, **given: labels.append(given["labels"]))
+    assert learn.main() == 0 and labels == [Path("x")]
+    assert asked == [(0, 7, True, False), (1, 7, True, True)]
+    assert "| random init, blocks at 0 |" in (tmp_path / "table.md").read_text()
 
 
 @pytest.fixture
