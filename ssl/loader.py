@@ -143,7 +143,9 @@ def tier(store: Store, device: torch.device, wanted: str = "auto") -> tuple[str,
         why = f"{_bytes(size)} of frames do not fit" if device.type == "cuda" else "there is no GPU"
         raise InputError(f"--tier gpu: {why}; use --tier auto")
     if wanted == "ram" and not in_ram:
-        raise InputError(f"--tier ram: {_bytes(size)} of frames do not fit into memory; use auto")
+        raise InputError(
+            f"--tier ram: {_bytes(size)} of frames do not fit into memory; use --tier auto"
+        )
     if wanted == "stream":
         raise ValueError("tier: a frame store is not streamed; open_store(shards, 'stream')")
     if wanted != "auto":
