@@ -8,7 +8,7 @@ docstrings of the two cpu.py. In the Gram form K = x x^T, (N, N), one for each v
 
     Gram form (N < D)                                      grid at N = 256, D = 8192, bf16
     1 columns    means, variances, planes of x             256 (32 columns each)
-    2 multiply   partial sums of K                         10 tiles x 14 parts of D x 2 views
+    2 multiply   partial sums of K                         10 tiles x 13 parts of D x 2 views
     3 gram_sum   add the parts, mirror K, sum its squares  36 tiles of 32 x 32, lower triangle
     4 exact      recompute what was lost to cancellation   256 x 2, which usually do nothing
     5 *apply     gradients from K x; the loss              VICReg 128 x 4 x 2, BarlowTwins 256 x 2
@@ -45,7 +45,8 @@ bfloat16 products; x x^T takes four.
 
 Memory, at most 4 (N^2 + N D) floats: planes 2 N D; gradients, float32 until backward scales them,
 2 N D; Gram: K 2 N^2, whose parts use the memory of the gradients; tiled: 2 (parts + 1) D x 512.
-The number of parts is what 264 programs need and the memory allows: 14 at N = 256, D = 8192.
+The number of parts is what 264 programs need and the memory allows, less what rounding each one
+up to whole blocks leaves empty: 13 at N = 256, D = 8192, bf16.
 
 Across ranks, in the Gram form each rank takes all rows of its D / world columns, and K is summed;
 in the tiled form each keeps its own rows, and C is summed. As `exact` needs all columns, the host
