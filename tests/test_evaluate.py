@@ -798,6 +798,22 @@ def test_a_narrow_terminal_shows_every_runs_name(columns, monkeypatch, capsys):
     assert "".join(line[:width].strip() for line in lines).endswith("".join(names))
 
 
+def test_batch_norm_settles_by_frames_of_the_whole_store(tmp_path):
+    """Not by the first ones, which are those of a few videos."""
+    backbone = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten())
+    asked, index = [], np.arange(0, 6000, 2)
+
+    def pictures(some):
+        asked.extend(some)
+        return torch.zeros(len(some), 1, 2, 2)
+
+    vars(pictures).update(
+        store=SimpleNamespace(digest=""), size=2, mean=0.0, std=1.0, device=torch.device("cpu")
+    )
+    features._features(backbone, True, "", pictures, index, tmp_path, {}, lambda done: None)
+    assert asked == [*index[::3], *index]
+
+
 def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkeypatch):
     """The second run has other weights than the first; the third, other random weights, too."""
     runs = [shutil.copytree(run, tmp_path / name) for name in ("first", "second", "third")]
