@@ -798,10 +798,10 @@ def test_a_narrow_terminal_shows_every_runs_name(columns, monkeypatch, capsys):
     assert "".join(line[:width].strip() for line in lines).endswith("".join(names))
 
 
-def test_batch_norm_settles_by_frames_of_the_whole_store(tmp_path):
-    """Not by the first ones, which are those of a few videos."""
+def frames_asked_for(index, unsettled, cache):
+    """What is read to compute features, and the file in which they are kept."""
     backbone = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten())
-    asked, index = [], np.arange(0, 6000, 2)
+    asked = []
 
     def pictures(some):
         asked.extend(some)
@@ -810,8 +810,24 @@ def test_batch_norm_settles_by_frames_of_the_whole_store(tmp_path):
     vars(pictures).update(
         store=SimpleNamespace(digest=""), size=2, mean=0.0, std=1.0, device=torch.device("cpu")
     )
-    features._features(backbone, True, "", pictures, index, tmp_path, {}, lambda done: None)
-    assert asked == [*index[::3], *index]
+    options = unsettled, "", pictures, index, cache, {}, lambda done: None
+    return asked, features._features(backbone, *options)[1]
+
+
+def test_batch_norm_settles_by_frames_of_the_whole_store(tmp_path):
+    """Not by the first ones, which are those of a few videos."""
+    index = np.arange(0, 6000, 2)
+    assert frames_asked_for(index, True, tmp_path)[0] == [*index[::3], *index]
+
+
+def test_kept_features_are_those_of_the_same_frames(tmp_path):
+    """Other labels may be those of as many frames."""
+    asked, path = frames_asked_for(np.arange(5), False, tmp_path)
+    assert asked == [0, 1, 2, 3, 4]
+    assert frames_asked_for(np.arange(5), False, tmp_path) == ([], path)
+    assert frames_asked_for(np.arange(5) + 1, False, tmp_path)[0] == [1, 2, 3, 4, 5]
+    np.save(path, np.zeros(()))
+    assert frames_asked_for(np.arange(5), False, tmp_path)[0] == asked
 
 
 def test_what_runs_have_in_common_is_computed_once(run, videos, tmp_path, monkeypatch):
