@@ -520,10 +520,10 @@ def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged
 def test_every_run_is_trained_as_asked(tmp_path, judged, monkeypatch):
     import learn
 
-    options = f"videos --labels x -o {tmp_path} --methods vicreg --seeds 2 --steps 7"
+    options = f"videos --labels x -o {tmp_path} --methods byol --seeds 2 --steps 7"
     monkeypatch.setattr(sys, "argv", ["learn.py", *options.split(), "--zero-init-residual"])
-    (tmp_path / "vicreg-1").mkdir()
-    (tmp_path / "vicreg-1" / "config.json").touch()  # this one was stopped
+    (tmp_path / "byol-1").mkdir()
+    (tmp_path / "byol-1" / "config.json").touch()  # this one was stopped
     labels, asked = [], []
     train = learn.train
 
