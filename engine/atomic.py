@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sslus.engine.errors import name_file
+
 
 def sync_folder(folder: Path) -> None:
     """Make the renames inside `folder` survive a power cut, where the file system can sync folders:
@@ -17,7 +19,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     except OSError as e:
         if e.errno != errno.EINVAL:
-            _name(e, folder)
+            name_file(e, folder)
             raise
     finally:
         os.close(fd)
@@ -49,7 +51,7 @@ def atomic_file(
                 os.fsync(f.fileno())
         temporary.replace(path)
     except BaseException as e:
-        _name(e, path)
+        name_file(e, path)
         temporary.unlink(missing_ok=True)
         raise
     if durable:
@@ -77,7 +79,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         else:
             temporary.rename(path)
     except BaseException as e:
-        _name(e, path)
+        name_file(e, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
@@ -96,9 +98,3 @@ def _beside(path: Path) -> tuple[Path, Path]:
     """Where a folder is while it is written, and while it is replaced. The names are hidden ones,
     such as nobody gives to a copy."""
     return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-
-
-def _name(error: BaseException, path: Path) -> None:
-    """A write that fails, as on a full disk, does not say of which file."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = str(path)

@@ -31,13 +31,19 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+def name_file(error: BaseException, path: Path) -> None:
+    """A read or a write that fails, as on a full disk, does not say of which file."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """For reading a file: when a disk fails, the system does not say of which file."""
+    """An OSError in the block names `path`, if it names no file."""
     try:
         yield
     except OSError as e:
-        e.filename = e.filename or str(path)
+        name_file(e, path)
         raise
 
 

@@ -333,7 +333,7 @@ def test_a_server_may_be_slow_but_not_silent(shards, many_shards, monkeypatch):
     """A connection that is dead would stop training for a quarter of an hour, and Ctrl-C with it;
     a large shard may take long."""
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(stream, "SILENT_SECONDS", 1, raising=False)
+    monkeypatch.setattr(stream, "SILENT_SECONDS", 1)
     pause_seconds = 0.3
 
     class Handler(SimpleHTTPRequestHandler):
