@@ -6,7 +6,7 @@ For each seed, every method trains the same backbone for the same number of step
 frames; a linear probe, with no patient in both training and test data, evaluates the features, in
 as many draws of labels and folds as --draws says. Writes learn/table.md (see `NOTE`) and
 learn/results.json, with every draw. If stopped, the same command resumes with the run that was in
-progress; with other --draws or --fractions, it evaluates the finished runs again.
+progress; with other --draws, --fractions or labels, it evaluates the finished runs again.
 
 The draws depend on the videos' ids, and so on the key of the shards. Tables can be compared if they
 are made from the same shards:
@@ -16,6 +16,7 @@ are made from the same shards:
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -70,6 +71,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.videos is None) == (args.shards is None):
         parser.error("want a folder of videos, or --shards")
+    if not args.labels.is_file():
+        parser.error(f"--labels {args.labels}: no such file")
     return args
 
 
@@ -92,9 +95,11 @@ def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
     )
     percents = sorted({float(p) for p in args.fractions.split(",")})
     done = run / "evaluation" / "lines.json"
+    labels = hashlib.sha256(args.labels.read_bytes()).hexdigest()[:16]
     if done.exists():
         lines = json.loads(done.read_text())
-        if {(x["draws"], x["percent"]) for x in lines} == {(args.draws, p) for p in percents}:
+        found = {(x["draws"], x.get("labels"), x["percent"]) for x in lines}
+        if found == {(args.draws, labels, p) for p in percents}:
             return lines
     judged = evaluate(
         run, args.labels, percents=percents, num_seeds=args.draws, device=args.device, shared=shared
@@ -105,7 +110,7 @@ def one(args, shards: Path, method: str, seed: int, shared: dict) -> list[dict]:
             "method": name if row.backbone == name else start_of, "start": start_of,
             "seed": seed, "percent": row.percent,
             "macro_f1": row.macro_f1, "balanced_accuracy": row.balanced_accuracy,
-            "loss": result.metrics[-1]["loss"], "draws": args.draws,
+            "loss": result.metrics[-1]["loss"], "draws": args.draws, "labels": labels,
             "macro_f1_of_draws": row.macro_f1_of_seeds,
         }
         for row in judged.rows if row.backbone in (name, RANDOM)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sslus.engine import tar
+from sslus.engine import _bus_error, tar
 from sslus.engine.atomic import atomic_folder, remove_leftovers
 from sslus.engine.errors import InputError, naming
 from sslus.engine.jpeg import DamagedJpeg
@@ -149,6 +149,7 @@ def _load(folder: Path, manifest: Manifest) -> FrameStore:
         path = folder / "frames.u8"
         if path.stat().st_size != np.prod(shape):
             raise InputError(f"{path}: does not have the size of {shape[0]} frames{remedy}")
+        _bus_error.install()
         frames = np.memmap(path, np.uint8, "r", shape=shape)
         columns = _read_columns(index)
         _check_columns(columns, len(frames), len(videos), len(manifest.labels))
@@ -265,6 +266,7 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
 
 def _mapped(shards: Path, manifest: Manifest) -> list[memoryview]:
     _allow_open_files(len(manifest.shards))
+    _bus_error.install()
     views = []
     for entry in manifest.shards:
         path = shards / entry["name"]

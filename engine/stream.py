@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sslus.engine import _bus_error
 from sslus.engine import manifest as manifests
 from sslus.engine.errors import InputError
 from sslus.engine.jpeg import DamagedJpeg
@@ -273,6 +274,7 @@ def _fetch(where: str, name: str):
     if not is_url(where):
         try:
             with Path(full).open("rb") as f:
+                _bus_error.install()
                 return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e:  # ValueError: it is empty
             why = getattr(e, "strerror", None) or e

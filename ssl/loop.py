@@ -132,9 +132,20 @@ class Loop:
 
     def take(self, batches: Iterator[Views]) -> Iterator[Views]:
         """The micro-batches of a step, each when the one before it is done with."""
-        for _ in range(self.settings.accumulate):
+        for number in range(self.settings.accumulate):
             before = time.monotonic()
-            views = next(batches)
+            try:
+                views = next(batches)
+            except InputError as e:  # such as a network that fails while frames are streamed
+                # One process alone, and nothing of the step is computed yet: there is a state to
+                # save.
+                if self.world.size > 1 or number or not self.state.step:
+                    raise
+                self.checkpoint()
+                raise InputError(
+                    f"{e}. Step {self.state.step} of {self.settings.max_steps} is saved, from"
+                    " which --resume goes on"
+                ) from e
             self.log.add_wait(time.monotonic() - before)
             yield views
 

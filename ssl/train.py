@@ -70,6 +70,7 @@ def open_run(run: Path, resume: bool, world: World) -> dict | None:
             why = f"{run} was started by another version of sslus and cannot be continued exactly"
         else:
             check_type("method_config", recorded["method_config"], dict)
+            check_type("launcher", recorded["launcher"], int)
             for name, kind in {"path": str, "digest": str, "streamed": bool}.items():
                 check_type(name, recorded["shards"][name], kind)
     except (FileNotFoundError, NotADirectoryError):

@@ -459,9 +459,11 @@ def test_a_gain_is_held_against_the_draws_and_the_seeds(monkeypatch):
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def judged(tmp_path, monkeypatch):
     """bench/learn.py's evaluations, without any training: (run, percents, draws, shared)."""
     monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.chdir(tmp_path)
+    Path("labels.csv").write_text("path,label,patient\n")
     import learn
 
     calls = []
@@ -487,13 +489,17 @@ def test_a_finished_run_is_judged_again_if_other_lines_are_wanted(tmp_path, judg
     import learn
 
     for fractions, draws in [("10,100", "2"), ("100,10", "2"), ("1,10", "2"), ("1,10", "3")]:
-        options = ["videos", "--labels", "x", "-o", str(tmp_path)]
+        options = ["videos", "--labels", "labels.csv", "-o", str(tmp_path)]
         monkeypatch.setattr(
             sys, "argv", ["learn.py", *options, "--fractions", fractions, "--draws", draws]
         )
         lines = learn.one(learn.arguments(), tmp_path, "vicreg", 0, {})
         assert [x["percent"] for x in lines] == 2 * sorted(map(float, fractions.split(",")))
     assert [x[1:3] for x in judged] == [([10.0, 100.0], 2), ([1.0, 10.0], 2), ([1.0, 10.0], 3)]
+    Path("labels.csv").write_text("path,label,patient\na.mp4,4CH,1\n")
+    for _ in range(2):
+        learn.one(learn.arguments(), tmp_path, "vicreg", 0, {})
+    assert [x[1:3] for x in judged[3:]] == [([1.0, 10.0], 3)]
 
 
 def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged, monkeypatch):
@@ -502,7 +508,7 @@ def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged
     page = (BENCH.parent / "ssl" / "README.md").read_text()
     own = page[page.index("```python\n") :].split("```")[1].removeprefix("python\n")
     (tmp_path / "my_method.py").write_text(own)
-    options = f"--labels x -o {tmp_path} --methods {tmp_path}/my_method.py vicreg --seeds 2"
+    options = f"--labels labels.csv -o {tmp_path} --methods my_method.py vicreg --seeds 2"
     monkeypatch.setattr(sys, "argv", ["learn.py", *options.split()])
     with pytest.raises(SystemExit):  # neither videos nor shards
         learn.main()
@@ -520,7 +526,7 @@ def test_own_methods_and_given_shards_share_the_random_backbone(tmp_path, judged
 def test_every_run_is_trained_as_asked(tmp_path, judged, monkeypatch):
     import learn
 
-    options = f"videos --labels x -o {tmp_path} --methods byol --seeds 2 --steps 7"
+    options = f"videos --labels labels.csv -o {tmp_path} --methods byol --seeds 2 --steps 7"
     monkeypatch.setattr(sys, "argv", ["learn.py", *options.split(), "--zero-init-residual"])
     (tmp_path / "byol-1").mkdir()
     (tmp_path / "byol-1" / "config.json").touch()  # this one was stopped
@@ -533,7 +539,7 @@ def test_every_run_is_trained_as_asked(tmp_path, judged, monkeypatch):
 
     monkeypatch.setattr(learn, "train", note)
     monkeypatch.setattr(learn, "shard", lambda *_, **given: labels.append(given["labels"]))
-    assert learn.main() == 0 and labels == [Path("x")]
+    assert learn.main() == 0 and labels == [Path("labels.csv")]
     assert asked == [(0, 7, True, False), (1, 7, True, True)]
     assert "| random init, blocks at 0 |" in (tmp_path / "table.md").read_text()
 

@@ -93,9 +93,11 @@ def workers(process) -> list[int]:
     return found
 
 
-def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):
+def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path, monkeypatch):
     """A killed worker is started again; Ctrl-C stops both at one step, and --resume goes on."""
-    run = tmp_path / "run"
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start(shards, run, "--gpus", "2")
     wait_for_step(process, run, 7)
     os.kill(workers(process)[1], signal.SIGKILL)
@@ -115,6 +117,7 @@ def test_killed_and_stopped_the_run_of_two_is_the_same(shards, runs, tmp_path):
     assert all(torch.equal(v, y["method"][k]) for k, v in x["method"].items())
     losses = [[(m["step"], m["loss"]) for m in lines(r)] for r in (run, runs / "undisturbed")]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert not [p.name for p in temporary.iterdir() if "elastic" in p.name or "sslus" in p.name]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

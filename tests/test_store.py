@@ -306,6 +306,37 @@ def test_what_a_crash_in_a_rebuild_left_is_removed_or_put_back(shards):
     assert FrameStore.open(shards).frames.sum() == frames
 
 
+CUT_OFF = """
+import os, sys
+from pathlib import Path
+from sslus.engine.store import FrameStore
+from sslus.engine.stream import StreamStore, fetch_shard
+
+shards = Path(sys.argv[1])
+if sys.argv[2] == "store":
+    pages, path = FrameStore.open(shards).frames.ravel(), shards / "store" / "frames.u8"
+else:
+    entry = StreamStore.open(shards, "").manifest.shards[0]
+    pages, path = fetch_shard(str(shards), entry).data, shards / entry["name"]
+os.truncate(path, 0)
+print("cut off", flush=True)
+pages[0]
+print("never")
+"""
+
+
+@pytest.mark.parametrize("what", ["store", "shard"])
+def test_a_mapped_file_that_is_cut_off_is_named_before_the_process_ends(what, shards):
+    FrameStore.open(shards)
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, str(shards), what], capture_output=True, text=True
+    )
+    name = "store/frames.u8" if what == "store" else read_manifest(shards).shards[0]["name"]
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "cut off\n")
+    assert done.stderr.startswith(f"Error: {shards}/{name}: a part of it cannot be read any more;")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_store_opens_where_nothing_can_be_written(clips, small_disk):
     shard([clips / "u.mp4"], small_disk / "shards", SETTINGS, device="cpu", jobs=1)
     built = FrameStore.open(small_disk / "shards").frames.sum()

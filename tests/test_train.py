@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from sslus.engine.errors import InputError, Interrupted
 from sslus.engine.plan import Plan
 from sslus.engine.store import FrameStore
+from sslus.engine.stream import Reader
 from sslus.ssl import backbones, checkpoints, cores, health
 from sslus.ssl.loop import Options
 from sslus.ssl.methods import vicreg
@@ -297,6 +298,31 @@ def test_a_run_of_micro_batches_resumes_where_its_epoch_was(shards, tmp_path, op
     assert stopped.stopped and stopped.step == 1
     run_train(shards, tmp_path / "run", settings, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_frames_that_cannot_be_read_cost_no_step(shards, tmp_path, monkeypatch):
+    whole = run_train(shards, tmp_path / "whole", tier="stream")
+    read, calls, fatal = Reader.read, [], 7
+
+    def fail(self, indices):
+        calls.append(indices)
+        if len(calls) == fatal:
+            raise InputError("https://there/shard-7.tar: cannot be read; check the network")
+        return read(self, indices)
+
+    monkeypatch.setattr(Reader, "read", fail)
+    run, never = tmp_path / "run", {"checkpoint_every": 100, "tier": "stream"}
+    with pytest.raises(InputError, match=r"network\. Step (\d+) of 10 is saved, .*resume") as e:
+        run_train(shards, run, **never)
+    step = int(re.search(r"Step (\d+)", str(e.value))[1])
+    assert 0 < step < 7 and checkpoints.load(run / "checkpoint.pt")["step"] == step
+    run_train(shards, run, resume=True, tier="stream")
+    assert_same_run(whole.run, run)
+    # Between two micro-batches there is no state from which the run would be the same.
+    calls, fatal = [], 9
+    with pytest.raises(InputError, match="check the network$"):
+        run_train(shards, tmp_path / "two", dataclasses.replace(SMALL, accumulate=5), **never)
+    assert not (tmp_path / "two" / "checkpoint.pt").exists()
 
 
 def test_two_processes_do_not_train_in_one_folder(shards, tmp_path):

@@ -10,7 +10,7 @@ read -r nanobind headers < <("$python" -c "
 import nanobind, sysconfig
 print(nanobind.include_dir(), sysconfig.get_path('include'))")
 for target in aarch64-macos x86_64-macos aarch64-linux-gnu; do
-  for file in engine/luma.cpp engine/jpeg.cpp kernels/*.cpp kernels/*/cpu.cpp; do
+  for file in engine/luma.cpp engine/jpeg.cpp engine/bus_error.cpp kernels/*.cpp kernels/*/cpu.cpp; do
     "$python" -m ziglang c++ -target "$target" -std=c++17 -O0 -Wall -Wextra -Werror -c -o "$object" \
       -I . -I kernels -isystem "$nanobind" -isystem "$headers" "$file"
   done

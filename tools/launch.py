@@ -25,13 +25,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # as torchrun gets them from the func
 
 def torchrun(num: int) -> int:
     """Run this command line in `num` processes on this machine; return the exit code."""
-    line = [
-        sys.executable, "-m", "sslus.tools.launch", "--nproc-per-node", str(num),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-        "--max-restarts", "3", "-m", "--", "sslus.tools", *sys.argv[1:],
-    ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="sslus-") as folder:
         code = Path(folder) / "code"
+        line = [
+            sys.executable, "-m", "sslus.tools.launch", "--nproc-per-node", str(num),
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr",
+            "127.0.0.1", "--max-restarts", "3", "--log-dir", f"{folder}/logs",
+            "-m", "--", "sslus.tools", *sys.argv[1:],
+        ]  # fmt: skip
         env = os.environ | {EXIT_CODE_FILE: str(code)}
         # torchrun's own default is one thread per process.
         env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num)))
