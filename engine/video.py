@@ -6,6 +6,7 @@ Luma is taken directly from the decoder's plane, without conversion to RGB and b
 import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -188,24 +189,25 @@ def probe(path: Path, file=None) -> VideoInfo:
     container, stream = open_video(path, file)
     with container:
         stream.codec_context.thread_count = 1
-        shown = hidden = fields = end = duration = 0
-        last_seconds = 0.0  # the end of the last packet of any stream
+        codec = stream.codec_context.name
+        shown = hidden = duration = 0
+        ends: dict[int, int] = {}  # by stream, in its time base: the end of its last packet
+        durations: Counter[int] = Counter()  # of packets; fractions for each would take longer
         frame = None
         try:
             for packet in container.demux():
                 if packet.size and packet.pts is not None:
                     until = packet.pts + (packet.duration or 0)
-                    last_seconds = max(last_seconds, float(until * packet.time_base))
+                    ends[packet.stream_index] = max(ends.get(packet.stream_index, 0), until)
                 if packet.stream is not stream:
                     continue
                 if packet.size:  # "discard" marks packets outside the clip's edit list
-                    hides = packet.is_discard or shows_nothing(stream.codec_context.name, packet)
+                    hides = packet.is_discard or shows_nothing(codec, packet)
                     hidden += hides
                     shown += not hides
-                    fields += _is_field(stream, packet)
+                    durations[packet.duration] += 1
                     if packet.pts is not None:
                         duration = packet.duration or duration
-                        end = max(end, packet.pts + (packet.duration or 0))
                 if frame is None:
                     try:
                         frame = next(iter(packet.decode()), None)
@@ -220,6 +222,7 @@ def probe(path: Path, file=None) -> VideoInfo:
                 raise VideoError(path, f"cannot be read ({_reason(e)})") from e
         if frame is None:
             raise VideoError(path, "not a single frame can be decoded")
+        fields = sum(n for d, n in durations.items() if _is_field(stream, d))
         halves = fields // 2 if frame.interlaced_frame else 0  # two fields are one frame
         num_frames = _num_samples(container, stream) - hidden - halves
         if "avi" in _formats(container):
@@ -228,6 +231,8 @@ def probe(path: Path, file=None) -> VideoInfo:
             num_frames = max(num_frames, stream.duration or 0)
         missing = 0
         if not stream.frames:
+            seconds = [float(end * container.streams[i].time_base) for i, end in ends.items()]
+            end, last_seconds = ends.get(stream.index, 0), max(seconds, default=0.0)
             missing = _missing(path, container, stream, end, duration, last_seconds)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
@@ -237,7 +242,7 @@ def probe(path: Path, file=None) -> VideoInfo:
             if s is not stream and not s.disposition & Disposition.attached_pic
         ]  # fmt: skip
         return VideoInfo(
-            codec=stream.codec_context.name,
+            codec=codec,
             pixel_format=frame.format.name,
             height=frame.height,
             width=frame.width,
@@ -259,12 +264,13 @@ def shows_nothing(codec: str, packet) -> bool:
     return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def _is_field(stream, packet) -> bool:
-    """Whether a packet lasts half a frame: interlaced H.264 may have a packet for each field."""
+def _is_field(stream, duration: int | None) -> bool:
+    """Whether a packet that lasts so long, in time base units, is half a frame: interlaced H.264
+    may have a packet for each field."""
     codec = stream.codec_context
-    if codec.name != "h264" or not codec.framerate or not packet.duration:
+    if codec.name != "h264" or not codec.framerate or not duration:
         return False
-    return 0.4 < packet.duration * stream.time_base * codec.framerate < 0.6
+    return 0.4 < duration * stream.time_base * codec.framerate < 0.6
 
 
 def _tick_seconds(stream) -> float:
