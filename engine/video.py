@@ -191,14 +191,16 @@ def probe(path: Path, file=None) -> VideoInfo:
         stream.codec_context.thread_count = 1
         codec = stream.codec_context.name
         shown = hidden = duration = 0
-        ends: dict[int, int] = {}  # by stream, in its time base: the end of its last packet
+        begins: dict[int, int] = {}  # by stream, in its time base: when its first packet begins
+        ends: dict[int, int] = {}  # and its last one ends
         durations: Counter[int] = Counter()  # of packets; fractions for each would take longer
         frame = None
         try:
             for packet in container.demux():
                 if packet.size and packet.pts is not None:
-                    until = packet.pts + (packet.duration or 0)
-                    ends[packet.stream_index] = max(ends.get(packet.stream_index, 0), until)
+                    number, until = packet.stream_index, packet.pts + (packet.duration or 0)
+                    begins.setdefault(number, packet.pts)
+                    ends[number] = max(ends.get(number, 0), until)
                 if packet.stream is not stream:
                     continue
                 if packet.size:  # "discard" marks packets outside the clip's edit list
@@ -231,9 +233,13 @@ def probe(path: Path, file=None) -> VideoInfo:
             num_frames = max(num_frames, stream.duration or 0)
         missing = 0
         if not stream.frames:
-            seconds = [float(end * container.streams[i].time_base) for i, end in ends.items()]
-            end, last_seconds = ends.get(stream.index, 0), max(seconds, default=0.0)
-            missing = _missing(path, container, stream, end, duration, last_seconds)
+            # Sound may begin before 0, by what its encoder needs, which counts as duration.
+            seconds = [
+                float((end - min(0, begins[i])) * container.streams[i].time_base)
+                for i, end in ends.items()
+            ]
+            end, longest = ends.get(stream.index, 0), max(seconds, default=0.0)
+            missing = _missing(path, container, stream, end, duration, longest)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
         turns, mirrored = _turn(frame, stream)
@@ -331,13 +337,13 @@ def _joined(path: Path, container) -> int:
     return max(0, num_movies - 1)
 
 
-def _missing(path: Path, container, stream, end: int, duration: int, last_seconds: float) -> int:
+def _missing(path: Path, container, stream, end: int, duration: int, longest: float) -> int:
     """How many frames a file without a frame count lacks of the duration it announces.
 
     Matroska and WebM state their duration but not their number of frames, so only the duration
     reveals that such a file was truncated. In time base units: `end` is the end of the last
     packet, `duration` that of a packet; where packets have none it is 0, and `end` is the start
-    of the last packet. last_seconds: the end of the last packet of any stream.
+    of the last packet. longest: how many seconds the longest of all streams lasts.
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
@@ -357,7 +363,7 @@ def _missing(path: Path, container, stream, end: int, duration: int, last_second
         announced = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     except ValueError:  # not stated for this stream; the file's is that of its longest one
         announced = (container.duration or 0) / 1e6
-        if announced - last_seconds <= 1.5 * period:
+        if announced - longest <= 1.5 * period:
             return 0
     short = (announced - float(end * stream.time_base)) / period - (not duration)
     # With reordered frames ASF announces one frame too many. And half a frame for rounding.

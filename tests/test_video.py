@@ -695,6 +695,15 @@ def test_a_file_whose_last_image_is_shown_for_long_is_whole(container, clip, pat
     assert probe(path).num_frames > 30
 
 
+def test_sound_that_goes_on_behind_the_last_image_is_no_loss(clip, pattern, tmp_path):
+    """Where only the file's duration is stated, that of its longest stream."""
+    path = clip(tmp_path / "x.mkv", pattern(10, 48, 64), audio=True)  # 0.4 s, and 1 s of sound
+    data = path.read_bytes()
+    assert data.count(b"DURATION") == 2  # of each stream
+    path.write_bytes(data.replace(b"DURATION", b"ANYTHING"))
+    assert probe(path).num_frames == len(list(decode(path))) == 10
+
+
 @pytest.mark.parametrize("size_is_told", [True, False])
 @pytest.mark.parametrize("codec, bf", [("flv", "0"), ("libx264", "2")])
 def test_an_flv_with_sound_that_is_cut_between_two_tags(
