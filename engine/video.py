@@ -414,6 +414,8 @@ def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
             frame = _converted(frame, target if first.bits == 8 else f"{target}16le")
             first = frame.format.components[0]
         full = _is_full_range(frame)
+        if frame.planes[0].line_size < 0:  # from the bottom up, as AMV is, which PyAV cannot read
+            frame = _converted(frame, "yuvj444p" if full else "yuv444p")
         plane = frame.planes[0]
         if first.bits == 8:
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
