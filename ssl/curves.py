@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sslus.engine.atomic import atomic_file
 
-KNOWN = {
+KNOWN = {  # what the loop writes of every method; all else are terms of its loss
     "step", "epoch", "loss", "lr", "grad_norm", "rankme", "feature_std", "dead_features",
     "uniformity", "alignment", "samples_per_second", "data_wait", "gpu_memory_gib",
 }  # fmt: skip

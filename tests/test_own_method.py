@@ -240,6 +240,8 @@ def test_options_and_recipes_of_a_file(file, shards, capsys):
         ("detach()}, ha", "detach()}, loss", "def forward", "forward: want the backbone's feature"),
         ("}, ha, hb)", "}, ha, zb)", "def forward", "forward: want features of both views, got a"),
         ('{"similarity"', '{"loss"', "def forward", "forward: a term named 'loss' would hide"),
+        ('{"similarity"', '{"rankme"', "def forward", "forward: a term named 'rankme' would"),
+        ('{"similarity"', '{"knn_accuracy"', "def forward", "forward: a term named 'knn_accuracy'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_line(old, new, at, said, file, shards, capsys):

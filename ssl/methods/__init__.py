@@ -52,10 +52,10 @@ from typing import NamedTuple, get_type_hints
 from torch import Tensor, nn
 
 from sslus.engine.errors import InputError
+from sslus.ssl.curves import KNOWN, ONLINE
 
 RECIPES = ("default", "paper", "study")
-# Names in a line of metrics.jsonl.
-TAKEN = {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_second", "data_wait"}
+TAKEN = {*KNOWN, *ONLINE}  # names in the lines of metrics.jsonl, which no term may have
 PAGE = Path(__file__).parents[1] / "README.md"  # is installed, and shows a method of your own
 
 
