@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
@@ -246,12 +247,17 @@ def add_to_digest(digest, backbone: nn.Module) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """The step of the run at which `save` wrote `path`; None if the file does not exist."""
-    return step_in(path.read_bytes()) if path.exists() else None
+    """The step of the run at which `save` wrote `path`; None if that is missing or damaged."""
+    try:
+        data = path.read_bytes()
+        safetensors.torch.load(data)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return step_in(data)
 
 
 def step_in(data: bytes) -> int | None:
-    """The same from the bytes of the file."""
+    """The same from the bytes of a whole file."""
     return json.loads(_split(data)[0].get("__metadata__", {}).get("step", "null"))
 
 

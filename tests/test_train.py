@@ -289,6 +289,16 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(shards, whole_run, tmp_pa
     assert_same_run(whole_run.run, run)
 
 
+def test_a_finished_run_writes_its_backbone_anew_if_it_is_damaged(shards, whole_run, tmp_path):
+    run = tmp_path / "run"
+    for size in (0, 100, -1000):  # cut off: before the header, in it, in the weights
+        shutil.copytree(whole_run.run, run, dirs_exist_ok=True)
+        whole = (run / "backbone.safetensors").read_bytes()
+        (run / "backbone.safetensors").write_bytes(whole[:size])
+        assert run_train(shards, run, resume=True).was_finished
+        assert (run / "backbone.safetensors").read_bytes() == whole
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 def test_a_run_of_micro_batches_resumes_where_its_epoch_was(shards, tmp_path, optimizer):
     settings = dataclasses.replace(SMALL, accumulate=3, max_steps=5, optimizer=optimizer)
