@@ -132,7 +132,6 @@ def open_video(path: Path, file=None):
             raise VideoError(path, "the file is empty")
         container = av.open(
             file or str(path.absolute()),
-            # Not `options`: PyAV before 17.1 frees them twice if a stream is found late.
             container_options={"protocol_whitelist": "file"},
             # A title in Latin-1 must not make a video unreadable. PyAV 19 has no such option.
             **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}),
@@ -437,11 +436,8 @@ def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
 
 def _converted(frame, pixel_format: str):
     """A PyAV frame in another pixel format, by one thread: several write some pixels of odd widths
-    wrongly (FFmpeg 8's swscale). Before it took `threads`, PyAV had one."""
-    try:
-        return frame.reformat(format=pixel_format, threads=1)
-    except TypeError:
-        return frame.reformat(format=pixel_format)
+    wrongly (FFmpeg 8's swscale)."""
+    return frame.reformat(format=pixel_format, threads=1)
 
 
 def _turn(frame, stream) -> Turn:
