@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+from sslus.engine.errors import naming
 from sslus.engine.manifest import read_manifest
 from sslus.engine.settings import Settings
 from sslus.engine.shard_folder import ShardFolder, frames_by
@@ -116,10 +117,6 @@ class _Spool:
         return [(int(frame), at, int(offset), int(size)) for frame, at, offset, size in rows]
 
     def flush(self) -> None:
-        try:
-            with self.path.open("ab") as f:  # too many videos to keep all of them open
-                f.write(b"".join(self.waiting))
-        except OSError as e:
-            e.filename = e.filename or str(self.path)  # a write does not say of which file
-            raise
+        with naming(self.path), self.path.open("ab") as f:  # too many videos to keep all open
+            f.write(b"".join(self.waiting))
         self.waiting.clear()
