@@ -269,8 +269,8 @@ def _finetune(
     return [Guess(x.argmax(1), p) for x, p in zip(logits, softmax, strict=True)], num
 
 
-def _some(items: list[str], joint: str = ", ", num: int = 4) -> str:
-    return joint.join(items[:num] + ["..."] * (len(items) > num))
+def _some(items: list[str], joint: str = ", ") -> str:
+    return joint.join(items[:4] + ["..."] * (len(items) > 4))
 
 
 def _warnings(

@@ -226,14 +226,14 @@ def _aorta(pen, at=(0.17, -0.52), radius=0.075):
     pen.chamber(at, (radius, radius), -0.10, -0.10, "vessel", wall=9.0)
 
 
-def _heart_pen(body: Pen, rng, origin, degrees=45.0, size=1.22) -> Pen:
+def _heart_pen(body: Pen, rng, origin, degrees=45.0) -> Pen:
     a = math.radians(degrees + rng.uniform(-5, 5))
     pen = Pen(
         body.scene,
         body.point(np.asarray(origin) + rng.uniform(-0.02, 0.02, 2)),
         (math.sin(a), math.cos(a)),
         (math.cos(a), -math.sin(a)),
-        body.scale * size,
+        body.scale * 1.22,
     )
     # A tilted plane foreshortens one axis.
     pen.e1 = pen.e1 * rng.uniform(0.94, 1.03)

@@ -52,7 +52,7 @@ class Film:
         self._layers(rng)
         self._scatter(rng)
         self._walls(rng)
-        self._loss(rng)
+        self._loss()
         self.canvas = overlay(sector, patient)
 
     def pose(self, t: float) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +171,7 @@ class Film:
             for valve in self.scene.valves
         ]
 
-    def _loss(self, rng):
+    def _loss(self):
         """Sets gain (rows, beams) and noise (rows,), both amplitudes.
 
         Gain: behind liquids, which attenuate less than TGC compensates; errors of the TGC sliders;

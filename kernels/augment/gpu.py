@@ -312,8 +312,8 @@ def augment_kernel(
                 tl.store(place, (z * white + zero).to(out.dtype.element_ty), mask=inside)
 
 
-def _power_of_2(n: float, lowest: int = 1) -> int:
-    return max(lowest, 1 << (math.ceil(n) - 1).bit_length())
+def _power_of_2(n: float) -> int:
+    return 1 << (math.ceil(n) - 1).bit_length()
 
 
 def _round_up(n: int, to: int = 16) -> int:

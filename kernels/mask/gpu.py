@@ -40,8 +40,7 @@ def _all(x):
 def _sector(
     target, background, share, inside, row, column,
     H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
-    BY: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
 ):  # fmt: skip
     """(BR, BC): which of the cells `inside` the image belong to the sector."""
     j = tl.arange(0, BX)
@@ -90,8 +89,7 @@ def _draw(
     inside = (row < ROWS) & (column < COLUMNS)
     if SECTOR:
         inside = _sector(
-            target, background, share, inside, row, column,
-            H, W, PATCH, ROWS, COLUMNS, BR, BC, BX, BY,
+            target, background, share, inside, row, column, H, W, PATCH, ROWS, BR, BC, BX, BY,
         )  # fmt: skip
     cell = row * COLUMNS + column
     zero = tl.zeros_like(cell)

@@ -36,7 +36,7 @@ def check(za: Tensor, zb: Tensor, weights: Tensor | None, world: int = 1) -> tup
     return len(za) * world, za.shape[1]
 
 
-def invariance_term(za: Tensor, zb: Tensor, weights: Tensor | None = None) -> Tensor:
+def invariance_term(za: Tensor, zb: Tensor, weights: Tensor | None) -> Tensor:
     """Equation 5, over D; each pair times its weight."""
     if weights is None:
         return F.mse_loss(za, zb)
