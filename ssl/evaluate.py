@@ -25,7 +25,7 @@ from sslus.ssl.linear import INVERSE_REGULARISATION, MAX_ITERATIONS, probe
 from sslus.ssl.neighbours import NEIGHBOURS, TEMPERATURE, votes
 from sslus.ssl.predictions import Guess, Videos
 from sslus.ssl.report import PROTOCOLS, Evaluation, draw, markdown
-from sslus.ssl.runs import Run, check
+from sslus.ssl.runs import Run, check, check_evaluation
 from sslus.ssl.scores import Task, rows
 from sslus.ssl.splits import (
     LabelledFrames,
@@ -52,7 +52,7 @@ def evaluate(
     labels: Path,
     *,
     out: Path | None = None,
-    shards: Path | None = None,
+    shards: str | Path | None = None,
     protocol: str = "linear",
     percents: tuple[float, ...] = (1, 10, 100),
     num_seeds: int = 3,
@@ -100,7 +100,8 @@ def evaluate(
     stage = stage or (lambda label, unit: contextlib.nullcontext(lambda *a: None))
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: want one of {', '.join(PROTOCOLS)}")
-    source, shards = check(run, shards, percents, num_seeds)
+    check_evaluation(percents, num_seeds)
+    source, shards = check(run, shards)
     shares = sorted({float(f"{p:g}") for p in percents})  # as they are printed
     settings = source.config["settings"]
     if threads:

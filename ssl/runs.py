@@ -59,28 +59,30 @@ def read_run(run: Path) -> Run:
         return Run(run, config, (run / "backbone.safetensors").read_bytes())
 
 
-def check(
-    run: Path, shards: Path | None, percents: tuple[float, ...], num_seeds: int
-) -> tuple[Run, Path]:
-    """The run, and the folder of its shards or, if given, `shards`; see `evaluate`.
+def check(run: Path, shards: str | Path | None) -> tuple[Run, Path]:
+    """The run, and the folder of its shards or, if given, `shards`.
 
-    Raises InputError for what cannot be evaluated.
+    Raises InputError for what cannot be read.
     """
-    if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
-        raise InputError(
-            "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
-        )
     source = read_run(run)
     folder = shards or source.config["shards"]["path"]
     if is_url(folder):
         raise InputError(
-            f"{shown(folder)}: is a URL, but only the local/ folder of shards tells which video a"
-            " frame comes from; copy the shards to a disk and name them with --shards"
+            f"{shown(folder)}: is a URL, from which only training reads frames; copy the shards to"
+            " a disk and name them with --shards"
         )
     if not Path(folder).exists():
         raise InputError(f"{folder}: no such folder; name the shards of the run with --shards")
     read_manifest(Path(folder))
     return source, Path(folder)
+
+
+def check_evaluation(percents: tuple[float, ...], num_seeds: int) -> None:
+    """Raise InputError for numbers with which `evaluate` cannot do anything."""
+    if num_seeds < 1 or not percents or not all(0 < p <= 100 for p in percents):
+        raise InputError(
+            "evaluate: want at least one seed, and fractions above 0 and up to 100 percent"
+        )
 
 
 def check_table(out: Path, per: str) -> None:

@@ -31,7 +31,7 @@ def write_features(
     run: Path,
     out: Path | None = None,
     *,
-    shards: Path | None = None,
+    shards: str | Path | None = None,
     per: str = "video",
     names: bool = False,
     device: str = "auto",
@@ -52,7 +52,7 @@ def write_features(
     run = Path(run)
     out = Path(out or run / "features.csv")
     check_table(out, per)
-    source, folder = check(run, shards, (100,), 1)
+    source, folder = check(run, shards)
     if threads:
         torch.set_num_threads(threads)
     files, where = files_of(folder) if names else None, pick_device(device)

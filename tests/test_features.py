@@ -113,6 +113,7 @@ def test_the_command(run, tmp_path, capsys):
         (["-o", "none/table.csv"], "there is no folder none"),
         (["-o", "folder.csv"], "is no file"),
         (["--shards", "nowhere"], "nowhere: no such folder"),
+        (["--shards", "s3://me:word@b/shards"], "s3://***@b/shards: is a URL, from which only tr"),
     ],
 )
 def test_what_cannot_be_is_one_line(run, tmp_path, options, said, monkeypatch, capsys):

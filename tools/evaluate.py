@@ -79,7 +79,7 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
     from sslus.engine.errors import InputError
     from sslus.engine.labels import labelled_videos
     from sslus.ssl.report import PROTOCOLS
-    from sslus.ssl.runs import check
+    from sslus.ssl.runs import check, check_evaluation
     from sslus.tools.screen import argument, progress, summary, tell
 
     try:
@@ -94,12 +94,13 @@ def command(run, labels, protocol, fractions, seeds, steps, out, shards, device,
         )
     if steps and "finetune" not in protocols:
         raise InputError("--steps: are those of --protocol finetune, which is not given")
-    runs, labels, shards = [Path(one) for one in run], Path(labels), shards and Path(shards)
+    runs, labels = [Path(one) for one in run], Path(labels)
     outs = [out and Path(out) / (one.resolve().name if len(runs) > 1 else "") for one in runs]
     if out and len(set(outs)) < len(outs):
         raise InputError("-o: two of the runs have folders of the same name; leave it out")
     # Before the first is evaluated, and PyTorch imported, which takes seconds.
-    for folder in dict.fromkeys(check(one, shards, percents, seeds)[1] for one in runs):
+    check_evaluation(percents, seeds)
+    for folder in dict.fromkeys(check(one, shards)[1] for one in runs):
         labelled_videos(labels, folder)
 
     from sslus.ssl.evaluate import evaluate

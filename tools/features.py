@@ -47,9 +47,9 @@ def command(run, out, per, names, shards, device, threads):
     from sslus.ssl.runs import check, check_table
     from sslus.tools.screen import argument, count, progress, summary
 
-    run, shards, out = Path(run), shards and Path(shards), out and Path(out)
+    run, out = Path(run), out and Path(out)
     # Before PyTorch is imported, which takes seconds.
-    check(run, shards, (100,), 1)
+    check(run, shards)
     check_table(out or run / "features.csv", per)
 
     from sslus.ssl.table import write_features
