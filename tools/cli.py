@@ -13,6 +13,10 @@ from pathlib import Path
 
 import click
 
+from sslus.engine.errors import InputError, Interrupted
+from sslus.engine.urls import shown, without_users
+from sslus.tools.screen import one_line, tell
+
 # In the order in which a newcomer meets them.
 COMMANDS = ("synth", "shard", "merge", "views", "train", "evaluate", "features", "doctor")
 # What takes less memory, by command.
@@ -78,40 +82,6 @@ def main(argv: list[str] | None = None) -> int:
 
     Exit codes: see the help of `sslus`. `SSLUS_DEBUG=1` shows the traceback of an error.
     """
-    from sslus.engine.errors import InputError, Interrupted
-    from sslus.engine.urls import shown, without_users
-    from sslus.tools.screen import one_line, tell
-
-    def fail(message: str, code: int) -> int:
-        message = without_users(one_line(message))
-        if os.environ.get("SSLUS_DEBUG") == "1":
-            raise
-        # One of several processes reports, and passes the code to `sslus train --gpus`, which
-        # started them: torchrun would restart a process that fails, whatever its exit code.
-        file = os.environ.get(EXIT_CODE_FILE)
-        if file and (code != 70 or Path(file).exists()):  # 70 then: the other processes have left
-            with contextlib.suppress(FileExistsError):
-                with Path(file).open("x") as f:
-                    f.write(str(code))
-                tell(f"Error: {message}")
-            return 0
-        if _speaks(code):
-            tell(f"Error: {message}")
-        return code
-
-    def fail_as_bug(e: BaseException) -> int:
-        # Those of train --method FILE.py, of which the deepest frame is where to look.
-        named = (arg.removeprefix("--method=") for arg in argv if arg.endswith(".py"))
-        own = [str(Path(arg).resolve()) for arg in named]
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in own]
-        where = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
-        whose = "sslus or in the method's file" if own else "sslus"
-        return fail(
-            f"{where}{type(e).__name__}: {e}"
-            f" (a bug in {whose}: set SSLUS_DEBUG=1 for the traceback)",
-            70,
-        )
-
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process
@@ -126,47 +96,82 @@ def main(argv: list[str] | None = None) -> int:
                     f"an argument is empty ({arg or repr('')}): a variable that is not set?"
                 )
         return sslus.main(args=argv, prog_name="sslus", standalone_mode=False) or 0
-    except click.exceptions.Abort as e:
-        if isinstance(e.__cause__, EOFError):  # to click that is Ctrl-D, at a prompt; we have none
-            return fail_as_bug(e.__cause__)
-        return fail("interrupted", 130)
     except click.ClickException as e:
         if _speaks(e.exit_code):
             e.show(text := io.StringIO())
             tell(shown(text.getvalue().rstrip("\n")))
         return e.exit_code
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Interrupted as e:
-        return fail(str(e), 128 + e.signum)
-    except InputError as e:
-        return fail(str(e), 1)
-    except OSError as e:
-        where = f" {e.filename}" if e.filename else ""
-        if e.errno == errno.ENOSPC:
-            return fail(
-                f"no space left on the disk of{where or ' the output'}; no partial files were"
-                " kept. Free some space and run the same command again (train: with --resume)",
-                1,
-            )
-        if where and e.errno in (errno.EEXIST, errno.ENOTDIR):
-            return fail(f"{e.filename}: a file is in the way of a folder; name another one", 1)
-        # A read that fails, as of a dying disk, does not say of which file.
-        rest = f":{where}" if where else "; SSLUS_DEBUG=1 shows where"
-        return fail(f"{e.strerror or e}{rest}", 1)
-    except Exception as e:
-        # PyTorch's allocators on the CPU and on a GPU have no common type, and under `ulimit -v`
-        # its libraries may not even load.
-        little = "allocate memory|out of memory|failed to map segment"
-        if isinstance(e, MemoryError) or re.search(little, str(e)):
-            less = LESS_MEMORY.get(argv[0], "") if argv else ""
-            return fail(f"out of memory; {less}{less and ', or '}close other programs", 1)
-        # The kernels know no InputError.
-        if "SSLUS_KERNELS" in os.environ and re.search("SSLUS_KERNELS|cannot run", str(e)):
-            return fail(f"{e}; without SSLUS_KERNELS, sslus chooses one that can", 1)
-        # Who was killed, for lack of memory perhaps, cannot tell; gloo and NCCL notice. With 70,
-        # torchrun starts all processes again.
-        if "WORLD_SIZE" in os.environ and re.search("gloo|NCCL", str(e)):
-            why = str(e).partition(". ")[0]
-            return fail(f"another process of this run has ended or cannot be reached ({why})", 70)
-        return fail_as_bug(e)
+    except (Exception, KeyboardInterrupt, Interrupted) as e:
+        if os.environ.get("SSLUS_DEBUG") == "1":
+            raise
+        message, code = _explained(e, argv)
+        return _fail(f"Error: {without_users(one_line(message))}", code)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print the message, unless another process does; returns the exit code of this one.
+
+    One of several processes reports, and passes the code to `sslus train --gpus`, which started
+    them: torchrun would restart a process that fails, whatever its exit code.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file and (code != 70 or Path(file).exists()):  # 70 then: the other processes have left
+        with contextlib.suppress(FileExistsError):
+            with Path(file).open("x") as f:
+                f.write(str(code))
+            tell(message)
+        return 0
+    if _speaks(code):
+        tell(message)
+    return code
+
+
+def _explained(e: BaseException, argv: list[str]) -> tuple[str, int]:
+    """What to say of what a command has raised, and the exit code."""
+    if isinstance(e, click.exceptions.Abort) and isinstance(e.__cause__, EOFError):
+        e = e.__cause__  # to click that is Ctrl-D, at a prompt; we have none
+    if isinstance(e, click.exceptions.Abort | KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(e, Interrupted):
+        return str(e), 128 + e.signum
+    if isinstance(e, InputError):
+        return str(e), 1
+    if isinstance(e, OSError):
+        return _explained_by_system(e), 1
+    # PyTorch's allocators on the CPU and on a GPU have no common type, and under `ulimit -v` its
+    # libraries may not even load.
+    little = "allocate memory|out of memory|failed to map segment"
+    if isinstance(e, MemoryError) or re.search(little, str(e)):
+        less = LESS_MEMORY.get(argv[0], "") if argv else ""
+        return f"out of memory; {less}{less and ', or '}close other programs", 1
+    # The kernels know no InputError.
+    if "SSLUS_KERNELS" in os.environ and re.search("SSLUS_KERNELS|cannot run", str(e)):
+        return f"{e}; without SSLUS_KERNELS, sslus chooses one that can", 1
+    # Who was killed, for lack of memory perhaps, cannot tell; gloo and NCCL notice. With 70,
+    # torchrun starts all processes again.
+    if "WORLD_SIZE" in os.environ and re.search("gloo|NCCL", str(e)):
+        why = str(e).partition(". ")[0]
+        return f"another process of this run has ended or cannot be reached ({why})", 70
+    # In train --method FILE.py, the deepest frame in that file is where to look.
+    named = (arg.removeprefix("--method=") for arg in argv if arg.endswith(".py"))
+    own = [str(Path(arg).resolve()) for arg in named]
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in own]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    whose = "sslus or in the method's file" if own else "sslus"
+    return (
+        f"{where}{type(e).__name__}: {e} (a bug in {whose}: set SSLUS_DEBUG=1 for the traceback)",
+        70,
+    )
+
+
+def _explained_by_system(e: OSError) -> str:
+    where = f" {e.filename}" if e.filename else ""
+    if e.errno == errno.ENOSPC:
+        return (
+            f"no space left on the disk of{where or ' the output'}; no partial files were kept."
+            " Free some space and run the same command again (train: with --resume)"
+        )
+    if where and e.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{e.filename}: a file is in the way of a folder; name another one"
+    # A read that fails, as of a dying disk, does not say of which file.
+    return f"{e.strerror or e}{f':{where}' if where else '; SSLUS_DEBUG=1 shows where'}"
