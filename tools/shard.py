@@ -1,5 +1,6 @@
 """`sslus shard`: videos to shards."""
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -145,8 +146,6 @@ def command(paths, images, out, size, stride, rate, every, quality, region, labe
 
 def show(result) -> None:
     """Print the summary, which accounts for every file and every frame."""
-    from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, num_pictures
-
     ledger, manifest = result.ledger, result.manifest
     expected = sum(r["expected_frames"] for r in ledger)
     decoded = sum(r["decoded_frames"] for r in ledger)
@@ -163,8 +162,23 @@ def show(result) -> None:
         f" ({manifest.settings['select']})",
         "shards": f"{len(manifest.shards)} in {result.out} ({size_mb:,.1f} MB), {note}",
         "digest": manifest.digest[:16],
+        **_not_taken(result.ignored.copy()),
+        **_parts_of_images(ledger, manifest.settings["region"]),
     }
-    files = result.ignored.copy()
+    if manifest.labels or result.held_out:
+        unlabelled = count(result.unlabelled, "video")
+        rows["labels"] = f"{', '.join(manifest.labels) or 'none'}; {unlabelled} without a label"
+        if result.held_out:
+            rows["labels"] += f"; those of {count(result.held_out, 'test or val video')} left out"
+    where = "" if result.out == Path("shards") else f" {argument(result.out)}"
+    summary(rows, warnings=_warnings(result), next_command=f"sslus train{where} --method vicreg")
+
+
+def _not_taken(files: Counter) -> dict[str, str]:
+    """Rows about what was found beside the videos."""
+    from sslus.engine.sources import FILE_LINKS, FOLDER_LINKS, HIDDEN_FOLDERS, num_pictures
+
+    rows = {}
     links, hidden = files.pop(FOLDER_LINKS, 0), files.pop(HIDDEN_FOLDERS, 0)
     again = files.pop(FILE_LINKS, 0)
     if files:
@@ -178,17 +192,38 @@ def show(result) -> None:
         rows["linked"] = f"{again} further links to a file, each of which was taken once"
     if hidden:
         rows["hidden"] = f"{count(hidden, 'folder')} not searched; to include them, name them too"
+    return rows
+
+
+def _parts_of_images(ledger: list[dict], region: str) -> dict[str, str]:
+    """Rows about what of the files went into the shards."""
+    rows = {}
     several = sum(r["other_streams"] > 0 for r in ledger)
     if several:
         rows["streams"] = f"{count(several, 'file')} with several videos; the best of each was used"
     if uncropped := [r["codec"] for r in ledger if r["uncropped"] and r["kept_frames"]]:
         still = all(codec.startswith("picture ") for codec in uncropped)
-        region = "LEFT,TOP,WIDTH,HEIGHT" if still else "auto"
+        better = "LEFT,TOP,WIDTH,HEIGHT" if still else "auto"
         rows["uncropped"] = (
             f"{count(len(uncropped), 'file')} kept whole, with any text in the image; --region"
-            f" {region} removes what stands beside the ultrasound"
+            f" {better} removes what stands beside the ultrasound"
         )
-    region, warnings = manifest.settings["region"], exposed(result.out)
+    if region != "all":
+        cut = _cropped(ledger)
+        rows["region"] = f"{region}: {count(len(cut), 'file')} cropped to it"
+        if region == "auto" and (everywhere := sum(map(_moves_everywhere, cut))):
+            rows["region"] += (
+                f"; in {everywhere} of them (nearly) the whole image moves: any text in it stays"
+            )
+    return rows
+
+
+def _cropped(ledger: list[dict]) -> list[dict]:
+    return [r for r in ledger if r["region"] is not None and r["kept_frames"]]
+
+
+def _warnings(result) -> list[str]:
+    region, warnings = result.manifest.settings["region"], exposed(result.out)
     if result.new_ids:
         warnings.append(
             f"the key of the old shards was not in {result.out / 'local'}, so all videos and"
@@ -199,21 +234,9 @@ def show(result) -> None:
             f"{count(len(result.broken), 'old shard')} missing or damaged ({result.broken[0]}"
             f"{', ...' * (len(result.broken) > 1)}); videos with frames there were decoded again"
         )
-    if region != "all":
-        cut = [r for r in ledger if r["region"] is not None and r["kept_frames"]]
-        rows["region"] = f"{region}: {count(len(cut), 'file')} cropped to it"
-        if region == "auto" and (everywhere := sum(map(_moves_everywhere, cut))):
-            rows["region"] += (
-                f"; in {everywhere} of them (nearly) the whole image moves: any text in it stays"
-            )
-        sizes = {(r["width"], r["height"]) for r in cut}
-        if region != "auto" and len(sizes) > 1:
-            warnings.append(f"--region {region} was used for images of {len(sizes)} sizes")
-    if manifest.labels or result.held_out:
-        unlabelled = count(result.unlabelled, "video")
-        rows["labels"] = f"{', '.join(manifest.labels) or 'none'}; {unlabelled} without a label"
-        if result.held_out:
-            rows["labels"] += f"; those of {count(result.held_out, 'test or val video')} left out"
+    sizes = {(r["width"], r["height"]) for r in _cropped(result.ledger)}
+    if region not in ("all", "auto") and len(sizes) > 1:
+        warnings.append(f"--region {region} was used for images of {len(sizes)} sizes")
     problems = result.problems
     warnings += [f"{r['status']}: {r['source']}: {r['why']}" for r in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
@@ -223,8 +246,7 @@ def show(result) -> None:
         )
     if any(r["status"] == "refused" for r in problems):
         warnings.append(TRY_AGAIN)
-    where = "" if result.out == Path("shards") else f" {argument(result.out)}"
-    summary(rows, warnings=warnings, next_command=f"sslus train{where} --method vicreg")
+    return warnings
 
 
 def exposed(out: Path) -> list[str]:
