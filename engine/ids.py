@@ -12,14 +12,15 @@ KEY_BYTES = 32
 ID_BYTES = 8  # a collision becomes likely at 2^32 videos; it is checked for all the same
 
 
-def find_key(local: Path, given: Path | None) -> bytes:
+def find_key(local: Path, given: Path | None, merged: bool = False) -> bytes:
     """The secret from which ids are made: the one given, the one kept in local/, or a new one.
 
-    Not a new one if local/ still tells of videos with the old ids, which would change unnoticed.
+    Not a new one if local/ still tells of videos with the old ids, which would change unnoticed;
+    but of `merged` shards, which never had a key.
     """
     kept = (local / "key", local / "work" / "key")  # work: of new, incomplete shards
     path = given or next((p for p in kept if p.exists()), None)
-    if path is None and (local / "ledger.jsonl").exists():
+    if path is None and not merged and (local / "ledger.jsonl").exists():
         raise InputError(
             f"{kept[0]}: is missing, and with another key all videos would get other ids; put it"
             f" back, give it with --key, or delete {local} to get new ids"

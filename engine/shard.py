@@ -112,7 +112,13 @@ def shard(
     backends = _backends(settings, device, decoder)
     folder.refuse_strangers()
     with folder.locked():
-        secret = find_key(folder.local, key)
+        merged = folder.is_merged()
+        if merged and not force:
+            raise InputError(
+                f"{folder.out}: the shards there were merged from other folders (sslus merge);"
+                " --force replaces them, -o writes elsewhere"
+            )
+        secret = find_key(folder.local, key, merged)
         new_ids = key is None and folder.has_shards() and not (folder.local / "key").exists()
         ids = video_ids(sources, secret)
         request = {

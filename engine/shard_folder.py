@@ -82,6 +82,10 @@ class ShardFolder:
         """What the shards were made from; None if that is missing or damaged."""
         return _read_json(self.local / REQUEST)
 
+    def is_merged(self) -> bool:
+        """Whether the shards there come from `sslus merge`."""
+        return self.has_shards() and _is_merged(self.request())
+
     def ledger(self) -> list[dict]:
         """Raises OSError or ValueError if it is missing or damaged."""
         return [json.loads(line) for line in (self.local / LEDGER).read_text().splitlines()]
@@ -110,8 +114,6 @@ class ShardFolder:
     def refusal(self, request: dict) -> str:
         """Why the shards that are there are not those of the request."""
         was = self.request()
-        if _is_merged(was):
-            return "the shards there were merged from other folders (sslus merge)"
         if not (self.local / REQUEST).exists():
             return f"has shards, but what they were made from is not in {self.local}; put that back"
         if what := _differences(was, request):

@@ -264,6 +264,8 @@ def test_the_command(clinics, tmp_path, monkeypatch, capsys):
     assert out.endswith("Next: sslus train 'all of them' --method vicreg\n")
     assert main(merged) == 0 and "already complete" in capsys.readouterr().out
     # `sslus shard` does not replace them unasked.
-    videos = str(clinics / "videos-x")
-    assert main(["shard", videos, "-o", "all of them", "--key", str(clinics / "x/local/key")]) == 1
-    assert "the shards there were merged from other folders" in capsys.readouterr().err
+    for key in ([], ["--key", str(clinics / "x/local/key")]):  # which they have not lost
+        assert main(["shard", str(clinics / "videos-x"), "-o", "all of them", *key]) == 1
+        assert "the shards there were merged from other folders" in capsys.readouterr().err
+    assert main(["shard", str(clinics / "videos-x"), "-o", "all of them", "--force"]) == 0
+    assert "patients have new ids" in capsys.readouterr().err
