@@ -279,6 +279,11 @@ def test_the_command_after_a_picture_takes_its_views(shards, tmp_path, capsys):
     assert going[1:] == [
         "--method", "simclr", "--views", "simclr,max_sigma=0.5", "--image-size", "16"
     ]  # fmt: skip
+    views = ["--preset", "inpainting", "--image-size", "16"]
+    for pairs, method in {"same": "inpainting", "nearby": "vicreg"}.items():
+        where = ["--pairs", pairs, "-o", str(tmp_path / "v.png")]
+        assert cli.main(["views", str(shards), *views, *where]) == 0
+        assert f"--method {method} --views inpainting" in capsys.readouterr().out
 
 
 def test_a_full_disk_under_a_log_is_no_fault_of_the_files():

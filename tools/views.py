@@ -75,6 +75,8 @@ def command(shards, preset, out, frames, image_size, seed, pairs, max_seconds):
     picture(store, preset, place, num=frames, size=image_size, seed=seed, max_seconds=within)
     base = preset.partition(",")[0]
     method = base if base in methods.names() else "vicreg"
+    if pairs == "nearby" and not getattr(methods.load(method), "PAIRS", True):
+        method = "vicreg"
     going = ["--method", method, "--views", preset]
     if image_size != IMAGE_SIZE:  # a blur that suits it may be refused at another size
         going += ["--image-size", str(image_size)]
