@@ -56,56 +56,66 @@ def rows(
     tested = np.concatenate([test for _, test in deals[0]])
     table, all_videos = [], []
     for (name, p), found in cells.items():
-        used = [
-            [len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found
-        ]
-        num_train_videos, num_train_patients = np.mean(used, axis=0).tolist()
-        confusions, per_class, of_seeds = [], [], []
-        for seed in range(1 if _is_one_fit(found) else num_seeds):
-            mine = [(t, guess) for t, guess in found if t.seed == seed]
-            test = np.concatenate([t.test for t, _ in mine])
-            guess = Guess(*map(np.concatenate, zip(*(guess for _, guess in mine), strict=True)))
-            y, videos = frames.y[test], of_videos(name, p, seed, frames, test, guess.probability)
-            if name != MAJORITY:
-                all_videos.append(videos)
-            confusions.append(confusion_matrix(y, guess.y, num_classes))
-            f1, accuracy, f1_of_classes = scores(confusions[-1])
-            per_class.append(f1_of_classes)
-            f1_of_videos, *_ = scores(confusion_matrix(videos.y, videos.guess, num_classes))
-            of_seeds.append(
-                {
-                    "macro_f1": f1,
-                    "macro_f1_per_video": f1_of_videos,
-                    "balanced_accuracy": accuracy,
-                    "auroc": auroc(y, guess.probability),
-                    "auroc_per_video": auroc(videos.y, videos.probability),
-                }
-            )
-        values = {key: [each[key] for each in of_seeds] for key in of_seeds[0]}
-        count = len(of_seeds)
-        table.append(
-            Row(
-                backbone=name,
-                percent=p,
-                **{key: float(np.mean(v)) for key, v in values.items()},
-                **{
-                    f"{key}_std": float(np.std(v, ddof=1)) if count > 1 else None
-                    for key, v in values.items()
-                },
-                num_seeds=count,
-                num_train_videos=num_train_videos,
-                num_train_patients=num_train_patients,
-                num_test_frames=len(tested),
-                num_test_videos=len(np.unique(frames.video[tested])),
-                num_test_patients=len(np.unique(frames.patient[tested])),
-                per_class_f1=dict(
-                    zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)
-                ),
-                confusion=np.mean(confusions, axis=0).tolist(),
-                macro_f1_of_seeds=values["macro_f1"],
-            )
-        )
+        row, videos = _row(name, p, found, frames, tested, num_seeds)
+        table.append(row)
+        if name != MAJORITY:
+            all_videos += videos
     return table, all_videos
+
+
+def _row(
+    name: str,
+    percent: float,
+    found: list[tuple[Task, Guess]],
+    frames: LabelledFrames,
+    tested: np.ndarray,
+    num_seeds: int,
+) -> tuple[Row, list[Videos]]:
+    """A line of the table from the fits of all folds and seeds, and the videos of each seed."""
+    num_classes = len(frames.names)
+    used = [[len(np.unique(a[t.train])) for a in (frames.video, frames.patient)] for t, _ in found]
+    num_train_videos, num_train_patients = np.mean(used, axis=0).tolist()
+    confusions, per_class, of_seeds, all_videos = [], [], [], []
+    for seed in range(1 if _is_one_fit(found) else num_seeds):
+        mine = [(t, guess) for t, guess in found if t.seed == seed]
+        test = np.concatenate([t.test for t, _ in mine])
+        guess = Guess(*map(np.concatenate, zip(*(guess for _, guess in mine), strict=True)))
+        y, videos = frames.y[test], of_videos(name, percent, seed, frames, test, guess.probability)
+        all_videos.append(videos)
+        confusions.append(confusion_matrix(y, guess.y, num_classes))
+        f1, accuracy, f1_of_classes = scores(confusions[-1])
+        per_class.append(f1_of_classes)
+        f1_of_videos, *_ = scores(confusion_matrix(videos.y, videos.guess, num_classes))
+        of_seeds.append(
+            {
+                "macro_f1": f1,
+                "macro_f1_per_video": f1_of_videos,
+                "balanced_accuracy": accuracy,
+                "auroc": auroc(y, guess.probability),
+                "auroc_per_video": auroc(videos.y, videos.probability),
+            }
+        )
+    values = {key: [each[key] for each in of_seeds] for key in of_seeds[0]}
+    count = len(of_seeds)
+    row = Row(
+        backbone=name,
+        percent=percent,
+        **{key: float(np.mean(v)) for key, v in values.items()},
+        **{
+            f"{key}_std": float(np.std(v, ddof=1)) if count > 1 else None
+            for key, v in values.items()
+        },
+        num_seeds=count,
+        num_train_videos=num_train_videos,
+        num_train_patients=num_train_patients,
+        num_test_frames=len(tested),
+        num_test_videos=len(np.unique(frames.video[tested])),
+        num_test_patients=len(np.unique(frames.patient[tested])),
+        per_class_f1=dict(zip(frames.names, np.mean(per_class, axis=0).tolist(), strict=True)),
+        confusion=np.mean(confusions, axis=0).tolist(),
+        macro_f1_of_seeds=values["macro_f1"],
+    )
+    return row, all_videos
 
 
 def _is_one_fit(found: list[tuple[Task, Guess]]) -> bool:
