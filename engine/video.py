@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -181,64 +181,22 @@ def probe(path: Path, file=None) -> VideoInfo:
     file: see open_video. Raises VideoError for a file that is not a video, is empty or gives no
     frame.
     """
-    import av
     from av.stream import Disposition
 
     path = Path(path)
     container, stream = open_video(path, file)
     with container:
         stream.codec_context.thread_count = 1
-        codec = stream.codec_context.name
-        shown = hidden = duration = 0
-        begins: dict[int, int] = {}  # by stream, in its time base: when its first packet begins
-        ends: dict[int, int] = {}  # and its last one ends
-        durations: Counter[int] = Counter()  # of packets; fractions for each would take longer
-        frame = None
-        try:
-            for packet in container.demux():
-                if packet.size and packet.pts is not None:
-                    number, until = packet.stream_index, packet.pts + (packet.duration or 0)
-                    begins.setdefault(number, packet.pts)
-                    ends[number] = max(ends.get(number, 0), until)
-                if packet.stream is not stream:
-                    continue
-                if packet.size:  # "discard" marks packets outside the clip's edit list
-                    hides = packet.is_discard or shows_nothing(codec, packet)
-                    hidden += hides
-                    shown += not hides
-                    durations[packet.duration] += 1
-                    if packet.pts is not None:
-                        duration = packet.duration or duration
-                if frame is None:
-                    try:
-                        frame = next(iter(packet.decode()), None)
-                    except av.FFmpegError as e:
-                        if out_of_memory(e):
-                            raise
-                        continue  # a damaged packet; try the next, decode() will count them
-        except av.FFmpegError as e:
-            if out_of_memory(e):
-                raise
-            if frame is None:
-                raise VideoError(path, f"cannot be read ({_reason(e)})") from e
-        if frame is None:
-            raise VideoError(path, "not a single frame can be decoded")
-        fields = sum(n for d, n in durations.items() if _is_field(stream, d))
-        halves = fields // 2 if frame.interlaced_frame else 0  # two fields are one frame
-        num_frames = _num_samples(container, stream) - hidden - halves
+        packets = _read_packets(path, container, stream)
+        frame = packets.first_frame
+        # Two fields are one frame.
+        halves = packets.num_fields(stream) // 2 if frame.interlaced_frame else 0
+        num_frames = _num_samples(container, stream) - packets.hidden - halves
         if "avi" in _formats(container):
             num_frames -= _empty_chunks(path, stream.index)
         if "mxf" in _formats(container):  # counted in frames, and in the header
             num_frames = max(num_frames, stream.duration or 0)
-        missing = 0
-        if not stream.frames:
-            # Sound may begin before 0, by what its encoder needs, which counts as duration.
-            seconds = [
-                float((end - min(0, begins[i])) * container.streams[i].time_base)
-                for i, end in ends.items()
-            ]
-            end, longest = ends.get(stream.index, 0), max(seconds, default=0.0)
-            missing = _missing(path, container, stream, end, duration, longest)
+        missing = 0 if stream.frames else _missing(path, container, stream, packets)
         aspect = stream.sample_aspect_ratio
         rate = stream.average_rate or stream.guessed_rate
         turns, mirrored = _turn(frame, stream)
@@ -247,13 +205,13 @@ def probe(path: Path, file=None) -> VideoInfo:
             if s is not stream and not s.disposition & Disposition.attached_pic
         ]  # fmt: skip
         return VideoInfo(
-            codec=codec,
+            codec=stream.codec_context.name,
             pixel_format=frame.format.name,
             height=frame.height,
             width=frame.width,
             rate_hz=float(rate or 0),
             tick_seconds=_tick_seconds(stream),
-            num_frames=max(shown - halves, num_frames) + missing,
+            num_frames=max(packets.shown - halves, num_frames) + missing,
             pixel_aspect=float(aspect) if aspect else 1.0,
             full_range=_is_full_range(frame),
             rotation_degrees=90 * turns,
@@ -263,6 +221,72 @@ def probe(path: Path, file=None) -> VideoInfo:
         )
 
 
+@dataclass
+class _Packets:
+    """What the packets of a video tell. Times are in time base units: as fractions of a second,
+    those of every packet would take a third of the time of `probe`."""
+
+    first_frame: object = None
+    shown: int = 0
+    hidden: int = 0  # images that are not to be shown
+    durations: Counter[int] = field(default_factory=Counter)  # how many packets last so long
+    duration: int = 0  # of one packet; 0 where they tell none
+    # By stream: when the first packet begins, and when the last one ends (or begins, if it does
+    # not tell how long it is).
+    begins: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def num_fields(self, stream) -> int:
+        """How many packets of the stream hold half a frame."""
+        return sum(num for d, num in self.durations.items() if _is_field(stream, d))
+
+    def end(self, stream) -> int:
+        return self.ends.get(stream.index, 0)
+
+    def seconds(self, container) -> float:
+        """How long the longest stream lasts. Sound may begin before 0, by the lead that its encoder
+        needs."""
+        lengths = {i: end - min(0, self.begins[i]) for i, end in self.ends.items()}
+        bases = container.streams
+        return max((float(n * bases[i].time_base) for i, n in lengths.items()), default=0.0)
+
+
+def _read_packets(path: Path, container, stream) -> _Packets:
+    """Raises VideoError if they give no frame."""
+    import av
+
+    found, codec = _Packets(), stream.codec_context.name
+    try:
+        for packet in container.demux():
+            if packet.size and packet.pts is not None:
+                number, until = packet.stream_index, packet.pts + (packet.duration or 0)
+                found.begins.setdefault(number, packet.pts)
+                found.ends[number] = max(found.ends.get(number, 0), until)
+            if packet.stream is not stream:
+                continue
+            if packet.size:  # "discard" marks packets outside the clip's edit list
+                hides = packet.is_discard or shows_nothing(codec, packet)
+                found.hidden += hides
+                found.shown += not hides
+                found.durations[packet.duration] += 1
+                if packet.pts is not None:
+                    found.duration = packet.duration or found.duration
+            if found.first_frame is None:
+                try:
+                    found.first_frame = next(iter(packet.decode()), None)
+                except av.FFmpegError as e:  # a damaged packet, which `decode` will count
+                    if out_of_memory(e):
+                        raise
+    except av.FFmpegError as e:
+        if out_of_memory(e):
+            raise
+        if found.first_frame is None:
+            raise VideoError(path, f"cannot be read ({_reason(e)})") from e
+    if found.first_frame is None:
+        raise VideoError(path, "not a single frame can be decoded")
+    return found
+
+
 def shows_nothing(codec: str, packet) -> bool:
     """Whether the image in a packet is only there for others to refer to: one of VP8 whose
     show_frame is 0 (RFC 6386, section 9.1), as encoders of two passes make."""
@@ -270,8 +294,8 @@ def shows_nothing(codec: str, packet) -> bool:
 
 
 def _is_field(stream, duration: int | None) -> bool:
-    """Whether a packet that lasts so long, in time base units, is half a frame: interlaced H.264
-    may have a packet for each field."""
+    """Whether a packet that lasts so long is half a frame: interlaced H.264 may have a packet for
+    each field."""
     codec = stream.codec_context
     if codec.name != "h264" or not codec.framerate or not duration:
         return False
@@ -336,13 +360,11 @@ def _joined(path: Path, container) -> int:
     return max(0, num_movies - 1)
 
 
-def _missing(path: Path, container, stream, end: int, duration: int, longest: float) -> int:
+def _missing(path: Path, container, stream, packets: _Packets) -> int:
     """How many frames a file without a frame count lacks of the duration it announces.
 
     Matroska and WebM state their duration but not their number of frames, so only the duration
-    reveals that such a file was truncated. In time base units: `end` is the end of the last
-    packet, `duration` that of a packet; where packets have none it is 0, and `end` is the start
-    of the last packet. longest: how many seconds the longest of all streams lasts.
+    reveals that such a file was truncated.
     """
     if not ANNOUNCING_FORMATS & _formats(container):
         return 0
@@ -351,7 +373,7 @@ def _missing(path: Path, container, stream, end: int, duration: int, longest: fl
             with path.open("rb") as f:
                 if not cut(f, path.stat().st_size):  # its last image is shown for long
                     return 0
-    period = float(duration * stream.time_base)
+    period = float(packets.duration * stream.time_base)
     if stream.average_rate:
         period = 1 / float(stream.average_rate)
     if not period:
@@ -362,9 +384,10 @@ def _missing(path: Path, container, stream, end: int, duration: int, longest: fl
         announced = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     except ValueError:  # not stated for this stream; the file's is that of its longest one
         announced = (container.duration or 0) / 1e6
-        if announced - longest <= 1.5 * period:
+        if announced - packets.seconds(container) <= 1.5 * period:
             return 0
-    short = (announced - float(end * stream.time_base)) / period - (not duration)
+    short = announced - float(packets.end(stream) * stream.time_base)
+    short = short / period - (not packets.duration)
     # With reordered frames ASF announces one frame too many. And half a frame for rounding.
     return round(short) if short > 1.5 else 0
 
