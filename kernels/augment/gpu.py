@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslus.kernels.augment.reference import COLUMNS, TOLERANCE
+from sslus.kernels.tiles import power_of_2
 
 MAX_RADIUS = 48  # three times the largest sigma
 NUM_WARPS = 8
@@ -312,10 +313,6 @@ def augment_kernel(
                 tl.store(place, (z * white + zero).to(out.dtype.element_ty), mask=inside)
 
 
-def _power_of_2(n: float) -> int:
-    return 1 << (math.ceil(n) - 1).bit_length()
-
-
 def _round_up(n: int, to: int = 16) -> int:
     return -(-n // to) * to
 
@@ -340,8 +337,8 @@ def plan(store: int, size: tuple[int, int]) -> dict[str, int]:
         "BK": 32,
         "STAGES": 3,
         # Room for 2 max(scale, 1) + 2 pixels: a triangle and partial pixels at both ends.
-        "ROW_TAPS": _power_of_2(2 * max(store / h, 1) + 2),
-        "COLUMN_TAPS": _power_of_2(2 * max(store / w, 1) + 2),
+        "ROW_TAPS": power_of_2(2 * max(store / h, 1) + 2),
+        "COLUMN_TAPS": power_of_2(2 * max(store / w, 1) + 2),
         # The tile of the elementwise steps: 8 pixels per thread, one 16-byte load.
         "BY": 8 if w > 128 else 16,
         "BX": 256 if w > 128 else 128,

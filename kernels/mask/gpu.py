@@ -22,6 +22,7 @@ from torch import Tensor
 from sslus.kernels.aot import Build
 from sslus.kernels.mask.reference import MAX_CELLS, ONE, Plan, check, check_weights, plan
 from sslus.kernels.ranks import Ranks
+from sslus.kernels.tiles import cdiv, power_of_2
 
 TILE = 4096  # pixels: 16 per thread, so that several 16-byte loads are in flight
 COUNT_TILE = 2048  # pixels, for counting; with 16 per thread, ptxas spills a predicate
@@ -239,14 +240,10 @@ def loss_kernel(
     tl.store(losses + sample * tl.num_programs(1) + tl.program_id(1), share)
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _constants(p: Plan) -> dict[str, int]:
     """Compile-time constants of _draw."""
-    br, bc, bx = _power_of_2(p.rows), _power_of_2(p.columns), _power_of_2(p.patch)
-    by = max(1, min(_power_of_2(p.patch), COUNT_TILE // (bc * bx)))
+    br, bc, bx = power_of_2(p.rows), power_of_2(p.columns), power_of_2(p.patch)
+    by = max(1, min(power_of_2(p.patch), COUNT_TILE // (bc * bx)))
     return {
         "H": p.height, "W": p.width, "PATCH": p.patch, "ROWS": p.rows, "COLUMNS": p.columns,
         "NUM": p.num, "SECTOR": bool(p.sector), "BR": br, "BC": bc, "BX": bx, "BY": by,
@@ -263,7 +260,7 @@ def _parts(num_samples: int, p: Plan, device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # the interpreter: tests should cover several parts
     cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(-(-2 * cores // num_samples), -(-p.height * p.width // TILE), 8)
+    return min(cdiv(2 * cores, num_samples), cdiv(p.height * p.width, TILE), 8)
 
 
 def mask_fill(
@@ -302,7 +299,7 @@ def masked_mse(
     check(prediction, target, ids)
     check_weights(hole, rest)
     p = plan(*prediction.shape[-2:], background=background, **scalars)
-    num, tiles = len(prediction), -(-p.height * p.width // TILE)
+    num, tiles = len(prediction), cdiv(p.height * p.width, TILE)
     new = {"device": prediction.device}
     table = torch.empty((num, 4 * p.num + p.cells), dtype=torch.int32, **new)
     counts = torch.empty(num, dtype=torch.int64, **new)
