@@ -52,14 +52,13 @@ RECIPES = {
 
 def check_views(clean: ViewConfig, corrupted: ViewConfig) -> None:
     """Raises InputError unless both show the same pixels, and the first one as they are."""
-    moved = ("min_area", "max_area", "max_aspect", "p_flip")
     still = {"min_area": 1, "max_area": 1, "max_aspect": 1, "p_flip": 0}
     for view in (clean, corrupted):
-        for name in moved:
-            if getattr(view, name) != still[name]:
+        for name, value in still.items():
+            if getattr(view, name) != value:
                 raise InputError(
                     f"--views: the autoencoder compares two views pixel by pixel, so {name} must"
-                    f" be {still[name]}; start from --views autoencoder"
+                    f" be {value}; start from --views autoencoder"
                 )
     for name, value in vars(clean).items():
         if name.startswith("p_") and value:
