@@ -56,11 +56,11 @@ def shown(text: str | Path) -> str:
 def without_users(text: str) -> str:
     """The text with HIDDEN for the users and passwords of its URLs, and of what pathlib has made of
     them: https:/token@host. Of HTTP and FTP up to the last @, since a token may hold a slash."""
-    text = re.sub(r"(?<=://)[^/?@\s]*@", _hidden_user, text)
+    text = re.sub(r"(?<=:/)(/?)([^/?@\s]*@)", _hidden_user, text)
     return re.sub(r"((?:http|ftp)s?:/+)[^?\s]*@", rf"\1{HIDDEN}@", text, flags=re.IGNORECASE)
 
 
 def _hidden_user(match: re.Match) -> str:
     # abfs://CONTAINER@ACCOUNT/PATH holds none.
-    of_azure = match.string[: match.start()].endswith(("abfs://", "abfss://"))
-    return match[0] if of_azure and re.fullmatch(r"[\w$-]+@", match[0]) else f"{HIDDEN}@"
+    of_azure = match.string[: match.start()].endswith(("abfs:/", "abfss:/"))
+    return match[0] if of_azure and re.fullmatch(r"[\w$-]+@", match[2]) else f"{match[1]}{HIDDEN}@"

@@ -396,6 +396,8 @@ def test_a_url_with_a_password_and_a_signature_works_and_neither_is_shown(shards
     [
         ("https://me:password@host/shards?signature=1f", "https://***@host/shards?***"),
         ("s3://key:secret@bucket/a@b", "s3://***@bucket/a@b"),
+        ("s3:/key:secret@bucket/a@b", "s3:/***@bucket/a@b"),  # as pathlib makes it
+        ("abfs:/box@account.net/a", "abfs:/box@account.net/a"),
         ("https://token@host/shards", "https://***@host/shards"),
         ("https://host/a?b=c\n&signature=1f", "https://host/a?***"),  # as it was pasted
         ("https://to%2Fk%40en%3A@host/shards", "https://***@host/shards"),
