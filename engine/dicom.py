@@ -85,7 +85,8 @@ class DicomBackend:
         with reading(path):
             for index, (luma, time_seconds) in enumerate(_images(path, header)):
                 told = header.time_seconds(index)
-                yield luma and partial(read, luma), time_seconds if told is None else told
+                at_seconds = time_seconds if told is None else told
+                yield (None if luma is None else partial(read, luma)), at_seconds
 
     def prepared(
         self, path: Path, info: VideoInfo, keep: Keep, size: int, quality: int

@@ -438,13 +438,13 @@ def plane(frame, turn: Turn = (0, False)) -> tuple[np.ndarray, bool]:
         full = _is_full_range(frame)
         if frame.planes[0].line_size < 0:  # from the bottom up, as AMV is, which PyAV cannot read
             frame = _converted(frame, "yuvj444p" if full else "yuv444p")
-        plane = frame.planes[0]
+        stored = frame.planes[0]
         if first.bits == 8:
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            rows = np.frombuffer(stored, np.uint8).reshape(-1, stored.line_size)
             out, limited = rows[: frame.height, : frame.width], not full
         else:
             order = ">u2" if frame.format.is_big_endian else "<u2"
-            rows = np.frombuffer(plane, order).reshape(-1, plane.line_size // 2)
+            rows = np.frombuffer(stored, order).reshape(-1, stored.line_size // 2)
             y = rows[: frame.height, : frame.width].astype(np.float64)
             scale = 1 << (first.bits - 8)
             low, span = (0, (1 << first.bits) - 1) if full else (16 * scale, 219 * scale)
