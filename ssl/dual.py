@@ -13,7 +13,9 @@ from sslus.engine.errors import InputError
 from sslus.kernels.ranks import Ranks, group_name
 from sslus.ssl.heads import joint_sum
 from sslus.ssl.loader import Views
-from sslus.ssl.methods import Output, checked
+from sslus.ssl.methods import TAKEN, Output, checked
+
+TERM = "cross_entropy"  # in the log
 
 
 class DualTask(nn.Module):
@@ -34,12 +36,12 @@ class DualTask(nn.Module):
         return self.method.backbone
 
     def forward(self, views: Views) -> Output:
-        loss, terms, features, others = checked(self.method(views), self.method)
+        loss, terms, features, others = checked(self.method(views), self.method, TAKEN | {TERM})
         logits = self.classifier(features).float()
         total = F.cross_entropy(logits, views.labels, ignore_index=-1, reduction="sum")
         labelled = Ranks.named(group_name(None)).sum_((views.labels >= 0).sum())
         joint = joint_sum(total / labelled.clamp(min=1))
-        terms = terms | {"cross_entropy": joint.detach()}
+        terms = terms | {TERM: joint.detach()}
         return Output(loss + self.weight * joint, terms, features, others)
 
     def after_step(self, step: int, num_steps: int) -> None:

@@ -227,6 +227,13 @@ def test_options_and_recipes_of_a_file(file, shards, capsys):
     assert "--variance is an option of --method vicreg" in capsys.readouterr().err
 
 
+def test_the_dual_task_refuses_a_term_that_is_named_like_its_own(file, shards, capsys):
+    file.write_text(COSINE.replace('{"similarity"', '{"cross_entropy"'))
+    assert begin(shards) == 0
+    assert begin(shards, "--dual-task", "1", "--run", "dual") == 1
+    assert "forward: a term named 'cross_entropy' would hide" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "old, new, at, said",
     [

@@ -68,8 +68,9 @@ class Output(NamedTuple):
     others: Tensor | None = None  # (B, F), those of the second view, if the backbone sees it
 
 
-def checked(out: Output, method: nn.Module) -> Output:
-    """What the method's forward returned; raises InputError if nothing can be learned from it."""
+def checked(out: Output, method: nn.Module, taken: set[str] = TAKEN) -> Output:
+    """What the method's forward returned; raises InputError if nothing can be learned from it, or a
+    term has one of the names `taken`."""
     if not isinstance(out, Output):
         why = f"want an Output of sslus.ssl.methods, got {_kind(out)}"
     elif not isinstance(out.loss, Tensor) or out.loss.ndim:
@@ -78,8 +79,8 @@ def checked(out: Output, method: nn.Module) -> Output:
         why = "the loss has no gradient: it was detached, or computed without one"
     elif wrong := [t for t in out.terms.values() if not isinstance(t, Tensor) or t.ndim]:
         why = f"want terms that are tensors of shape (), got {_kind(wrong[0])}"
-    elif taken := TAKEN & out.terms.keys():
-        why = f"a term named {min(taken)!r} would hide what the log says under this name"
+    elif hiding := taken & out.terms.keys():
+        why = f"a term named {min(hiding)!r} would hide what the log says under this name"
     elif not isinstance(out.features, Tensor) or out.features.ndim != 2:
         why = f"want the backbone's features, (B, F), got {_kind(out.features)}"
     elif out.others is not None and _kind(out.others) != _kind(out.features):
