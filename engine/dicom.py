@@ -18,7 +18,7 @@ from sslus.engine.dicom_header import BIG_ENDIAN, LOSSLESS_JPEG, Header, read_he
 from sslus.engine.errors import out_of_memory
 from sslus.engine.prepare import prepare, rgb_luma
 from sslus.engine.region import NEARLY_ALL, Luma, Region
-from sslus.engine.video import Keep, Prepared, VideoError, VideoInfo, images, plane
+from sslus.engine.video import SAME_PIXELS, Keep, Prepared, VideoError, VideoInfo, images, plane
 from sslus.engine.video import probe as probe_video
 
 ITEM = b"\xfe\xff\x00\xe0"  # the tag before each fragment
@@ -188,7 +188,8 @@ def _compressed(path: Path, header: Header) -> Iterator[Luma]:
 
     context = av.CodecContext.create(header.codec, "r")
     context.thread_count = 1
-    context.options = {"err_detect": "explode"}  # else FFmpeg makes up what is missing
+    # Without "explode", FFmpeg makes up what is missing.
+    context.options = {"err_detect": "explode"} | SAME_PIXELS
     with path.open("rb") as f:
         for image in _joined(f, header, STARTS):
             frames = []

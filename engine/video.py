@@ -33,6 +33,9 @@ ANNOUNCING_FORMATS = frozenset({"matroska", "webm", "flv", "asf"})
 
 REORDERED = 16  # most frames that a decoder may hold back, and so the largest error of a guess
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+XVID_TAGS = frozenset({"XVID", "XVIX", "RMP4", "ZMP4", "SIPP"})
+# The inverse DCT of FFmpeg that gives the same pixels on every processor, for `options`.
+SAME_PIXELS = {"idct": "simple"}
 
 
 # Counterclockwise quarter turns, and whether the image is mirrored left to right before that.
@@ -507,6 +510,7 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn, b
     with container, contextlib.nullcontext() if file else path.open("rb") as whole:
         # Workers already run in parallel: a second thread here would only take their cores.
         stream.codec_context.thread_count = 1
+        stream.codec_context.options = _options(stream.codec_context)
         clock = _Clock(stream, in_order=is_untimed(container))
         lost: set[int] = set()
         batches = _batches(path, container, stream, whole, lost)
@@ -516,6 +520,17 @@ def decoded(path: Path, file=None) -> Iterator[tuple[int, float, object, Turn, b
             corrupt = bool(frame.is_corrupt) or frame.pts in lost
             lost.discard(frame.pts)  # in recordings that were joined, another frame has this time
             yield index, clock(frame, following), frame, turn, corrupt
+
+
+def _options(codec) -> dict[str, str]:
+    """SAME_PIXELS: by itself FFmpeg takes another inverse DCT on ARM, which changes MPEG-1, 2, 4,
+    H.263 and motion JPEG by a few grey levels. {} for what Xvid has encoded, for which it takes
+    Xvid's own on every processor."""
+    if codec.name != "mpeg4":
+        return SAME_PIXELS
+    says = codec.extradata or b""  # the encoder's name among it
+    by_xvid = b"XviD" in says or (codec.codec_tag.upper() in XVID_TAGS and b"Lavc" not in says)
+    return {} if by_xvid else SAME_PIXELS
 
 
 class _Clock:

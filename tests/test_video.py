@@ -3,6 +3,7 @@
 import csv
 import errno
 import gc
+import hashlib
 import io
 import itertools
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from sslus.engine import truncated, video
 from sslus.engine.errors import InputError
@@ -73,6 +75,27 @@ def test_full_range_stays_as_it_is(clip, pattern, tmp_path):
     path = clip(tmp_path / "x.mkv", luma, codec="ffv1", full_range=True)
     assert probe(path).full_range
     np.testing.assert_array_equal(np.stack([f.luma for f in decode(path)]), luma)
+
+
+def test_a_lossy_video_has_the_same_pixels_on_every_processor(tmp_path):
+    """FFmpeg's usual inverse DCT is not the same on x86-64 and ARM. libjpeg-turbo's files are."""
+    noise = np.random.Generator(np.random.PCG64(5)).integers(0, 256, (6, 48, 64, 1), np.uint8)
+    path = tmp_path / "x.mjpeg"
+    path.write_bytes(b"".join(simplejpeg.encode_jpeg(x, 60, "GRAY") for x in noise))
+    frames = np.stack([f.luma for f in decode(path)])
+    assert frames.shape == (6, 48, 64)
+    assert hashlib.sha256(frames).hexdigest()[:16] == "fba425cbd7c21284"
+
+
+@pytest.mark.parametrize(
+    "codec, tag, says, own",
+    [("mpeg2video", "[2][0][0][0]", None, False), ("mpeg4", "mp4v", None, False),
+     ("mpeg4", "FMP4", b"\0\0\1\xb2Lavc62.28.102", False), ("mpeg4", "DIVX", b"XviD0050", True),
+     ("mpeg4", "xvid", None, True), ("mpeg4", "XVID", b"Lavc62.28.102", False)],
+)  # fmt: skip
+def test_what_xvid_has_encoded_is_decoded_by_its_own_inverse_dct(codec, tag, says, own):
+    context = SimpleNamespace(name=codec, codec_tag=tag, extradata=says)
+    assert video._options(context) == ({} if own else video.SAME_PIXELS)
 
 
 @pytest.mark.parametrize("name", ["gray", "ya8", "gray10le"])
