@@ -15,7 +15,8 @@ def keep_freed_memory() -> None:
 
     A step on the CPU frees and allocates the same gigabyte of activations over and over; by default
     glibc maps every large block anew, and the kernel clears its pages (a tenth of a ResNet-18 step
-    at 96 px). The process stays at its peak size. Does nothing without glibc.
+    at 96 px). The process stays at its peak size. Does nothing without glibc, nor to tensors on
+    ARM, where PyTorch allocates by mimalloc, which keeps most of what is freed anyway.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
