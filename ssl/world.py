@@ -132,8 +132,8 @@ def pays_bf16(device: torch.device, backbone: str, image_size: int) -> bool:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for products of bf16: AMX, or those of AVX-512. False if an
-    older PyTorch cannot tell."""
+    """Whether the CPU has instructions for products of bf16: AMX, or those of AVX-512. Not those of
+    ARM, which have not been measured. False if an older PyTorch cannot tell."""
     tells = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(tells.get("amx_bf16") or tells.get("avx512_bf16"))
 

@@ -116,6 +116,18 @@ def test_the_memory_is_that_of_the_container(monkeypatch):
     assert of("max\n") == of(f"{1 << 60}\n") != "1 GiB"
 
 
+def test_the_vector_units_of_arm_are_named(monkeypatch):
+    """By the kernel's names. There is no model: /proc/cpuinfo has numbers for it."""
+    text = (
+        "processor\t: 0\nFeatures\t: fp asimd aes atomics sve i8mm bf16 sve2\nCPU part\t: 0xd4f\n"
+    )
+    monkeypatch.setattr(doctor, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 72)
+    monkeypatch.setattr(doctor.platform, "processor", lambda: "")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    assert doctor.cpu() == "aarch64, 72 cores usable, NEON, SVE, SVE2, bf16"
+
+
 def test_a_driver_that_does_not_answer_has_no_version(monkeypatch):
     def hangs(*args, **kwargs):
         raise subprocess.TimeoutExpired("nvidia-smi", 2)

@@ -34,7 +34,7 @@ DECODERS = ("h264", "hevc", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "mjpeg",
 ENCODER = "libx264"  # of `sslus synth`
 VECTORS = {  # flag in /proc/cpuinfo -> its name
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX",
-    "asimd": "NEON", "sve": "SVE",
+    "asimd": "NEON", "sve": "SVE", "sve2": "SVE2", "bf16": "bf16",
 }  # fmt: skip
 
 
@@ -345,7 +345,8 @@ def train() -> str:
     where, why = "GPU", "mixed precision"
     if device.type == "cpu":
         where = f"CPU, {why_no_cuda()}"
-        why = "the CPU multiplies bf16" if multiplies_bf16() else "the CPU has no bf16 products"
+        without = "no AMX or AVX-512 bf16; that of ARM is untried"
+        why = "the CPU multiplies bf16" if multiplies_bf16() else without
     return (
         f"{where}; {s.precision} ({why}); by default {s.backbone}, {s.image_size} px,"
         f" batch size {s.batch_size}"
