@@ -11,7 +11,7 @@ import click
 @click.option("--patients", default=10, show_default=True, help="Number of patients in all.")
 @click.option(
     "--seed", default=0, show_default=True,
-    help="Random seed; the same seed gives the same bytes.",
+    help="Random seed; on one machine, the same seed gives the same bytes.",
 )  # fmt: skip
 @click.option(
     "--size", type=int,

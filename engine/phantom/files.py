@@ -33,7 +33,7 @@ def write_clip(settings: Settings, clip: Clip, folder: Path) -> int:
         stream = container.add_stream("libx264", rate=film.rate_hz)
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
         stream.codec_context.color_range = 1
-        # One thread, so that the bytes are the same on every machine.
+        # One thread, so that the bytes do not depend on the number of cores.
         stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
         planes = np.full((h * 3 // 2, w), 128, np.uint8)
         for image in film:
@@ -56,7 +56,9 @@ def synth(
 ) -> int:
     """Write all clips and `labels.csv` into `out`. Returns the number of clips that were missing.
 
-    The bytes depend on `settings` alone, not on `jobs`. A folder left by an interrupted run with
+    On one machine the bytes depend on `settings` alone, not on `jobs`. On another processor a pixel
+    in 1000 may differ by a grey level, because numpy and numba round otherwise, and x264 makes
+    other bytes even of the same frames; the labels stay. A folder left by an interrupted run with
     the same settings is completed. Raises InputError for any other folder that is not empty, or if
     a worker process is killed, and Interrupted after Ctrl-C or SIGTERM.
     """
