@@ -345,8 +345,7 @@ def train() -> str:
     where, why = "GPU", "mixed precision"
     if device.type == "cpu":
         where = f"CPU, {why_no_cuda()}"
-        without = "no AMX or AVX-512 bf16; that of ARM is untried"
-        why = "the CPU multiplies bf16" if multiplies_bf16() else without
+        why = "the CPU multiplies bf16" if multiplies_bf16() else "no AMX or AVX-512 bf16"
     return (
         f"{where}; {s.precision} ({why}); by default {s.backbone}, {s.image_size} px,"
         f" batch size {s.batch_size}"
