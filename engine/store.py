@@ -10,11 +10,11 @@ import json
 import mmap
 import os
 import resource
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -208,54 +208,52 @@ def _build(shards: Path, manifest: Manifest, folder: Path, threads, report) -> N
         ThreadPoolExecutor(1) as syncer,
     ):
 
-        def decode(start: int, samples: list[_Sample]) -> int:
-            pixels = np.empty((len(samples), size, size), np.uint8)
+        def decode(start: int, stop: int) -> int:
+            pixels = np.empty((stop - start, size, size), np.uint8)
             try:
-                decode_jpeg([views[x.shard][x.jpg[0] : sum(x.jpg)] for x in samples], pixels)
+                decode_jpeg(_parts(views, places.shard, places.jpg, start, stop), pixels)
             except DamagedJpeg as e:
-                sample = samples[e.number]
-                name = manifest.shards[sample.shard]["name"]
-                raise InputError(
-                    f"{shards / name}: {sample.key}.jpg is damaged ({e}); {REMEDY}"
-                ) from e
+                where = places.name(start + e.number, manifest)
+                raise InputError(f"{shards / where}.jpg is damaged ({e}); {REMEDY}") from e
             # Not through a memory map: page faults would take four times as long, and a full disk
             # would kill the process instead of raising an error.
             written, flat = 0, memoryview(pixels).cast("B")
             while written < len(flat):
                 written += os.pwrite(f.fileno(), flat[written:], start * size * size + written)
-            return len(samples)
+            return stop
 
         try:
-            samples = _samples(shards, manifest)
+            places = _places(shards, manifest)
             allocate(f, num * size * size)  # at once: this is cheaper, too
             chunk = max(1, CHUNK_BYTES // size**2)
             jobs = [
-                pool.submit(decode, start, samples[start : start + chunk])
+                pool.submit(decode, start, min(start + chunk, num))
                 for start in range(0, num, chunk)
             ]
             checks = [pool.submit(check, number) for number in range(len(views))]
-            columns, videos = _read_facts(shards, manifest, samples, views)
-            index = io.BytesIO()
-            np.savez(index, **columns)
-            facts = {
-                "format": FORMAT,
-                "digest": manifest.digest,
-                "shape": [num, size, size],
-                "index_sha256": hashlib.sha256(index.getbuffer()).hexdigest(),
-                "videos": videos,
-            }
-            syncs = [
-                syncer.submit(_save, new / "index.npz", index.getbuffer()),
-                syncer.submit(_save, new / "store.json", json.dumps(facts).encode()),
-            ]
+            facts, syncs = _Facts(shards, manifest, places, views), []
             done = synced = 0
             for job in jobs:
-                done += job.result()
+                facts.read(done, min(done + chunk, num))  # while the pool decodes
+                done = job.result()
                 if (done - synced) * size * size >= SYNC_BYTES:
                     syncs.append(syncer.submit(sync_data, f))
                     synced = done
                 if report:
                     report(done, num, "")
+            index = io.BytesIO()
+            np.savez(index, **facts.columns())
+            told = {
+                "format": FORMAT,
+                "digest": manifest.digest,
+                "shape": [num, size, size],
+                "index_sha256": hashlib.sha256(index.getbuffer()).hexdigest(),
+                "videos": places.videos,
+            }
+            syncs += [
+                syncer.submit(_save, new / "index.npz", index.getbuffer()),
+                syncer.submit(_save, new / "store.json", json.dumps(told).encode()),
+            ]
             syncs.append(syncer.submit(os.fsync, f.fileno()))
             for job in (*checks, *syncs):
                 job.result()  # all of them: a failed write is reported to only one of the syncs
@@ -298,75 +296,115 @@ def _allow_open_files(num: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class _Sample(NamedTuple):
-    """Where a frame is in the shards. Samples sort into the order of the store."""
+@dataclass(frozen=True)
+class _Places:
+    """Where the frames are in the shards, in the order of the store. In arrays: a tuple for each
+    frame would take ten times as much."""
 
-    video: str
-    frame: int
-    key: str
-    shard: int
-    jpg: tuple[int, int]  # offset, length
-    json: tuple[int, int]
+    videos: list[str]  # the ids, sorted
+    video: np.ndarray  # (N,) int32, index into them
+    frame: np.ndarray  # (N,) int32
+    shard: np.ndarray  # (N,) int32
+    jpg: np.ndarray  # (N, 2) int64: offset, length
+    json: np.ndarray  # the same
+
+    def name(self, i: int, manifest: Manifest) -> str:
+        """Of a frame, for the eye."""
+        shard = manifest.shards[self.shard[i]]["name"]
+        return f"{shard}: {self.videos[self.video[i]]}-{self.frame[i]:06d}"
 
 
-def _samples(shards: Path, manifest: Manifest) -> list[_Sample]:
-    """All frames in the order of the store, from the indexes alone, so that decoding can begin."""
-    samples = []
+def _places(shards: Path, manifest: Manifest) -> _Places:
+    """From the indexes alone, so that decoding can begin."""
+    seen, numbers, offsets = {}, array("i"), array("q")
     for number, entry in enumerate(manifest.shards):
         for key, members in tar.read_index(shards / entry["name"]):
             video, _, frame = key.rpartition("-")
             try:
-                place = _Sample(video, int(frame), key, number, members["jpg"], members["json"])
-            except (KeyError, ValueError) as e:
+                numbers.extend((seen.setdefault(video, len(seen)), int(frame), number))
+                offsets.extend((*members["jpg"], *members["json"]))
+            except (KeyError, ValueError, OverflowError) as e:
                 raise InputError(
                     f"{shards / entry['name']}: its index is damaged at {key} ({e}); {REMEDY}"
                 ) from e
-            samples.append(place)
-    if len(samples) != manifest.num_frames:
+    table = np.array(numbers, np.int32).reshape(-1, 3)
+    places = np.array(offsets, np.int64).reshape(-1, 2, 2)
+    if len(table) != manifest.num_frames:
         raise InputError(
-            f"{shards}: {len(samples)} frames in the indexes, {manifest.num_frames} in the"
+            f"{shards}: {len(table)} frames in the indexes, {manifest.num_frames} in the"
             f" manifest; {REMEDY}"
         )
-    return sorted(samples)
+    videos = sorted(seen)
+    video = _ranks(seen, videos)[table[:, 0]]
+    order = np.lexsort((table[:, 1], video))
+    return _Places(
+        videos, video[order], table[order, 1], table[order, 2],
+        jpg=places[order, 0], json=places[order, 1],
+    )  # fmt: skip
 
 
-def _read_facts(
-    shards: Path, manifest: Manifest, samples: list[_Sample], views: list[memoryview]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The index arrays and the videos' ids. Raises InputError that names the damaged frame."""
-    parts = [views[s.shard][s.json[0] : sum(s.json)] for s in samples]
-    try:
-        # Parse all at once: this saves 2 us per frame.
-        facts = json.loads(b"[" + b",".join(parts) + b"]")
-        if [(f["video"], f["frame"]) for f in facts] != [s[:2] for s in samples]:
-            raise ValueError("names and metadata of the frames differ")
-        videos = sorted({f["video"] for f in facts})
-        patients = sorted({f["patient"] for f in facts if f["patient"] is not None})
-        if not all(isinstance(patient, str) for patient in patients):
+def _ranks(seen: dict[str, int], names: list[str]) -> np.ndarray:
+    """(len(names) + 1,) int32: where the name that `seen` has numbered i is in `names`; at the end,
+    so for -1, it is -1."""
+    ranks = np.full(len(names) + 1, -1, np.int32)
+    ranks[[seen[name] for name in names]] = np.arange(len(names))
+    return ranks
+
+
+def _parts(views: list, shard: np.ndarray, at: np.ndarray, start: int, stop: int) -> list:
+    where = zip(shard[start:stop].tolist(), at[start:stop].tolist(), strict=True)
+    return [views[number][offset : offset + length] for number, (offset, length) in where]
+
+
+class _Facts:
+    """What the frames' .json say, read some at a time: all at once would take 1 kB for each."""
+
+    def __init__(self, shards: Path, manifest: Manifest, places: _Places, views: list[memoryview]):
+        self.shards, self.manifest, self.places, self.views = shards, manifest, places, views
+        self.classes = {name: i for i, name in enumerate(manifest.labels)} | {None: -1}
+        self.patients: dict[str, int] = {}  # numbered as they come
+        num = len(places.video)
+        self.time_seconds = np.empty(num, np.float32)
+        self.label, self.patient = np.empty(num, np.int32), np.empty(num, np.int32)
+
+    def read(self, start: int, stop: int) -> None:
+        """Of frames start to stop - 1. Raises InputError that names the damaged frame."""
+        p = self.places
+        parts = _parts(self.views, p.shard, p.json, start, stop)
+        names = [p.videos[v] for v in p.video[start:stop].tolist()]
+        try:
+            # Parse all at once: this saves 2 us per frame.
+            facts = json.loads(b"[" + b",".join(parts) + b"]")
+            wanted = list(zip(names, p.frame[start:stop].tolist(), strict=True))
+            if [(f["video"], f["frame"]) for f in facts] != wanted:
+                raise ValueError("names and metadata of the frames differ")
+            times = np.array([float(f["time_seconds"]) for f in facts])
+            wrong = times[~((times >= 0) & (times <= np.finfo(np.float32).max))]  # NaN too
+            if wrong.size:
+                raise ValueError(f"want a time_seconds from 0, got {wrong[0]}")
+            self.time_seconds[start:stop] = times
+            self.label[start:stop] = [self.classes[f["label"]] for f in facts]
+            self.patient[start:stop] = [self._patient(f["patient"]) for f in facts]
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as e:
+            if stop - start > 1:  # which one? It raises
+                for i in range(start, stop):
+                    self.read(i, i + 1)
+                where = f"{self.shards}: a frame's "
+            else:
+                where = f"{self.shards / p.name(start, self.manifest)}"
+            raise InputError(f"{where}.json is damaged ({type(e).__name__}: {e}); {REMEDY}") from e
+
+    def _patient(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if not isinstance(name, str):
             raise ValueError("want a name as patient")
-        times = np.array([float(f["time_seconds"]) for f in facts])
-        wrong = times[~((times >= 0) & (times <= np.finfo(np.float32).max))]  # NaN too
-        if wrong.size:
-            raise ValueError(f"want a time_seconds from 0, got {wrong[0]}")
+        return self.patients.setdefault(name, len(self.patients))
 
-        def number(names: list[str], key: str) -> np.ndarray:
-            place = {name: i for i, name in enumerate(names)} | {None: -1}
-            return np.array([place[f[key]] for f in facts], np.int32)
-
-        columns = {
-            "video": number(videos, "video"),
-            "frame": np.array([f["frame"] for f in facts], np.int32),
-            "time_seconds": times.astype(np.float32),
-            "label": number(manifest.labels, "label"),
-            "patient": number(patients, "patient"),
-        }
-    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as e:
-        where = f"{shards}: a frame's .json"
-        if len(samples) > 1:  # which one? It raises
-            for sample in samples:
-                _read_facts(shards, manifest, [sample], views)
-        else:
-            name = manifest.shards[samples[0].shard]["name"]
-            where = f"{shards / name}: {samples[0].key}.json"
-        raise InputError(f"{where} is damaged ({type(e).__name__}: {e}); {REMEDY}") from e
-    return columns, videos
+    def columns(self) -> dict[str, np.ndarray]:
+        """Those of index.npz, once all frames are read."""
+        return {
+            "video": self.places.video, "frame": self.places.frame,
+            "time_seconds": self.time_seconds, "label": self.label,
+            "patient": _ranks(self.patients, sorted(self.patients))[self.patient],
+        }  # fmt: skip

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import simplejpeg
 
 from sslus.engine import tar
 from sslus.engine.errors import InputError
-from sslus.engine.manifest import read_manifest
+from sslus.engine.manifest import Manifest, read_manifest
 from sslus.engine.shard import Settings, shard
 from sslus.engine.store import FrameStore
 
@@ -104,6 +105,36 @@ def test_more_shards_than_files_may_be_open(clips, tmp_path):
         assert len(FrameStore.open(tmp_path / "shards")) == len(made.manifest.shards)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def test_building_takes_little_memory_for_a_frame(tmp_path, monkeypatch):
+    """Of millions of frames, as a hospital has, Python's objects would fill it."""
+    num, per_shard, size = 20_000, 1000, 8
+    jpeg = simplejpeg.encode_jpeg(np.zeros((size, size, 1), np.uint8), 95, "GRAY", "Gray")
+    shards = []
+    for start in range(0, num, per_shard):
+        samples = []
+        for i in range(start, start + per_shard):
+            fact = {"video": f"{7 * i % 99:016x}", "frame": i, "time_seconds": i / 9,
+                    "label": None, "patient": f"{i % 77:016x}"}  # fmt: skip
+            key = f"{fact['video']}-{i:06d}"
+            samples.append((key, {"jpg": jpeg, "json": json.dumps(fact).encode()}))
+        name = f"shard-{len(shards):06d}.tar"
+        num_bytes, sha256 = tar.write_shard(tmp_path / name, samples)
+        shards.append({"name": name, "num_frames": per_shard, "bytes": num_bytes, "sha256": sha256})
+    Manifest(
+        settings={"size": size, "frames_per_shard": per_shard}, num_videos=99, num_frames=num,
+        mean=0.5, std=0.2, labels=[], decoders={}, shards=shards,
+    ).with_digest().write(tmp_path)  # fmt: skip
+    monkeypatch.setattr("sslus.engine.store.CHUNK_BYTES", 500 * size**2)
+    tracemalloc.start()
+    try:
+        store = FrameStore.open(tmp_path)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (np.diff(store.video) >= 0).all() and len(np.unique(store.patient)) == 77
+    assert most < 300 * num, most / num
 
 
 def test_a_file_system_without_locks_is_no_obstacle(shards, monkeypatch):
