@@ -93,7 +93,7 @@ def shard(
     the number of worker processes (default: one per core, at most MOST_ON_GPU if they decode on a
     GPU); `device` and `decoder` are those of choose_backends. With `strict`, no shards are written
     if any file is refused or incomplete; with `force`, shards that were made otherwise are
-    replaced. `report(done, total, note)` is called after each video.
+    replaced. `report(done, total, note)` is called after each video and each shard.
 
     A second call continues where the first was stopped, or returns at once if all is done. It
     retries refused files only with `force`, since their frames would change shards that may be
@@ -354,4 +354,4 @@ def _write_all(job: _Job, workers: Workers) -> Manifest:
         mark = (job.marks or {}).get(source.name, _Mark())
         patient = keyed_hash(job.key, "patient", mark.patient) if mark.patient else None
         videos.append(Video(job.ids[source.name], mark.label, patient, record))
-    return write_all(videos, job.settings, job.work, workers)
+    return write_all(videos, job.settings, job.work, workers, job.tell)

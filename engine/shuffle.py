@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,17 @@ class Video:
     record: dict  # of its spool
 
 
-def write_all(videos: list[Video], settings: Settings, work: Path, workers: Workers) -> Manifest:
-    """Shuffle the frames of the spools in `work` into shards in work/new; return their manifest."""
+def write_all(
+    videos: list[Video],
+    settings: Settings,
+    work: Path,
+    workers: Workers,
+    tell: Callable[[str], None],
+) -> Manifest:
+    """Shuffle the frames of the spools in `work` into shards in work/new; return their manifest.
+
+    `tell(note)` is called after each shard.
+    """
     facts = [(v.id, v.label, v.patient) for v in videos]
     tables = []  # 40 bytes per frame, all that is kept in memory
     for v in videos:
@@ -66,13 +75,14 @@ def write_all(videos: list[Video], settings: Settings, work: Path, workers: Work
             yield new / name, work, used, rows
 
     entries = [None] * num_shards
-    for number, result in workers.map(_write_shard, tasks()):
+    for done, (number, result) in enumerate(workers.map(_write_shard, tasks()), 1):
         if isinstance(result, BrokenProcessPool):
             raise InputError(
                 f"{new}: a worker process was killed while it wrote there, perhaps for lack of"
                 " memory; the same command goes on from here, with a smaller --jobs if need be"
             ) from result
         entries[number] = {"name": names[number], "num_frames": len(parts[number]), **result}
+        tell(f"{done:,} of {num_shards:,} shards written")
     return _manifest(videos, settings, entries)
 
 

@@ -319,10 +319,15 @@ def test_a_long_command_shows_rate_and_time_left(stream, monkeypatch):
         for done in (0, 300, 600, 1000):
             report(done, 1000, "3 of 4 videos")
             now[0] += 20
+        for number in (1, 2):  # what is left to do when all frames are decoded
+            report(1000, 1000, f"{number} of 3 shards written")
+            now[0] += 9
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     if stream is Terminal:
         assert "decode" in text and "1000/1000" in text and "frames/s" in text
-        assert "3 of 4 videos" in text
+        assert "2 of 3 shards written" in text
     else:
         assert "decode: 300/1,000 frames, 15/s, 47 s left, 3 of 4 videos\n" in text
-        assert text.splitlines()[-1].startswith("decode: 1,000/1,000 frames, ")
+        *_, decoded, written = text.splitlines()
+        assert decoded.startswith("decode: 1,000/1,000 frames, ") and "videos" in decoded
+        assert written == "decode: 1,000/1,000 frames, 1 of 3 shards written"

@@ -72,16 +72,15 @@ class _Rate:
 
 
 def _lines(label: str, unit: str) -> Report:
-    last, rate_of = time.monotonic(), _Rate()
+    last, at_end, rate_of = time.monotonic(), False, _Rate()
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        now, rate = time.monotonic(), rate_of(done)
-        if now - last < LINE_EVERY_SECONDS and done < total:
+        nonlocal last, at_end
+        now, rate = time.monotonic(), 0 if at_end else rate_of(done)
+        ended = done == total and not at_end
+        if now - last < LINE_EVERY_SECONDS and not ended:
             return
-        if done == total and last == float("inf"):
-            return
-        last = now if done < total else float("inf")
+        last, at_end = now, done == total
         parts = [f"{label}: {done:,}/{total:,} {unit}"]
         if rate:
             parts.append(f"{_short(rate)}/s")
