@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -257,8 +258,8 @@ def test_what_no_store_holds_is_refused_though_its_digest_is_right(name, change,
     assert (FrameStore.open(shards, rebuild=True).time_seconds == whole.time_seconds).all()
 
 
-def refuses_a_forged_frame(shards, kind, change, words):
-    """One whose digests are all right: the shard was written so."""
+def refusal_of_a_forged_frame(shards, kind, change):
+    """One whose digests are all right: the shard was written so. What is said of it."""
     path = shards / "shard-000001.tar"
     data, index = path.read_bytes(), tar.read_index(path)
     content = [
@@ -270,10 +271,10 @@ def refuses_a_forged_frame(shards, kind, change, words):
     manifest = read_manifest(shards)
     manifest.shards[1].update(bytes=num_bytes, sha256=sha256)
     manifest.with_digest().write(shards)
-    with pytest.raises(InputError, match=f"shard-000001.tar: {key}.{kind} is .*{words}") as e:
+    with pytest.raises(InputError, match=f"shard-000001.tar: {key}.{kind} is ") as e:
         FrameStore.open(shards)
-    assert "\n" not in str(e.value)
     assert not (shards / "store").exists() and not (shards / ".store.tmp").exists()
+    return str(e.value)
 
 
 @pytest.mark.parametrize("side, words", [(64, "damaged"), (32, "size"), (128, "damaged")])
@@ -283,7 +284,9 @@ def test_a_jpeg_that_does_not_decode_is_named(side, words, shards):
             return jpeg[:100]
         return simplejpeg.encode_jpeg(np.zeros((side, side, 1), np.uint8), 95, "GRAY", "Gray")
 
-    refuses_a_forged_frame(shards, "jpg", change, words)
+    assert re.search(
+        rf"\.jpg is .*{words}[^\n]*$", refusal_of_a_forged_frame(shards, "jpg", change)
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,8 @@ def test_what_no_frame_can_be_is_named(name, value, words, shards):
     def change(facts):
         return json.dumps(json.loads(facts) | {name: value}).encode()
 
-    refuses_a_forged_frame(shards, "json", change, words)
+    said = refusal_of_a_forged_frame(shards, "json", change)
+    assert re.search(rf"\.json is .*{words}[^\n]*$", said)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
